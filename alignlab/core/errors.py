@@ -1,0 +1,41 @@
+"""The errors a user is meant to read. The command line prints them as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlignlabError(Exception):
+    """Something the user can put right. The message says what was wrong, where, and what to do."""
+
+
+class ConfigError(AlignlabError):
+    """A setting is unknown or impossible. The message begins with the key, as it is written on the command line."""
+
+
+class DataError(AlignlabError):
+    """A record cannot be used. The message begins with file and line."""
+
+
+class NonFiniteError(AlignlabError):
+    """A loss or a gradient became NaN or infinite. The message names the records."""
+
+
+class Interrupted(AlignlabError):
+    """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and has saved a checkpoint."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'beta'?"`, or the known words where none is near, or nothing where there are none."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known here: {', '.join(words)}" if words else ""
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raise a `ConfigError` unless `condition` holds, e.g. `require(beta > 0, "beta", beta, "must be > 0")`."""
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {rule}")

@@ -1,0 +1,50 @@
+"""Operations on ragged tensors: a flat vector of items and, for each item, the segment it belongs to.
+
+`segment_sum(logp_T, response_T, N)` turns per-token log-probs into per-response ones. All functions are
+differentiable in their first argument, deterministic on CPU, and accept empty segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(values: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Sum of each segment, shape (count,); 0 for an empty one. `segment` holds int64 indices in [0, count)."""
+    return values.new_zeros(count).index_add(0, segment, values)
+
+
+def segment_count(segment: Tensor, count: int) -> Tensor:
+    """Number of items in each segment, int64, shape (count,)."""
+    return torch.bincount(segment, minlength=count)
+
+
+def segment_mean(values: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Mean of each segment, shape (count,); 0 for an empty one."""
+    return segment_sum(values, segment, count) / segment_count(segment, count).clamp(min=1)
+
+
+def segment_max(values: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Maximum of each segment, shape (count,); -inf for an empty one."""
+    return values.new_full((count,), float("-inf")).scatter_reduce(0, segment, values, "amax")
+
+
+def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
+    """Standard deviation of each segment with Bessel's correction, shape (count,); 0 where fewer than two items."""
+    centred = values - segment_mean(values, segment, count)[segment]
+    freedom = (segment_count(segment, count) - 1).clamp(min=1)
+    return (segment_sum(centred * centred, segment, count) / freedom).sqrt()
+
+
+def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """The segment of each item, from the segments' lengths: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
+    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+def split_segments(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The inverse: one tensor for each segment, in order (views of `values`)."""
+    return list(torch.split(values, list(lengths)))
