@@ -1,0 +1,18 @@
+"""Models: base, adapters, heads, and the one forward pass."""
+
+from alignlab.models.load import load_model, load_tokenizer
+from alignlab.models.packed_model import PackedModel, evaluating
+from alignlab.models.reference import Reference
+from alignlab.models.save import save_model
+from alignlab.models.settings import AdapterSettings, ModelSettings
+
+__all__ = [
+    "AdapterSettings",
+    "ModelSettings",
+    "PackedModel",
+    "Reference",
+    "evaluating",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]

@@ -1,0 +1,182 @@
+"""Groups laid out in rows of tokens, trunk and branches: each prompt once, then its responses.
+
+A token attends to its own prompt and to the earlier tokens of its own response, never to a sibling; positions
+restart at the end of the prompt for each response; the first token of each response is predicted from the last
+token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). Models that cannot be masked so (see
+`alignlab.models.probe`) get the `plain` layout: a right-padded row for each response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignlab.core import Group
+
+Layout = Literal["packed", "plain"]
+
+PADDING = -1
+TRUNK = 0
+
+
+@dataclass
+class Rows:
+    """A micro-batch as the model sees it: R rows of L tokens, and where in them to look.
+
+    Attributes:
+        input_ids_RL, position_RL: token ids and position ids, int64, shape (R, L).
+        group_RL: which group (or, in the plain layout, which response) a token belongs to, -1 for padding.
+        branch_RL: 0 for a token of the prompt, k >= 1 for the k-th response of its group.
+        predict_T: flat index in [0, R·L) of the position that predicts each loss-bearing token.
+        place_T: flat index of the loss-bearing token itself.
+        target_T: its token id.
+        last_N: flat index of the last token of each response.
+        layout: whether rows need the trunk-and-branches mask or plain causal attention.
+    """
+
+    input_ids_RL: Tensor
+    position_RL: Tensor
+    group_RL: Tensor
+    branch_RL: Tensor
+    predict_T: Tensor
+    place_T: Tensor
+    target_T: Tensor
+    last_N: Tensor
+    layout: Layout
+
+    def to(self, device: torch.device | str) -> Rows:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rows(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int((self.group_RL != PADDING).sum())
+
+    def attention(self, window: int | None = None) -> Tensor:
+        """Which position (last axis) each position may attend to, bool, shape (R, 1, L, L).
+
+        Args:
+            window: sliding-window size in positions: a token sees only keys fewer than `window` positions back.
+        """
+        group, branch = self.group_RL, self.branch_RL
+        length = group.shape[1]
+        index = torch.arange(length, device=group.device)
+        allowed = index[None, :, None] >= index[None, None, :]
+        allowed = allowed & (group[:, :, None] == group[:, None, :])
+        allowed &= (branch[:, None, :] == TRUNK) | (branch[:, :, None] == branch[:, None, :])
+        if window is not None:
+            allowed &= self.position_RL[:, :, None] - self.position_RL[:, None, :] < window
+        # Padding attends to itself at least, so that no softmax is over nothing.
+        return (allowed | (index[:, None] == index[None, :])).unsqueeze(1)
+
+
+def group_cost(group: Group, layout: Layout) -> int:
+    """Length of the longest row that the group needs."""
+    if layout == "packed":
+        return group.packed_length
+    return len(group.prompt_ids) + max((len(r.token_ids) for r in group.responses), default=0)
+
+
+def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout = "packed") -> list[list[int]]:
+    """Divide groups into micro-batches of at most `token_budget` tokens, padding counted, like lengths together.
+
+    Returns lists of indices into `groups`; every index once. A group longer than the budget gets a micro-batch of
+    its own: a group is never cut, since losses compare its responses.
+    """
+    order = sorted(range(len(groups)), key=lambda i: (-group_cost(groups[i], layout), i))
+    batches: list[list[int]] = []
+    free: list[int] = []  # room left in each row of the micro-batch being filled
+    length = 0
+    for i in order:
+        cost = group_cost(groups[i], layout)
+        rows = 1 if layout == "packed" else len(groups[i].responses)
+        if layout == "packed":
+            row = next((r for r, room in enumerate(free) if room >= cost), None)
+            if row is not None and batches:
+                free[row] -= cost
+                batches[-1].append(i)
+                continue
+        if not batches or (len(free) + rows) * length > token_budget:
+            batches.append([])
+            free, length = [], cost
+        free.extend([length - cost] * rows)
+        batches[-1].append(i)
+    return batches
+
+
+def lay_out(groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0, score_skips: int | None = None) -> Rows:
+    """Lay groups out in rows. The axes T and N are in the order of the groups given, as in `Batch`.
+
+    Args:
+        layout: see the module's docstring.
+        pad_id: token id of the padding at the end of rows.
+        score_skips: `last_N` is the last token of the response that is not this one. Transformers' sequence
+            classifiers take the last token that is not their pad token, which for some models is the end token.
+    """
+    if layout == "packed":
+        units = [(g, list(range(len(g.responses)))) for g in groups]
+    else:
+        units = [(g, [k]) for g in groups for k in range(len(g.responses))]
+    lengths = [len(g.prompt_ids) + sum(len(g.responses[k].token_ids) for k in ks) for g, ks in units]
+    row_length = max(lengths, default=1)
+    start = _place(lengths, row_length, stack=layout == "packed")
+    size = (max((s // row_length for s in start), default=0) + 1) * row_length
+
+    ids, position = [pad_id] * size, [0] * size
+    group, branch = [PADDING] * size, [TRUNK] * size
+    predict: list[int] = []
+    place: list[int] = []
+    target: list[int] = []
+    last: list[int] = []
+    for unit, ((g, ks), at) in enumerate(zip(units, start, strict=True)):
+        trunk = len(g.prompt_ids)
+        ids[at : at + trunk] = g.prompt_ids
+        position[at : at + trunk] = range(trunk)
+        group[at : at + trunk] = [unit] * trunk
+        trunk_end, at = at + trunk - 1, at + trunk
+        for number, k in enumerate(ks, start=1):
+            tokens = g.responses[k].token_ids
+            count = len(tokens)
+            ids[at : at + count] = tokens
+            position[at : at + count] = range(trunk, trunk + count)
+            group[at : at + count] = [unit] * count
+            branch[at : at + count] = [number] * count
+            for i in g.responses[k].predicted:
+                predict.append(trunk_end if i == 0 else at + i - 1)
+                place.append(at + i)
+                target.append(tokens[i])
+            last.append(at + max((i for i in range(count) if tokens[i] != score_skips), default=-1))
+            if last[-1] < at:  # nothing but skipped tokens: the last token of the prompt
+                last[-1] = trunk_end
+            at += count
+
+    def grid(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).view(-1, row_length)
+
+    def flat(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return Rows(
+        grid(ids), grid(position), grid(group), grid(branch), flat(predict), flat(place), flat(target), flat(last), layout
+    )
+
+
+def _place(lengths: Sequence[int], row_length: int, stack: bool) -> list[int]:
+    """Flat start of each unit: first fit by descending length where rows may hold several, else a row each."""
+    if not stack:
+        return [row_length * i for i in range(len(lengths))]
+    start = [0] * len(lengths)
+    used: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, u in enumerate(used) if u + lengths[i] <= row_length), None)
+        if row is None:
+            used.append(0)
+            row = len(used) - 1
+        start[i] = row * row_length + used[row]
+        used[row] += lengths[i]
+    return start

@@ -1,0 +1,235 @@
+"""From a Hub id or folder to a model that can be trained: precision, adapters, freezing, heads, the probe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignlab.core import AlignlabError, ConfigError, ModelKind
+from alignlab.models.packed_model import PackedModel
+from alignlab.models.probe import probe
+from alignlab.models.settings import AdapterSettings, ModelSettings
+
+TASK = {"policy": "CAUSAL_LM", "score": "SEQ_CLS", "step": "TOKEN_CLS"}
+
+
+def load_model(
+    settings: ModelSettings,
+    adapter: AdapterSettings | None = None,
+    kind: ModelKind = "policy",
+    *,
+    trainable: bool = True,
+    labels: int = 1,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> PackedModel:
+    """Load a model with its tokenizer.
+
+    Args:
+        settings: which model; `path` may be a full model or a PEFT adapter, whose base is then loaded under it.
+        adapter: the adapter to train; None or kind "none" trains the model's own weights. Where `path` is itself an
+            adapter it is trained further (kind "lora") or merged into its base (kind "none").
+        kind: "policy" (causal language model), "score" (sequence classifier with one output: a head is made where
+            the model has none) or "step" (token classifier with `labels` outputs).
+        trainable: whether weights get gradients.
+        labels: outputs of a step head.
+        device: where to put it.
+        seed: of new heads and adapters.
+
+    Raises:
+        AlignlabError: where nothing can be loaded from `path`, with what was tried.
+    """
+    torch.manual_seed(seed)
+    adapter = adapter or AdapterSettings()
+    tokenizer = load_tokenizer(settings)
+    saved_adapter = _adapter_config(settings.path)
+    network = _load_network(settings, saved_adapter, kind, labels)
+    _set_pad(network, tokenizer)
+    if not settings.dropout:
+        _remove_dropout(network)
+    if saved_adapter is not None:
+        network = _apply_saved_adapter(network, settings, adapter, kind, trainable)
+    elif adapter.kind == "lora" and trainable:
+        network = _new_adapter(network, adapter, kind)
+    model = PackedModel(network, tokenizer, kind).to(device)
+    if not trainable:
+        model.requires_grad_(False)
+    elif adapter.kind == "none":
+        _freeze(model, settings)
+    if settings.gradient_checkpointing and trainable:
+        model.base.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapter.kind == "lora":
+            model.base.enable_input_require_grads()
+    if settings.layout == "auto":
+        probe(model)
+    else:
+        model.layout = settings.layout
+    return model
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer, or the one named by `tokenizer`."""
+    from transformers import AutoTokenizer
+
+    path = settings.tokenizer or settings.path
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise AlignlabError(f"model.tokenizer: no tokenizer in '{path}': {_first_line(error)}") from error
+
+
+def resolve_dtype(name: str) -> Any:
+    """torch dtype for a setting; "auto" is what the model was saved in, for transformers to find out."""
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None, kind: ModelKind, labels: int) -> Any:
+    import transformers
+
+    path = settings.path
+    if saved_adapter is not None:
+        path = str(saved_adapter["base_model_name_or_path"])
+    options: dict[str, Any] = {
+        "revision": settings.revision if saved_adapter is None else None,
+        "dtype": resolve_dtype(settings.dtype),
+        "attn_implementation": settings.attention,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if kind == "policy":
+        auto = transformers.AutoModelForCausalLM
+    elif kind == "score":
+        auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, 1
+    else:
+        auto, options["num_labels"] = transformers.AutoModelForTokenClassification, labels
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a new head is expected, not news
+    transformers.logging.disable_progress_bar()
+    try:
+        network = _from_pretrained(auto, path, options)
+    except (OSError, ValueError, KeyError) as error:
+        where = f"model.path={settings.path!r}"
+        if not Path(settings.path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", settings.path):
+            raise ConfigError(f"{where}: there is no such folder") from error
+        raise ConfigError(f"{where}: cannot be loaded as a {kind} model: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
+        network = network.float()  # CPUs train half precision slowly and badly
+    if kind != "policy":
+        head = network.score if hasattr(network, "score") else network.classifier
+        head.to(torch.promote_types(network.dtype, torch.float32))
+    return network
+
+
+def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> Any:
+    try:
+        return auto.from_pretrained(path, **options)
+    except ValueError as error:
+        if "attn_implementation" not in str(error) and "attention" not in str(error).lower():
+            raise
+        return auto.from_pretrained(path, **{**options, "attn_implementation": "eager"})
+
+
+def _adapter_config(path: str) -> dict[str, Any] | None:
+    """The PEFT config in `path`, where it holds an adapter rather than a model."""
+    from peft import PeftConfig
+
+    if not (Path(path) / "adapter_config.json").exists():
+        return None
+    return dict(PeftConfig.from_pretrained(path).to_dict())
+
+
+def _apply_saved_adapter(
+    network: Any, settings: ModelSettings, adapter: AdapterSettings, kind: ModelKind, trainable: bool
+) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    task = PeftConfig.from_pretrained(settings.path).task_type
+    if task != TASK[kind]:
+        raise ConfigError(
+            f"model.path={settings.path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
+            "merge it first with `alignlab export`"
+        )
+    network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
+    if trainable and adapter.kind == "none":
+        return network.merge_and_unload()
+    return network
+
+
+def _new_adapter(network: Any, adapter: AdapterSettings, kind: ModelKind) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type=TASK[kind],
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        use_rslora=adapter.rslora,
+    )
+    try:
+        peft = get_peft_model(network, config)
+    except ValueError as error:
+        raise ConfigError(f"adapter.targets={adapter.targets!r}: {_first_line(error)}") from error
+    local = Path(str(network.config.name_or_path))
+    if local.exists():  # so that the adapter finds its base from any working folder
+        peft.peft_config["default"].base_model_name_or_path = str(local.resolve())
+    return peft
+
+
+def _set_pad(network: Any, tokenizer: Any) -> None:
+    """Give model and tokenizer a pad token that is not the end token.
+
+    Transformers' sequence classifiers look for the last token that is not padding: padding that is also the end
+    token would make them skip the end of every response.
+    """
+    config = network.config.get_text_config()
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        for token in (tokenizer.unk_token, tokenizer.bos_token):
+            if token is not None and token != tokenizer.eos_token:
+                tokenizer.pad_token = token
+                break
+        else:
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    network.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(network, "generation_config", None) is not None:
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _remove_dropout(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _freeze(model: PackedModel, settings: ModelSettings) -> None:
+    """Full fine-tuning with some weights held still."""
+    patterns = [re.compile(p) for p in settings.freeze]
+    names = [n for n, _ in model.network.named_parameters()]
+    for pattern in patterns:
+        if not any(pattern.search(n) for n in names):
+            raise ConfigError(f"model.freeze: no parameter matches '{pattern.pattern}'; the first are {', '.join(names[:3])}")
+    layers = int(model.config.num_hidden_layers)
+    if settings.freeze_layers > layers:
+        raise ConfigError(f"model.freeze_layers={settings.freeze_layers}: the model has {layers} layers")
+    embeddings = {id(p) for p in model.base.get_input_embeddings().parameters()} if settings.freeze_layers else set()
+    for name, parameter in model.network.named_parameters():
+        layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        low = layer is not None and int(layer.group(1)) < settings.freeze_layers
+        if low or id(parameter) in embeddings or any(p.search(name) for p in patterns):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("model.freeze: nothing is left to train")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,228 @@
+"""The one forward pass: a transformers model, its heads, and the only function that turns tokens into log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from alignlab.core import Group, ModelKind, Outputs
+from alignlab.data.packing import PADDING, Layout, Rows, lay_out, micro_batches
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
+
+
+class PackedModel(nn.Module):
+    """A causal language model, sequence classifier or token classifier behind one forward pass over packed rows.
+
+    Attributes:
+        network: the transformers model, or the PEFT model around it.
+        tokenizer: its tokenizer.
+        kind: "policy", "score" or "step".
+        layout: "packed", or "plain" where the probe found that the model cannot be packed exactly.
+        whole_logits: use the model's own forward for logits; set by the probe where its head is more than a linear
+            map with the usual scalings. Slower, needs memory for [R, L, V].
+        notes: what the probe found, for the log.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        self.kind: ModelKind = kind
+        self.layout: Layout = "packed"
+        self.whole_logits = False
+        self.notes: list[str] = []
+
+    @property
+    def base(self) -> Any:
+        """The transformers model itself, without PEFT around it (adapters stay in place inside)."""
+        return self.network.get_base_model() if hasattr(self.network, "peft_config") else self.network
+
+    @property
+    def config(self) -> Any:
+        """The text model's config."""
+        return self.base.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.dtype, self.base.dtype)
+
+    @property
+    def decoder(self) -> Any:
+        """The part that yields hidden states."""
+        base = self.base
+        return base.get_decoder() if self.kind == "policy" else getattr(base, base.base_model_prefix)
+
+    @property
+    def head(self) -> Any:
+        """The linear map on hidden states: to the vocabulary, a score, or step labels."""
+        base = self.base
+        if self.kind == "policy":
+            return base.get_output_embeddings()
+        return base.score if hasattr(base, "score") else base.classifier
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.config.pad_token_id
+        return int(pad) if pad is not None else 0
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions the model knows, prompt and response together; None where there is no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def lay_out(self, groups: Sequence[Group]) -> Rows:
+        """The groups as rows in this model's layout, on this model's device."""
+        skips = self.config.pad_token_id if self.kind == "score" else None
+        return lay_out(groups, self.layout, self.pad_id, skips).to(self.device)
+
+    def micro_batches(self, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
+        return micro_batches(groups, token_budget, self.layout)
+
+    def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> Outputs:
+        """Outputs for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.
+
+        Args:
+            rows: from `lay_out`.
+            reads: which outputs to compute: "logp", "entropy" (policies), "score", "step".
+            temperature: log-probs are of softmax(logits / temperature): what was sampled from, when sampling.
+        """
+        reads = set(reads)
+        values: dict[str, Tensor] = {}
+        if self.whole_logits and self.kind == "policy":
+            logits = self._run(self.network, rows).logits.flatten(0, 1)
+            pieces = _from_logits(logits[rows.predict_T], rows.target_T, temperature, "entropy" in reads)
+            values["logp_T"] = pieces[0]
+            if "entropy" in reads:
+                values["entropy_T"] = pieces[1]
+            return Outputs(**values)
+        hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
+        if "logp" in reads or "entropy" in reads:
+            logp, entropy = self._log_probs(hidden[rows.predict_T], rows.target_T, temperature, "entropy" in reads)
+            values["logp_T"] = logp
+            if "entropy" in reads:
+                values["entropy_T"] = entropy
+        if "score" in reads:
+            values["score_N"] = self._apply_head(hidden[rows.last_N]).squeeze(-1)
+        if "step" in reads:
+            values["step_TL"] = self._apply_head(hidden[rows.place_T])
+        return Outputs(**values)
+
+    def _run(self, module: Any, rows: Rows) -> Any:
+        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
+        if rows.layout == "plain":
+            mask = (rows.group_RL != PADDING).long()
+            return module(input_ids=rows.input_ids_RL, attention_mask=mask, use_cache=False)
+        return module(
+            input_ids=rows.input_ids_RL,
+            position_ids=rows.position_RL,
+            attention_mask=self._masks(rows),
+            use_cache=False,
+        )
+
+    def _masks(self, rows: Rows) -> Tensor | dict[str, Tensor]:
+        """The attention mask, or one for each kind of layer where the model has several."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+
+        def build(limit: int | None) -> Tensor:
+            allowed = rows.attention(limit)
+            if self.config._attn_implementation == "eager":  # adds the mask to the scores
+                return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+            return allowed
+
+        if not kinds:
+            return build(window)
+        return {kind: build(window if kind == "sliding_attention" else None) for kind in kinds}
+
+    def _apply_head(self, hidden: Tensor) -> Tensor:
+        weight = next(self.head.parameters())
+        return self.head(hidden.to(weight.dtype)).float()
+
+    def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        """Log-probs of `target` (T,) from hidden states (T, D), in chunks whose logits are recomputed in the
+        backward pass: memory does not grow with T times the vocabulary."""
+        vocabulary = self.head.weight.shape[0]
+        size = max(1, CHUNK_ELEMENTS // vocabulary)
+        pieces: list[Sequence[Tensor]] = []
+        for start in range(0, len(target), size):
+            chunk = (hidden[start : start + size], target[start : start + size], temperature, entropy)
+            if torch.is_grad_enabled() and len(target) > size:
+                pieces.append(checkpoint(self._chunk, *chunk, use_reentrant=False))
+            else:
+                pieces.append(self._chunk(*chunk))
+        if not pieces:  # keep the graph, so that every process has a backward pass
+            empty = hidden.sum(-1).float()
+            return empty, empty.detach()
+        return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+
+    def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        return _from_logits(self._scaled(self.head(hidden)), target, temperature, entropy)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """What architectures do to logits after the linear map: Cohere and Granite scale, Gemma caps softly."""
+        config = self.config
+        if getattr(config, "logit_scale", None) is not None:
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None) is not None:
+            logits = logits / config.logits_scaling
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def outputs(
+        self, groups: Sequence[Group], reads: Iterable[str] = ("logp",), token_budget: int = 16384, temperature: float = 1.0
+    ) -> dict[str, list[Tensor]]:
+        """Outputs of a scoring pass, one CPU tensor for each response in the order of the groups: (C',) for
+        per-token outputs, () for scores. Runs without gradient and without dropout."""
+        reads = tuple(reads)
+        counts = [len(g.responses) for g in groups]
+        offset = [sum(counts[:i]) for i in range(len(counts))]
+        found: dict[str, list[Tensor]] = {}
+        with evaluating(self):
+            for batch in self.micro_batches(groups, token_budget):
+                chosen = [groups[i] for i in batch]
+                out = self(self.lay_out(chosen), reads, temperature)
+                lengths = [r.loss_tokens for g in chosen for r in g.responses]
+                slots = [offset[i] + k for i in batch for k in range(counts[i])]
+                for name, value in out.values.items():
+                    parts = value.cpu().split(lengths if name.rsplit("_", 1)[1].startswith("T") else 1)
+                    column = found.setdefault(name.rsplit("_", 1)[0], [torch.empty(0)] * sum(counts))
+                    for slot, part in zip(slots, parts, strict=True):
+                        column[slot] = part if name.rsplit("_", 1)[1].startswith("T") else part[0]
+        return found
+
+
+def _from_logits(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    """(log-prob of target, entropy or zeros) from logits (T, V), computed in float32 or better."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if temperature != 1.0:
+        logits = logits / temperature
+    normaliser = logits.logsumexp(-1)
+    logp = logits.gather(-1, target[:, None]).squeeze(-1) - normaliser
+    with torch.no_grad():
+        if entropy:
+            log_p = logits - normaliser[:, None]
+            return logp, -(log_p.exp() * log_p).sum(-1)
+        return logp, torch.zeros_like(normaliser)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside, as before outside."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

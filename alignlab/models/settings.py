@@ -1,0 +1,36 @@
+"""The `model`, `adapter` and `quantization` sections of the config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignlab.core.settings import Settings
+
+
+class ModelSettings(Settings):
+    """Which model, in which precision, and which of its weights may change."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    layout: Literal["auto", "packed", "plain"] = "auto"
+    freeze: list[str] = Field(default_factory=list)
+    freeze_layers: int = Field(0, ge=0)
+    dropout: bool = False
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class AdapterSettings(Settings):
+    """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on the base model, or none: full fine-tuning."""
+
+    kind: Literal["none", "lora"] = "none"
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    rslora: bool = False
