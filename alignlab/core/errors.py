@@ -23,7 +23,11 @@ class NonFiniteError(AlignlabError):
 
 
 class Interrupted(AlignlabError):
-    """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and has saved a checkpoint."""
+    """The run was asked to stop by a signal, named as in "SIGTERM", and has saved a checkpoint."""
+
+    def __init__(self, signal: str, saved: str) -> None:
+        super().__init__(f"stopped by {signal}; {saved}")
+        self.signal = signal
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

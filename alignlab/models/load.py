@@ -169,6 +169,7 @@ def _new_adapter(network: Any, adapter: AdapterSettings, kind: ModelKind) -> Any
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
+        exclude_modules=None if kind == "policy" else ["score", "classifier"],  # heads are trained whole
         use_rslora=adapter.rslora,
     )
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignlab.core import Group, ModelKind, Outputs
+from alignlab.core import Group, ModelKind
 from alignlab.data.packing import PADDING, Layout, Rows, lay_out, micro_batches
 
 CHUNK_ELEMENTS = 1 << 23
@@ -32,7 +32,7 @@ class PackedModel(nn.Module):
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.tokenizer = tokenizer
         self.kind: ModelKind = kind
         self.layout: Layout = "packed"
@@ -89,8 +89,10 @@ class PackedModel(nn.Module):
     def micro_batches(self, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
         return micro_batches(groups, token_budget, self.layout)
 
-    def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> Outputs:
-        """Outputs for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.
+    def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> dict[str, Tensor]:
+        """The values of `core.Outputs` for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.
+
+        A plain dictionary, because distributed engines look for tensors in what a module returns.
 
         Args:
             rows: from `lay_out`.
@@ -105,7 +107,7 @@ class PackedModel(nn.Module):
             values["logp_T"] = pieces[0]
             if "entropy" in reads:
                 values["entropy_T"] = pieces[1]
-            return Outputs(**values)
+            return values
         hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
         if "logp" in reads or "entropy" in reads:
             logp, entropy = self._log_probs(hidden[rows.predict_T], rows.target_T, temperature, "entropy" in reads)
@@ -116,7 +118,7 @@ class PackedModel(nn.Module):
             values["score_N"] = self._apply_head(hidden[rows.last_N]).squeeze(-1)
         if "step" in reads:
             values["step_TL"] = self._apply_head(hidden[rows.place_T])
-        return Outputs(**values)
+        return values
 
     def _run(self, module: Any, rows: Rows) -> Any:
         """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
@@ -195,7 +197,7 @@ class PackedModel(nn.Module):
                 out = self(self.lay_out(chosen), reads, temperature)
                 lengths = [r.loss_tokens for g in chosen for r in g.responses]
                 slots = [offset[i] + k for i in batch for k in range(counts[i])]
-                for name, value in out.values.items():
+                for name, value in out.items():
                     parts = value.cpu().split(lengths if name.rsplit("_", 1)[1].startswith("T") else 1)
                     column = found.setdefault(name.rsplit("_", 1)[0], [torch.empty(0)] * sum(counts))
                     for slot, part in zip(slots, parts, strict=True):

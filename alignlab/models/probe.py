@@ -72,7 +72,7 @@ def _difference(model: PackedModel, groups: list[Group], expected: Tensor) -> fl
     try:
         rows = model.lay_out(groups)
         if model.kind == "policy":
-            found = model(rows).logp_T
+            found = model(rows)["logp_T"]
         else:
             hidden = model._run(model.decoder, rows).last_hidden_state.flatten(0, 1)
             found = hidden[rows.place_T].float().flatten()

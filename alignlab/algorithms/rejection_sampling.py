@@ -1,0 +1,38 @@
+"""Rejection sampling: keep the best of N sampled responses, then fine-tune on them.
+
+Nakano et al. (2021, arXiv:2112.09332) for best of N; Touvron et al. (2023, arXiv:2307.09288, section 3.2.3) and RAFT
+(Dong et al. 2023, arXiv:2304.06767) for fine-tuning on it. With `source.prompts` as large as the set of prompts it
+is the one-round method; smaller, the policy that samples follows the one that learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignlab.algorithms.sft import SFT
+from alignlab.core import Group, require
+
+
+class RejectionSampling(SFT):
+    """SFT on the `keep` best of the responses to each prompt, by the column `reward`.
+
+    Args:
+        keep: how many to learn from, >= 1. The first drawn wins a tie.
+    """
+
+    needs = ("reward",)
+
+    def __init__(self, keep: int = 1) -> None:
+        require(keep >= 1, "algorithm.keep", keep, "must be at least 1")
+        self.keep = keep
+
+    def check(self, group: Group) -> str | None:
+        return None
+
+    def prepare(self, groups: Sequence[Group]) -> list[Group]:
+        return [g.with_responses(best(g, self.keep)) for g in groups if g.responses]
+
+
+def best(group: Group, keep: int) -> list:
+    """The `keep` responses of the group with the highest reward, best first."""
+    return sorted(group.responses, key=lambda r: -float(r.columns["reward"]))[:keep]  # type: ignore[arg-type]

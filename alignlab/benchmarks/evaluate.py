@@ -1,0 +1,92 @@
+"""Measure a saved model on a benchmark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from alignlab.benchmarks.base import Benchmark, Subject
+from alignlab.config import build, section
+from alignlab.core import ConfigError
+from alignlab.core.files import write_json
+from alignlab.models import ModelSettings, PackedModel, load_model
+from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.scoring import RewardModelScorer
+
+
+def build_benchmark(values: dict[str, Any]) -> Benchmark:
+    """The benchmark that `_target_` names."""
+    benchmark = build(values, "benchmark")
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"benchmark._target_={values['_target_']}: not a subclass of alignlab.benchmarks.base.Benchmark")
+    return benchmark
+
+
+def evaluate(config: dict[str, Any]) -> dict[str, Any]:
+    """Measure the model of the run `run` (a run's folder or a model) and write `evaluation.json` beside it.
+
+    The reference is `reference`, or else the model that the run started from.
+
+    Raises:
+        ConfigError: there is no model, or no reference can be told.
+    """
+    run = Path(config["run"])
+    path = run / "model" if (run / "model").is_dir() else run
+    reference_path = config["reference"] or _start_of(run)
+    if reference_path is None:
+        raise ConfigError(f"reference: {run} is no run of alignlab: name the model to measure against, reference=PATH")
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    benchmark = build_benchmark(config["benchmark"])
+    rollout = section(RolloutSettings, config["rollout"], "rollout")
+
+    def open_model(where: str) -> PackedModel:
+        settings = section(ModelSettings, {**config["model"], "path": where}, "model")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_model(settings, trainable=False, device=device)
+
+    base = config["base"]
+    subject = Subject(
+        policy=open_model(str(path)),
+        reference=_as_context(lambda: open_model(str(reference_path))),
+        sampler=lambda policy: LocalEngine(policy, rollout),
+        base=(lambda: open_model(str(base))) if base else None,
+        proxy=RewardModelScorer(config["reward_model"]) if config["reward_model"] else None,
+        token_budget=config["token_budget"],
+        seed=config["seed"],
+    )
+    found = {"benchmark": benchmark.name, **benchmark.evaluate(subject)}
+    folder = run if run.is_dir() else Path.cwd()
+    write_json(folder / "evaluation.json", _without_nan(found))
+    return found
+
+
+def _as_context(open_model: Callable[[], PackedModel]) -> Callable[[], AbstractContextManager[PackedModel]]:
+    @contextmanager
+    def context() -> Iterator[PackedModel]:
+        yield open_model()
+
+    return context
+
+
+def _start_of(run: Path) -> str | None:
+    """The model a run of ours started from."""
+    try:
+        return str(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+    except (OSError, KeyError, TypeError):
+        return None
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for NaN: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return [_without_nan(v) for v in value] if isinstance(value, list) else value

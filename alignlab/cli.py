@@ -1,0 +1,216 @@
+"""The command line: `alignlab COMMAND [--config-dir DIR] [KEY=VALUE …]`. Heavy imports wait for the command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "train": "one training run:  alignlab train algorithm=dpo model=PATH data=preferences data.path=FILE",
+    "compare": "many algorithms under one budget:  alignlab compare experiment=demo",
+    "evaluate": "measure a saved model:  alignlab evaluate run=DIR benchmark=exact",
+    "sample": "sample responses, score or label them, write a data set:  alignlab sample model=PATH data.path=FILE",
+    "report": "leaderboard and report from runs on disk:  alignlab report DIR",
+}
+
+HELP = """alignlab: which alignment algorithm should I use, and how far is it from the best that is possible?
+
+usage: alignlab COMMAND [KEY=VALUE ...]
+
+{commands}
+
+options:
+  --config-dir DIR   a folder of your own configs, laid out as ours (algorithm/mine.yaml, experiment/mine.yaml, ...)
+  --cfg              print the resolved config and stop
+  -m, --multirun     run every combination of comma-separated values:  alignlab train -m algorithm=sft,dpo ...
+  --help             this text; after a command: its config groups and their options
+  --version          the version
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, and
+    128 + n when stopped by signal n with a checkpoint saved."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())), end="")
+        return 0
+    if words[0] == "--version":
+        from alignlab import __version__
+
+        print(__version__)
+        return 0
+    from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean
+
+    name, rest = words[0], words[1:]
+    try:
+        if name not in COMMANDS:
+            raise AlignlabError(f"{name}: unknown command{did_you_mean(name, COMMANDS)}")
+        if any(w in ("-h", "--help") for w in rest):
+            return _help(name)
+        return _RUN[name](rest)
+    except Interrupted as stop:
+        import signal
+
+        print(f"alignlab: {stop}", file=sys.stderr)
+        return 128 + signal.Signals[stop.signal].value
+    except AlignlabError as error:
+        print(f"alignlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("alignlab: stopped", file=sys.stderr)
+        return 130
+
+
+def _train(words: list[str]) -> int:
+    if {"-m", "--multirun"} & set(words):
+        return _sweep("train", [w for w in words if w not in ("-m", "--multirun")])
+    config = _config("train", words)
+    if config is None:
+        return 0
+    from alignlab.training.run import train
+
+    result = train(config, Path(config["out"]))
+    if _is_main():
+        tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
+        print(f"done: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {config['out']}/model")
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    config = _config("evaluate", words)
+    if config is None:
+        return 0
+    from alignlab.benchmarks.evaluate import evaluate
+
+    for name, value in evaluate(config).items():
+        if isinstance(value, float):
+            print(f"{name:<24}{value:12.4f}")
+    return 0
+
+
+def _sample(words: list[str]) -> int:
+    config = _config("sample", words)
+    if config is None:
+        return 0
+    from alignlab.rollout.produce import produce
+
+    out = Path(config["out"])
+    result = produce(config, out)
+    print(f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s → {out}/groups.jsonl")
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    if {"-m", "--multirun"} & set(words):
+        return _sweep("compare", [w for w in words if w not in ("-m", "--multirun")])
+    config = _config("compare", words)
+    if config is None:
+        return 0
+    from alignlab.comparison.compare import compare
+
+    return compare(config, Path(config["out"]))
+
+
+def _report(words: list[str]) -> int:
+    from alignlab.comparison.collect import rebuild
+    from alignlab.core.errors import ConfigError
+
+    if not words:
+        raise ConfigError("report: name the folder of a comparison, or several: alignlab report DIR...")
+    for word in words:
+        rebuild(Path(word))
+    return 0
+
+
+_RUN: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "report": _report,
+}
+
+
+def _config(name: str, words: list[str]) -> dict[str, Any] | None:
+    """The resolved config of a command, or None after printing it for --cfg."""
+    from alignlab.config import compose, read_saved, resolve
+
+    words, own = _own_folder(words)
+    show = "--cfg" in words
+    words = [w for w in words if w != "--cfg"]
+    saved = [w for w in words if w.startswith("--from=")]
+    if saved:
+        return read_saved(Path(saved[0].removeprefix("--from=")))
+    config = compose(name, words, own)
+    if show:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config), end="")
+        return None
+    return resolve(config)
+
+
+def _own_folder(words: list[str]) -> tuple[list[str], Path | None]:
+    """The words without `--config-dir DIR`, and the folder."""
+    from alignlab.core.errors import ConfigError
+
+    for i, word in enumerate(words):
+        if word.startswith("--config-dir="):
+            return [*words[:i], *words[i + 1 :]], Path(word.partition("=")[2])
+        if word == "--config-dir":
+            if i + 1 == len(words):
+                raise ConfigError("--config-dir: name a folder")
+            return [*words[:i], *words[i + 2 :]], Path(words[i + 1])
+    return words, None
+
+
+def _help(name: str) -> int:
+    """A command's config groups with their options, and its own keys."""
+    print(f"alignlab {name}: {COMMANDS[name]}\n")
+    if name == "report":
+        return 0
+    from alignlab.config import config_folder
+
+    folder = config_folder()
+    text = (folder / f"{name}.yaml").read_text()
+    print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
+    for group in sorted(p for p in folder.iterdir() if p.is_dir()):
+        if f"- {group.name}:" in text or f"- override /{group.name}:" in text:
+            print(f"  {group.name:<12}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+    print(f"\n{folder / f'{name}.yaml'}:\n\n{text}")
+    return 0
+
+
+def _sweep(name: str, words: list[str]) -> int:
+    """Every combination of comma-separated values, by Hydra's launchers and sweepers."""
+    import hydra
+
+    from alignlab.config import BY_PATH, config_folder, resolve, sweep_words
+
+    words, own = _own_folder(words)
+
+    def one(config: Any) -> None:
+        plain = resolve(config)
+        out = Path(plain["out"])
+        if name == "train":
+            from alignlab.training.run import train
+
+            train(plain, out)
+        else:
+            from alignlab.comparison.compare import compare
+
+            compare(plain, out)
+
+    sys.argv = ["alignlab", "-m", *sweep_words(words, own, BY_PATH)]
+    hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(one)()
+    return 0
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"

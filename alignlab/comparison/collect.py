@@ -1,0 +1,105 @@
+"""From the runs on disk to the leaderboard and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignlab.comparison import leaderboard as board
+from alignlab.comparison.graph import DONE, PLAN
+from alignlab.comparison.report import write_report
+from alignlab.core import AlignlabError
+
+COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
+CURVES = ("loss", "reward", "kl", "accuracy", "grad_norm")
+NOT_FIGURES = ("benchmark", "frontier", "samples")
+
+
+def collect(out: Path) -> board.Leaderboard:
+    """Read every finished run of the comparison in `out`; write the leaderboard and `report.html` there."""
+    config = _yaml(out / "config.yaml")
+    rows, curves, provenance = [], {}, []
+    samples: dict[str, dict[str, str]] = {}
+    frontier = None
+    for folder in sorted((out / "runs").glob("*-seed*")):
+        if not (folder / DONE).exists():
+            continue
+        algorithm, seed = folder.name.rsplit("-seed", 1)
+        evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
+        figures = {k: v for k, v in evaluation.items() if k not in NOT_FIGURES}
+        costs = {k: result.get(k, 0) for k in COSTS}
+        rows.append({"algorithm": algorithm, "seed": int(seed), **figures, **costs})
+        frontier = evaluation.get("frontier", frontier)
+        for sample in evaluation.get("samples", []):
+            samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
+        points = _lines(folder / "metrics.jsonl")
+        if points:
+            curves.setdefault(algorithm, {})[int(seed)] = points
+        key = _json(folder / PLAN).get("key", "")
+        provenance.append({"algorithm": algorithm, "seed": int(seed), "folder": str(folder), "config hash": key})
+    if not rows:
+        raise AlignlabError(f"{out}: no finished run in it; run `alignlab compare` first")
+    comparison = config["comparison"]
+    budget = {k: v for k, v in comparison["budget"].items() if v is not None}
+    shared = {n: _json(out / n / "result.json") for n in ("sft", "pairs", "reward_model")}
+    kept = ("trained_tokens", "generated_tokens", "seconds")
+    budget["shared"] = {n: {k: r[k] for k in kept if k in r} for n, r in shared.items() if r}
+    name = rows[0].get("benchmark") or _name(config)
+    found = board.build(rows, name, budget, comparison["sort_by"])
+    found.write(out)
+    write_report(
+        out / "report.html",
+        found,
+        frontier=frontier,
+        curves=_by_metric(curves),
+        samples=[{"prompt": p, "answers": a} for p, a in samples.items()],
+        provenance=provenance,
+    )
+    return found
+
+
+def rebuild(out: Path) -> None:
+    """Leaderboard and report again from what is on disk, printed."""
+    collect(out).print()
+    print(f"{out}/leaderboard.json, .csv, .md and report.html")
+
+
+def _name(config: dict[str, Any]) -> str:
+    return str(config["benchmark"]["_target_"]).rsplit(".", 1)[-1].removesuffix("Benchmark").lower()
+
+
+def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """metric → algorithm → seed → [(trained tokens, value), …]."""
+    found: dict[str, Any] = {}
+    for metric in CURVES:
+        for algorithm, seeds in curves.items():
+            for seed, lines in seeds.items():
+                points = [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+                if points:
+                    found.setdefault(metric, {}).setdefault(algorithm, {})[seed] = points
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise AlignlabError(f"{path}: {error.strerror}; is this the folder of a comparison?") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,330 @@
+"""The leaderboard: per-run figures in, one row per algorithm out, best first, with 95 % intervals and tests.
+
+    board = build(rows, benchmark="exact", budget={"generated_tokens": 1_000_000})
+    board.print()
+    board.write("runs/demo")  # leaderboard.json, leaderboard.csv, leaderboard.md
+
+A row of the input is a run: `algorithm`, `seed`, the figures of `REQUIRED` and any further numeric ones. A figure that
+could not be measured is None or NaN. `<figure>_per_prompt` holds the same figure for each prompt of the benchmark, in
+the benchmark's order, for intervals over prompts; leave it out where the prompts are all there are (the exact
+benchmark) rather than a sample of those one cares for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alignlab.comparison.metrics import metric, ordered
+from alignlab.comparison.statistics import Comparison, Estimate, Figure, compare_all, estimate, prompt_errors
+from alignlab.core import AlignlabError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REQUIRED = ("reward", "kl", "win_rate", "seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
+"""Figures that every row has (None or NaN where not measured), besides `algorithm` and `seed`."""
+
+PROVENANCE = ("folder", "config_hash")
+"""Text that a row may carry along; shown in the report."""
+
+PER_PROMPT = "_per_prompt"
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Aggregated rows, best first, and what they were made of. Made by `build` or `load`.
+
+    Attributes:
+        benchmark: name of what was measured on.
+        budget: what every algorithm was allowed, by name.
+        sort_by: the figure that ranks.
+        rows: one per algorithm: `algorithm`, `rank` (from 1; None without the ranking figure), `seeds`,
+            `indistinguishable_from_best` (None where it cannot be tested), and for each figure its mean over seeds,
+            `_low` and `_high` (None where there is none), and `_seeds`, how many seeds it is a mean over, where they
+            are fewer than the row's.
+        runs: one per algorithm and seed, as given, with None for what is not finite.
+        figures: names of the figures, in the order of their columns.
+        comparisons: every pair of algorithms on the ranking figure.
+        prompts: figure → number of prompts its intervals were bootstrapped over; absent where there are none.
+    """
+
+    benchmark: str
+    budget: dict[str, Any]
+    sort_by: str
+    rows: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    figures: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)
+    prompts: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"benchmark", "budget", "rows"}`, all of it JSON."""
+        return {"benchmark": self.benchmark, "budget": self.budget, "rows": self.rows}
+
+    def estimate(self, row: Mapping[str, Any], figure: str) -> Estimate | None:
+        """One figure of one of `rows`, or None where it is missing."""
+        mean = row.get(figure)
+        return None if mean is None else Estimate(mean, row[f"{figure}_low"], row[f"{figure}_high"])
+
+    def between(self, a: str, b: str) -> Comparison:
+        """Algorithm a against algorithm b on the ranking figure."""
+        for pair in self.comparisons:
+            if (pair.a, pair.b) == (a, b):
+                return pair
+            if (pair.a, pair.b) == (b, a):
+                return pair.flipped()
+        return Comparison(a, b, None, None)
+
+    def best(self, figure: str) -> set[str]:
+        """The algorithms whose mean is best; empty for costs and figures without a better direction."""
+        known = metric(figure)
+        values = {row["algorithm"]: row[figure] * known.better for row in self.rows if row[figure] is not None}
+        if known.cost or not known.better or not values:
+            return set()
+        return {name for name, value in values.items() if value == max(values.values())}
+
+    def to_json(self) -> str:
+        """The text of `leaderboard.json`: `to_dict()`, then `sort_by`, `comparisons` and `runs`; one row a line."""
+        comparisons = [_pair_to_dict(pair) for pair in self.comparisons]
+        lists = {"rows": self.rows, "comparisons": comparisons, "runs": self.runs}
+        parts = [f'"{key}": {_dump(value)}' for key, value in self.to_dict().items() if key != "rows"]
+        parts.append(f'"sort_by": {_dump(self.sort_by)}')
+        for key, items in lists.items():
+            lines = ",\n".join("    " + _dump(item) for item in items)
+            parts.append(f'"{key}": [\n{lines}\n  ]' if items else f'"{key}": []')
+        return "{\n  " + ",\n  ".join(parts) + "\n}\n"
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write `leaderboard.json`, `.csv` and `.md` into a folder, each whole or not at all."""
+        from alignlab.comparison.tables import to_csv, to_markdown
+
+        for suffix, text in (("json", self.to_json()), ("csv", to_csv(self)), ("md", to_markdown(self))):
+            write_atomic(Path(folder) / f"leaderboard.{suffix}", text)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table and the verdict."""
+        from alignlab.comparison.tables import print_leaderboard
+
+        print_leaderboard(self, console)
+
+
+def build(
+    rows: Iterable[Mapping[str, Any]], benchmark: str, budget: Mapping[str, Any], sort_by: str | None = None
+) -> Leaderboard:
+    """Aggregate runs over seeds, rank the algorithms and test every pair.
+
+    Args:
+        rows: one per algorithm and seed (see the top of this file).
+        benchmark: name of what was measured on.
+        budget: what every algorithm was allowed; kept and shown as it is.
+        sort_by: the figure that ranks; `objective_score` where there is one, else `reward`.
+
+    Raises:
+        AlignlabError: a row lacks a key, holds something that is no number, or appears twice.
+        ConfigError: no row has the figure `sort_by`.
+    """
+    runs = [_checked(row, index) for index, row in enumerate(rows)]
+    if not runs:
+        raise AlignlabError("a leaderboard needs at least one run, got none: has any run of the comparison finished?")
+    by_algorithm: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        seeds = by_algorithm.setdefault(run["algorithm"], {})
+        if run["seed"] in seeds:
+            raise AlignlabError(f"two rows for algorithm '{run['algorithm']}' and seed {run['seed']}: keep one of them")
+        seeds[run["seed"]] = run
+    names = ordered({key for run in runs for key, value in run.items() if _is_number(value)} - {"seed"})
+    if sort_by is None:
+        sort_by = "objective_score" if "objective_score" in names else "reward"
+    elif sort_by not in names:
+        raise ConfigError(f"sort_by={sort_by}: no run has this figure{did_you_mean(sort_by, names)}")
+
+    rows_out: list[dict[str, Any]] = [
+        {"algorithm": algorithm, "rank": None, "seeds": sorted(seeds), "indistinguishable_from_best": None}
+        for algorithm, seeds in by_algorithm.items()
+    ]
+    prompts: dict[str, int] = {}
+    ranking: dict[str, Figure] = {}
+    for name in names:
+        figures, prompts_used = _figures(by_algorithm, name)
+        if prompts_used:
+            prompts[name] = prompts_used
+        if name == sort_by:
+            ranking = figures
+        for row in rows_out:
+            row.update(_aggregate(name, figures.get(row["algorithm"]), len(row["seeds"])))
+    sign = -1 if metric(sort_by).better < 0 else 1
+    rows_out.sort(key=lambda r: (r.get(sort_by) is None, -sign * (r.get(sort_by) or 0), r["algorithm"]))
+    ranked = [row for row in rows_out if row["algorithm"] in ranking]
+    comparisons = compare_all({row["algorithm"]: ranking[row["algorithm"]] for row in ranked})
+    board = Leaderboard(benchmark, _plain(budget), sort_by, rows_out, runs, names, comparisons, prompts)
+    for position, row in enumerate(ranked):
+        differs = board.between(ranked[0]["algorithm"], row["algorithm"]).significant if position else False
+        row |= {"rank": position + 1, "indistinguishable_from_best": None if differs is None else not differs}
+    return board
+
+
+def load(path: str | os.PathLike[str]) -> Leaderboard:
+    """Read a `leaderboard.json` back; everything is computed again from its runs.
+
+    Raises:
+        AlignlabError: the file is absent, is no JSON or lacks a key.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return build(data["runs"], data["benchmark"], data["budget"], data["sort_by"])
+    except (OSError, ValueError, TypeError) as error:
+        raise AlignlabError(f"{path}: cannot be read as a leaderboard ({error})") from error
+    except KeyError as error:
+        raise AlignlabError(
+            f"{path}: no key {error}; only a leaderboard.json with its runs can be read back"
+        ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own 0600 would keep the file from everyone else
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The row with plain numbers, None for what is not finite; an error for what cannot be a figure."""
+    where = f"row {index} (algorithm {row.get('algorithm')!r}, seed {row.get('seed')!r})"
+    lacking = [key for key in ("algorithm", "seed", *REQUIRED) if key not in row]
+    if lacking:
+        raise AlignlabError(f"{where} lacks {', '.join(lacking)}; give null for what was not measured")
+    if not isinstance(row["algorithm"], str) or not row["algorithm"]:
+        raise AlignlabError(f"{where}: 'algorithm' must be a name")
+    if not isinstance(row["seed"], Integral) or isinstance(row["seed"], bool):
+        raise AlignlabError(f"{where}: 'seed' must be a whole number")
+    checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": int(row["seed"])}
+    for key, value in row.items():
+        if key in checked:
+            continue
+        if key in PROVENANCE:
+            checked[key] = None if value is None else str(value)
+        elif key.endswith(PER_PROMPT):
+            if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
+                raise AlignlabError(f"{where}: '{key}' must be a list of numbers, got {value!r}")
+            checked[key] = [_number(v, f"{where}: '{key}' at prompt {i}") for i, v in enumerate(value)]
+        else:
+            checked[key] = _number(value, f"{where}: '{key}'")
+    return checked
+
+
+def _number(value: object, where: str) -> int | float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise AlignlabError(f"{where} must be a number, got {value!r}")
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isfinite(value) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _figures(by_algorithm: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> tuple[dict[str, Figure], int]:
+    """One figure of every algorithm that has it, and the number of prompts that its errors were bootstrapped over."""
+    values = {
+        algorithm: {seed: float(run[name]) for seed, run in seeds.items() if run.get(name) is not None}
+        for algorithm, seeds in by_algorithm.items()
+    }
+    values = {algorithm: seeds for algorithm, seeds in values.items() if seeds}
+    key = name + PER_PROMPT
+    lists: dict[tuple[str, int], list[float | None]] = {}
+    for algorithm, seeds in values.items():
+        with_list = {seed for seed in seeds if by_algorithm[algorithm][seed].get(key)}
+        if with_list and with_list != seeds.keys():
+            missing = ", ".join(str(seed) for seed in sorted(seeds.keys() - with_list))
+            raise AlignlabError(f"algorithm '{algorithm}' has '{key}' for some seeds but not for {missing}")
+        lists |= {(algorithm, seed): by_algorithm[algorithm][seed][key] for seed in sorted(with_list)}
+    errors, prompts = _prompt_errors(lists, values, key)
+    figures = {
+        algorithm: Figure(seeds, {seed: errors[algorithm, seed] for seed in seeds if (algorithm, seed) in errors})
+        for algorithm, seeds in values.items()
+    }
+    return figures, prompts
+
+
+def _prompt_errors(
+    lists: Mapping[tuple[str, int], Sequence[float | None]], values: Mapping[str, Mapping[int, float]], key: str
+) -> tuple[dict[tuple[str, int], Any], int]:
+    """Bootstrapped errors by run, over the prompts on which every run has a value, and the number of these prompts."""
+    if not lists:
+        return {}, 0
+    lengths = {len(values_of_run) for values_of_run in lists.values()}
+    if len(lengths) > 1:
+        raise AlignlabError(
+            f"'{key}' has {min(lengths)} values in one run and {max(lengths)} in another: "
+            "all runs of a leaderboard must be measured on the same prompts"
+        )
+    value_RQ = np.array([[np.nan if v is None else v for v in lists[run]] for run in lists], dtype=np.float64)
+    for (algorithm, seed), value_Q in zip(lists, value_RQ, strict=True):
+        present_Q = value_Q[np.isfinite(value_Q)]
+        figure = values[algorithm][seed]
+        scale = max(1.0, float(np.abs(present_Q).max(initial=0.0)))
+        if not len(present_Q) or abs(present_Q.mean() - figure) > 1e-3 * scale:
+            mean = float(present_Q.mean()) if len(present_Q) else None
+            raise AlignlabError(
+                f"algorithm '{algorithm}', seed {seed}: the mean of '{key}' is {mean} but the figure is {figure}"
+            )
+    common_RQ = value_RQ[:, np.isfinite(value_RQ).all(0)]
+    if common_RQ.shape[1] < 2:
+        return {}, 0
+    return dict(zip(lists, prompt_errors(common_RQ), strict=True)), common_RQ.shape[1]
+
+
+def _aggregate(name: str, figure: Figure | None, seeds: int) -> dict[str, Any]:
+    """The keys of one figure in an aggregated row."""
+    if figure is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    found, known = estimate(figure), metric(name)
+    low = None if found.low is None else min(found.mean, max(found.low, known.low))
+    high = None if found.high is None else max(found.mean, min(found.high, known.high))
+    row: dict[str, Any] = {name: found.mean, f"{name}_low": low, f"{name}_high": high}
+    if len(figure.values) < seeds:
+        row[f"{name}_seeds"] = len(figure.values)
+    return row
+
+
+def _pair_to_dict(pair: Comparison) -> dict[str, Any]:
+    d = pair.difference
+    interval = {"difference": d and d.mean, "difference_low": d and d.low, "difference_high": d and d.high}
+    return {"a": pair.a, "b": pair.b, **interval, "p": pair.p, "p_holm": pair.p_holm, "seeds": pair.seeds}
+
+
+def _plain(value: Any) -> Any:
+    """The value with None for numbers that JSON does not have, and plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return _number(value, "budget")
+    return value
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

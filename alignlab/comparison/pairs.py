@@ -1,0 +1,11 @@
+"""The true reward of a benchmark, as a config names it."""
+
+from __future__ import annotations
+
+from alignlab.benchmarks.base import Benchmark
+from alignlab.core import Scorer
+
+
+def gold(benchmark: Benchmark) -> Scorer:
+    """The benchmark's own reward: `{_target_: alignlab.comparison.pairs.gold, benchmark: {_target_: …}}`."""
+    return benchmark.gold()

@@ -1,0 +1,267 @@
+"""Files, folders and `datasets` to records. Each record keeps its origin, "file:line", for messages.
+
+| what                                    | N in the origin "file:N"                                   |
+|-----------------------------------------|------------------------------------------------------------|
+| .jsonl .ndjson .csv .tsv (and .gz)      | the line it begins on, from 1                              |
+| .txt (and .gz)                          | likewise; one document a file, unless a `separator` is set |
+| .json (and .gz) holding a list, .parquet, a `datasets` folder or hub id | its index, from 0          |
+
+A folder stands for all its files of these kinds, in sorted order; one with files named after splits (`train.jsonl`,
+`test-00000.parquet`, `val.csv.gz`) for the split asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from alignlab.core.errors import DataError, did_you_mean
+
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    "test": "test",
+}
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(slots=True)
+class Record:
+    """A record as it was read.
+
+    Attributes:
+        origin: "file:line" (see the head of this module).
+        file: the file it came from, or the dataset's name.
+        fields: its fields by name.
+        error: why it could not be read; "" if it could.
+    """
+
+    origin: str
+    file: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+def read(
+    path: str, split: str | None = None, subset: str | None = None, separator: str | None = None
+) -> Iterator[Record]:
+    """The records of a file, a folder, a `datasets` folder (save_to_disk) or a dataset of the Hugging Face hub.
+
+    Args:
+        path: where; a hub id ("owner/name") is anything that has the form of one and does not exist on disk.
+        split: which of its splits. None is "train" where there are splits, and everything where there are none.
+        subset: the configuration of a hub dataset that has several.
+        separator: what stands between the documents of a .txt file; None if each file is one document.
+
+    Raises:
+        DataError: there is no such file or split, or it cannot be read at all. What is wrong with a single record
+            is told in that record's `error` instead.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
+            yield from _read_saved(place, split)
+        else:
+            for file in _folder_files(place, split):
+                yield from _read_file(file, separator)
+    elif place.exists():
+        if split is not None:
+            raise DataError(f"{path}: is a single file and has no split '{split}'")
+        yield from _read_file(place, separator)
+    elif HUB_ID.fullmatch(path) and _kind(place) is None:
+        yield from _read_hub(path, split or "train", subset)
+    else:
+        names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise DataError(f"{path}: no such file or folder{did_you_mean(place.name, names) if len(names) < 50 else ''}")
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz")
+    return KINDS.get(Path(name).suffix)
+
+
+def _folder_files(folder: Path, split: str | None) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p) and not p.name.startswith("."))
+    if not files:
+        raise DataError(f"{folder}: holds no data files; known kinds: {', '.join(KINDS)}, and .gz of the text ones")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        name = SPLITS.get(re.split(r"[-_.]", file.name.lower())[0])
+        if name:
+            splits.setdefault(name, []).append(file)
+    if not splits and split is None:
+        return files
+    wanted = split or "train"
+    wanted = SPLITS.get(wanted, wanted)
+    if wanted not in splits:
+        have = f"it has: {', '.join(sorted(splits))}; see data.split" if splits else "its files are not named by split"
+        raise DataError(f"{folder}: has no split '{wanted}'; {have}")
+    return splits[wanted]
+
+
+def _read_file(path: Path, separator: str | None) -> Iterator[Record]:
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}, and .gz of the text ones")
+    try:
+        if kind == "parquet":
+            yield from _read_parquet(path)
+            return
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as opened:
+            stream = cast(BinaryIO, opened)
+            if kind == "jsonl":
+                yield from _read_jsonl(path, stream)
+            elif kind == "json":
+                yield from _read_json(path, stream)
+            elif kind == "csv":
+                yield from _read_csv(path, stream)
+            else:
+                yield from _read_text(path, stream, separator)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    # Binary lines: a broken byte is then one bad record with its line, and only \n ends a line, as JSONL has it.
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            yield Record(origin, str(path), error=f"not UTF-8 (byte {error.start + 1} of the line)")
+        except json.JSONDecodeError as error:
+            yield Record(origin, str(path), error=f"invalid JSON: {error.msg} at column {error.colno}")
+        else:
+            yield _record(origin, str(path), value)
+
+
+def _read_json(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    try:
+        values = json.loads(_decode(path, stream))
+    except json.JSONDecodeError as error:
+        hint = "; one JSON object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}{hint}") from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}:1: a .json file must hold a list of records, not {_name(values)}")
+    for index, value in enumerate(values):
+        yield _record(f"{path}:{index}", str(path), value)
+
+
+def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    text = _decode(path, stream)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for row in rows:
+            origin, start = f"{path}:{start}", rows.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = row
+                twice = sorted({name for name in row if row.count(name) > 1})
+                if twice:
+                    raise DataError(f"{origin}: the header has the column '{twice[0]}' more than once")
+            elif len(row) != len(header):
+                yield Record(origin, str(path), error=f"{len(row)} cells under {len(header)} columns")
+            else:
+                yield Record(origin, str(path), dict(zip(header, row, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}:{start}: invalid CSV: {error}") from error
+
+
+def _read_text(path: Path, stream: BinaryIO, separator: str | None) -> Iterator[Record]:
+    text = _decode(path, stream)
+    line = 1
+    for piece in text.split(separator) if separator else [text]:
+        if piece.strip() or not separator:
+            start = line + piece[: len(piece) - len(piece.lstrip())].count("\n")
+            yield Record(f"{path}:{start}", str(path), {"text": piece.strip() if separator else piece})
+        line += (piece + (separator or "")).count("\n")
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    index = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield Record(f"{path}:{index}", str(path), row)
+                index += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _read_saved(folder: Path, split: str | None) -> Iterator[Record]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever `datasets` raises, the user needs the folder's name with it
+        raise DataError(f"{folder}: cannot be read as a saved dataset: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        wanted = split or "train"
+        if wanted not in data:
+            raise DataError(f"{folder}: has no split '{wanted}'; it has: {', '.join(data)}; see data.split")
+        data, name = data[wanted], f"{folder}/{wanted}"
+    elif split is not None:
+        raise DataError(f"{folder}: is a single dataset and has no split '{split}'")
+    else:
+        name = str(folder)
+    for index, row in enumerate(data):
+        yield Record(f"{name}:{index}", name, row)
+
+
+def _read_hub(path: str, split: str, subset: str | None) -> Iterator[Record]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # network, authorisation, missing split: all of them are the user's to read
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: no such file here, and the hub does not give it as a dataset: {reason}") from error
+    for index, row in enumerate(data):
+        yield Record(f"{path}/{split}:{index}", f"{path}/{split}", row)
+
+
+def _decode(path: Path, stream: BinaryIO) -> str:
+    raw = stream.read()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8; convert the file first, e.g. with iconv") from error
+
+
+def _record(origin: str, file: str, value: object) -> Record:
+    if isinstance(value, dict):
+        return Record(origin, file, value)
+    return Record(origin, file, error=f"a record must be a JSON object, not {_name(value)}")
+
+
+def _name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

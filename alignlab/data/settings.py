@@ -1,0 +1,87 @@
+"""The settings of the data layer: the section `data` of a config, explained line by line in configs/data/base.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.core.errors import did_you_mean
+from alignlab.core.settings import Settings
+
+Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "prompts"]
+
+FIELDS = frozenset(
+    ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output")
+) | frozenset(("messages", "conversations", "chosen", "rejected", "margin", "preference", "responses", "scores"))
+"""The field names the formats know; `data.fields` maps one of them to the name a user's records have for it."""
+
+
+class DataSettings(Settings):
+    """Where records come from and how they become groups of tokens. Lengths are in tokens."""
+
+    path: str | list[str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    separator: str | None = None
+    format: Literal["auto"] | Format = "auto"
+    fields: dict[str, str] = Field(default_factory=dict)
+    max_records: int | None = Field(None, ge=1)
+    on_bad_record: Literal["stop", "skip"] = "stop"
+
+    validation: float | str = 0.0
+    test: float | str = 0.0
+    seed: int = 0
+
+    chat_template: str = "auto"
+    loss_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
+    prompt_template: str = "{prompt}"
+    response_separator: str = ""
+    add_bos: bool | Literal["auto"] = "auto"
+    append_eos: bool = True
+
+    max_prompt_length: int | None = Field(None, ge=1)
+    max_response_length: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=2)
+    keep_prompt: Literal["end", "start"] = "end"
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    chunk: bool = True
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list: the files are read one after the other."""
+        if self.path is None:
+            return []
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in fields:
+            if name not in FIELDS:
+                raise ValueError(
+                    f"maps alignlab's name for a field to yours, but '{name}' is none of alignlab's"
+                    f"{did_you_mean(name, FIELDS)}"
+                )
+        return fields
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _fraction(cls, share: float | str) -> float | str:
+        if isinstance(share, float) and not 0 <= share < 1:
+            raise ValueError(f"must be a fraction in [0, 1), the name of a split, or a path; got {share}")
+        return share
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_place(cls, template: str) -> str:
+        if template != "alpaca" and "{prompt}" not in template and "{instruction}" not in template:
+            raise ValueError(f"must be 'alpaca' or a text with {{prompt}} or {{instruction}} in it; got {template!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> DataSettings:
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"validation={self.validation} and test={self.test} leave nothing to train on")
+        return self

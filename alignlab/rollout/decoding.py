@@ -1,0 +1,148 @@
+"""Sequences that grow by a token at a time, with what the network remembers of them, for any architecture."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignlab.models import PackedModel, evaluating
+from alignlab.models.probe import TOLERANCE
+
+log = logging.getLogger(__name__)
+
+_modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a network can be decoded exactly.
+
+    Attributes:
+        cached: it keeps keys and values, or states, and these can be repeated and dropped by row. Where not, every
+            step runs over the whole sequences again: slow, but right.
+        padded: prompts of different lengths can share a batch, padded on the left.
+    """
+
+    cached: bool
+    padded: bool
+
+
+class Decoding:
+    """A batch of sequences being extended.
+
+    Attributes:
+        logits_RV: logits of the next token of each of the R rows, as the network's own forward gives them.
+    """
+
+    logits_RV: Tensor
+
+    def __init__(self, model: PackedModel, prompts: Sequence[Sequence[int]], cached: bool) -> None:
+        """Run the prompts, a row for each."""
+        self._network = model.base
+        self._accepts = inspect.signature(self._network.forward).parameters
+        self._states = "cache_params" in self._accepts  # what state-space models call their cache
+        self._cached = cached
+        self._cache: Any = None
+        length = max(len(p) for p in prompts)
+        padding = [length - len(p) for p in prompts]
+        ids = [[model.pad_id] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)]
+        self._ids_RL = torch.tensor(ids, device=model.device)
+        self._mask_RL = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=model.device)
+        self._run(length)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; a row may be taken several times."""
+        index = torch.tensor(rows, device=self._ids_RL.device)
+        self.logits_RV = self.logits_RV[index]
+        self._ids_RL, self._mask_RL = self._ids_RL[index], self._mask_RL[index]
+        if self._cache is not None:
+            self._cache.reorder_cache(index)  # an index_select, the only one that every kind of cache layer has
+
+    def append(self, token_R: Tensor) -> None:
+        """One more token for each row."""
+        self._ids_RL = torch.cat([self._ids_RL, token_R[:, None]], 1)
+        self._mask_RL = torch.cat([self._mask_RL, torch.ones_like(token_R)[:, None]], 1)
+        self._run(1 if self._cached else self._ids_RL.shape[1])
+
+    def _run(self, count: int) -> None:
+        """Forward over the last `count` tokens of each row."""
+        cache_name = "cache_params" if self._states else "past_key_values"
+        inputs: dict[str, Any] = {
+            "attention_mask": self._mask_RL,
+            "position_ids": (self._mask_RL.cumsum(-1) - 1).clamp(min=0)[:, -count:],
+            "use_cache": self._cached,
+            "logits_to_keep": 1,
+        }
+        if self._cache is not None:
+            inputs[cache_name] = self._cache
+            if self._states:
+                del inputs["attention_mask"]  # of the new tokens only, none of which is padding
+        inputs = {name: value for name, value in inputs.items() if name in self._accepts}
+        out = self._network(input_ids=self._ids_RL[:, -count:], **inputs)
+        self.logits_RV = out.logits[:, -1]
+        if self._cached:
+            self._cache = out[cache_name]
+
+
+def decoding_mode(model: PackedModel) -> Mode:
+    """The fastest mode that is exact for this model; tried once for each network, however many engines it gets."""
+    if model.base not in _modes:
+        _modes[model.base] = _probe(model)
+    return _modes[model.base]
+
+
+def _probe(model: PackedModel) -> Mode:
+    """Try the modes on random tokens, since being wrong would be silent.
+
+    The yardstick is the network's own forward over one whole sequence at a time, without cache or padding.
+    """
+    tolerance = TOLERANCE.get(model.dtype, 1e-4)
+    with torch.no_grad(), evaluating(model):
+        for mode in (Mode(True, True), Mode(True, False), Mode(False, True)):
+            try:
+                if _difference(model, mode) <= tolerance:
+                    break
+            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError):
+                continue  # some architectures have no cache, or one that cannot be indexed
+        else:
+            mode = Mode(False, False)
+    name = type(model.base).__name__
+    if not mode.cached:
+        log.warning("%s: its cache cannot be used here, generation runs whole sequences again for every token", name)
+    if not mode.padded:
+        log.warning("%s: padding changes its results, only prompts of equal length are generated together", name)
+    return mode
+
+
+def _difference(model: PackedModel, mode: Mode) -> float:
+    """Mean absolute difference of log-probs from the plain forward, over a prefill and two steps with row changes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(count: int) -> list[int]:
+        return torch.randint(0, int(model.config.vocab_size), (count,), generator=generator).tolist()
+
+    def plain(ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids], device=model.device)
+        return model.base(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
+
+    longest = max(1, min(7, (model.max_length or 1024) - 2))
+    sequences = [random(longest), random(max(1, longest // 3) if mode.padded else longest)]
+    decoding = Decoding(model, sequences, mode.cached)
+    differences: list[Tensor] = []
+    for chosen in ([0, 1], [1, 0, 0], [2, 0]):
+        if differences:
+            decoding.select(chosen)
+            tokens = random(len(chosen))
+            sequences = [[*sequences[i], token] for i, token in zip(chosen, tokens, strict=True)]
+            decoding.append(torch.tensor(tokens, device=model.device))
+        expected = torch.stack([plain(ids) for ids in sequences])
+        found = decoding.logits_RV.float().log_softmax(-1)
+        differences.append((found - expected).abs().mean())
+    return float(torch.stack(differences).max())

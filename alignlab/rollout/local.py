@@ -1,0 +1,199 @@
+"""Responses from a model in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+
+from alignlab.core import ConfigError, DataError, Group, NonFiniteError, Response
+from alignlab.data.progress import progress
+from alignlab.models import PackedModel, evaluating
+from alignlab.rollout.decoding import Decoding, decoding_mode
+from alignlab.rollout.sampling import draw, filtered_log_probs, stream_key, uniforms
+from alignlab.rollout.settings import RolloutSettings
+from alignlab.rollout.stopping import Stopping
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Row:
+    """A response being drawn."""
+
+    prompt: list[int]
+    origin: str
+    key: bytes
+    sample: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    text: str = ""
+    finished: bool = False
+
+    @property
+    def final_length(self) -> int:
+        return len(self.prompt) + self.limit
+
+    def response(self) -> Response:
+        columns: dict[str, float | list[float]] = {"behaviour_logp": self.logp}
+        return Response(self.tokens, columns=columns, finished=self.finished, text=self.text, source="policy")
+
+
+class LocalEngine:
+    """A `Sampler` on a `PackedModel`: one prefill per prompt, rows that end leave the batch.
+
+    A response depends on the seed, the prompt (its tokens, and the file name and line of its origin) and the index of
+    the sample: number t of its uniforms is a hash of these and t, and a token is the uniform's quantile. Batches,
+    their order, the token budget and the number of processes change nothing, up to rounding of the logits. A group
+    that occurs again in a call, same prompt and origin, goes on where the samples of the last occurrence end:
+    two occurrences with n samples are one with 2n. (In another process it would start from 0 again, so records need
+    origins of their own.)
+
+    Attributes:
+        generated_tokens: response tokens drawn so far.
+    """
+
+    def __init__(self, model: PackedModel, settings: RolloutSettings) -> None:
+        if model.kind != "policy":
+            raise ConfigError(f"rollout: responses come from a language model, this is a {model.kind} model")
+        self.model = model
+        self.settings = settings
+        self.generated_tokens = 0
+        self._stopping = Stopping(model, settings)
+
+    def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
+        """For each group, in order, the same prompt with n new responses from the policy.
+
+        Returns:
+            Groups whose responses have `behaviour_logp`, one value in nats for each token, under the distribution
+            drawn from (after temperature and filters; 0 throughout when greedy); `finished` is False where a limit
+            cut the response.
+
+        Raises:
+            DataError: for a prompt that leaves no room for a token in the model's positions, or an empty one.
+            NonFiniteError: where the model's logits are NaN or infinite.
+        """
+        return self._sample(groups, n, seed, self.settings)
+
+    def greedy(self, groups: Sequence[Group]) -> list[Group]:
+        """For each group, the response made of the most probable tokens."""
+        return self._sample(groups, 1, 0, self.settings.model_copy(update={"temperature": 0.0}))
+
+    def _sample(self, groups: Sequence[Group], n: int, seed: int, settings: RolloutSettings) -> list[Group]:
+        if n < 1:
+            raise ConfigError(f"rollout: n={n} responses per prompt; at least 1 is needed")
+        rows = self._rows(groups, n, seed)
+        with torch.no_grad(), evaluating(self.model):
+            ended = self._draw(rows, settings)
+            for _ in progress(ended, "generating", len(rows)) if settings.progress else ended:
+                pass
+        self.generated_tokens += sum(len(row.tokens) for row in rows)
+        return [g.with_responses([r.response() for r in rows[i * n : (i + 1) * n]]) for i, g in enumerate(groups)]
+
+    def _rows(self, groups: Sequence[Group], n: int, seed: int) -> list[_Row]:
+        """n rows for each group, in order."""
+        most, positions = self.settings.max_new_tokens, self.model.max_length
+        occurrences: Counter[bytes] = Counter()
+        rows: list[_Row] = []
+        shortened = 0
+        for group in groups:
+            length = len(group.prompt_ids)
+            if not length:
+                raise DataError(f"{group.origin or 'a group'}: the prompt has no tokens")
+            room = most if positions is None else min(most, positions - length)
+            if room < 1:
+                raise DataError(
+                    f"{group.origin or 'a group'}: the prompt has {length} tokens and the model knows {positions} "
+                    "positions: no room for a response. Leave such prompts out or shorten them"
+                )
+            shortened += room < most
+            key = stream_key(seed, group.origin, group.prompt_ids)
+            first = n * occurrences[key]
+            occurrences[key] += 1
+            rows += [_Row(group.prompt_ids, group.origin, key, first + k, room) for k in range(n)]
+        if shortened:
+            log.warning(
+                "%d of %d prompts leave less room than max_new_tokens=%d in the model's %d positions: "
+                "their responses end where the positions end",
+                *(shortened, len(groups), most, positions),
+            )
+        return rows
+
+    def _draw(self, rows: Sequence[_Row], settings: RolloutSettings) -> Iterator[_Row]:
+        """Fill the rows in; yields each when it has ended."""
+        mode = decoding_mode(self.model)
+        for batch in self._batches(rows, mode.padded):
+            yield from self._decode(batch, settings, mode.cached)
+
+    def _batches(self, rows: Sequence[_Row], padded: bool) -> Iterator[list[_Row]]:
+        """Rows in batches of at most `token_budget` tokens when all reach their limit, or of one row.
+
+        Like lengths together, the longest first; the rows of one prompt are parted only where a batch cannot hold
+        them all.
+        """
+        ordered = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
+        batch: list[_Row] = []
+        room = 0
+        for prompt, same in groupby(ordered, key=lambda row: row.prompt):
+            unit = list(same)
+            mixed = bool(batch) and len(prompt) != len(batch[0].prompt)
+            if batch and (len(unit) > room or (mixed and not padded)):
+                yield batch
+                batch = []
+            if not batch:
+                room = most = max(1, self.settings.token_budget // unit[0].final_length)
+                while len(unit) > most:
+                    yield unit[:most]
+                    unit = unit[most:]
+            batch += unit
+            room -= len(unit)
+        if batch:
+            yield batch
+
+    def _decode(self, rows: list[_Row], settings: RolloutSettings, cached: bool) -> Iterator[_Row]:
+        """Draw a batch of rows, those of one prompt adjacent, to their ends."""
+        stopping = self._stopping
+        repeats = [(prompt, len(list(same))) for prompt, same in groupby(row.prompt for row in rows)]
+        decoding = Decoding(self.model, [prompt for prompt, _ in repeats], cached)
+        decoding.select([i for i, (_, count) in enumerate(repeats) for _ in range(count)])
+        longest = max(row.limit for row in rows)
+        uniform_RT = torch.stack([uniforms(row.key, row.sample, longest) for row in rows]).to(self.model.device)
+        for step in range(longest):
+            logits_RV = stopping.ban(decoding.logits_RV, step)
+            logp_RV = filtered_log_probs(logits_RV, settings)
+            token_R = draw(logp_RV, uniform_RT[:, step])
+            logp_R = logp_RV.gather(-1, token_R[:, None]).squeeze(-1)
+            self._check_finite(logits_RV, rows)
+            going = []
+            for i, (row, token, logp) in enumerate(zip(rows, token_R.tolist(), logp_R.tolist(), strict=True)):
+                row.tokens.append(token)
+                row.logp.append(logp)
+                text = stopping.ended(row.tokens)
+                row.finished = text is not None
+                if text is None and len(row.tokens) < row.limit:
+                    going.append(i)
+                else:
+                    row.text = stopping.text(row.tokens) if text is None else text
+                    yield row
+            if not going:
+                return
+            if len(going) < len(rows):  # at once: it copies the cache, as every step does
+                rows = [rows[i] for i in going]
+                decoding.select(going)
+                token_R, uniform_RT = token_R[going], uniform_RT[going]
+            decoding.append(token_R)
+
+    @staticmethod
+    def _check_finite(logits_RV: torch.Tensor, rows: Sequence[_Row]) -> None:
+        finite = logits_RV.amax(-1).isfinite()
+        if not finite.all():
+            origins = {row.origin or "a group" for row, good in zip(rows, finite.tolist(), strict=True) if not good}
+            raise NonFiniteError(
+                f"{', '.join(sorted(origins)[:3])}: the model's logits are not finite numbers. Its weights have "
+                "diverged (lower the learning rate), or its precision is too low for it"
+            )

@@ -1,0 +1,47 @@
+"""Sample responses to prompts, score or label them, and write them down: a data set made from a policy."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignlab.config import build, section
+from alignlab.core import ConfigError, Group, Scorer
+from alignlab.data import DataSettings, load, write_jsonl
+from alignlab.data.groups import group_to_record
+from alignlab.models import ModelSettings, load_model
+from alignlab.rollout.local import LocalEngine
+from alignlab.rollout.settings import RolloutSettings
+
+
+def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write `groups.jsonl` in `out`: `rounds` times over the prompts, `samples` responses each, with columns.
+
+    Returns:
+        groups, generated_tokens and seconds.
+    """
+    samples, rounds = int(config["samples"]), int(config["rounds"])
+    if samples < 1 or rounds < 1:
+        raise ConfigError(f"samples={samples}, rounds={rounds}: must both be at least 1")
+    settings = section(ModelSettings, config["model"], "model")
+    rollout = section(RolloutSettings, config["rollout"], "rollout")
+    scorers: list[Scorer] = [build(config["scoring"], "scoring")] if config["scoring"] else []
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(settings, trainable=False, device=device)
+    prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
+    started = time.monotonic()
+    engine = LocalEngine(model, rollout)
+    found: list[Group] = []
+    for round_ in range(rounds):
+        groups = engine.sample(prompts, samples, int(config["seed"]) + round_)
+        for scorer in scorers:
+            scorer.score(groups)
+        found.extend(groups)
+    write_jsonl(out / "groups.jsonl", [group_to_record(g) for g in found])
+    tokens = sum(len(r.token_ids) for g in found for r in g.responses)
+    return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - started, 3)}

@@ -1,0 +1,50 @@
+"""Labels made from rewards, as a noisy annotator would give them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from alignlab.core import AlignlabError, Group, Scorer, require
+
+
+class BradleyTerryLabels:
+    """Preferences under P(a ≻ b) = σ((r_a − r_b)/τ) (Bradley and Terry 1952).
+
+    With `certain` false, groups of two get the probability itself, as `preference`. Otherwise each response gets a
+    `score` of r/τ plus Gumbel noise, a draw from the Plackett-Luce model: of any two responses the one with the
+    higher score is a draw from the equation above.
+
+    Args:
+        reward: the scorer that fills `reward`.
+        temperature: τ, in units of reward, > 0.
+        certain: draw labels; false: give probabilities.
+        seed: of the draws. A label depends on the seed, the group's origin and the responses alone.
+    """
+
+    def __init__(self, reward: Scorer, temperature: float, certain: bool = True, seed: int = 0) -> None:
+        require(temperature > 0, "scoring.temperature", temperature, "must be > 0")
+        self.reward, self.temperature, self.certain, self.seed = reward, temperature, certain, seed
+        self.fills = ("reward", "score" if certain else "preference")
+
+    def score(self, groups: Sequence[Group]) -> None:
+        self.reward.score(groups)
+        for group in groups:
+            scaled = [float(r.columns["reward"]) / self.temperature for r in group.responses]  # type: ignore[arg-type]
+            if self.certain:
+                noise = self._generator(group).gumbel(size=len(scaled))
+                for response, value, extra in zip(group.responses, scaled, noise, strict=True):
+                    response.columns["score"] = value + float(extra)
+            else:
+                if len(scaled) != 2:
+                    raise AlignlabError(f"{group.origin}: probabilities are for pairs, not {len(scaled)} responses")
+                p = 1 / (1 + math.exp(min(max(scaled[1] - scaled[0], -700), 700)))
+                for response, value in zip(group.responses, (p, 1 - p), strict=True):
+                    response.columns["preference"] = value
+
+    def _generator(self, group: Group) -> np.random.Generator:
+        key = repr((self.seed, group.origin, group.prompt_ids, [r.token_ids for r in group.responses]))
+        return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))

@@ -1,0 +1,329 @@
+"""The one training loop. Every algorithm, source and mode of distribution goes through it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from alignlab.core import Algorithm, AlignlabError, Group, Interrupted, NonFiniteError, Sampler, Scorer
+from alignlab.models import PackedModel, Reference
+from alignlab.scoring import fill_log_probs
+from alignlab.training.checkpoints import Checkpoints
+from alignlab.training.processes import Processes
+from alignlab.training.progress import ProgressDisplay
+from alignlab.training.schedule import learning_rate_factor
+from alignlab.training.settings import SourceSettings, TrainingSettings
+from alignlab.training.signals import StopRequest
+from alignlab.training.sources import Order, iteration_seed, shares
+from alignlab.training.state import State, load_state, register, save_state
+from alignlab.training.step import Pass, run_batch
+from alignlab.training.tracking import Tracker
+
+EMPTY_ITERATIONS = 20
+"""Iterations in a row that may leave nothing to train on before the run is stopped."""
+
+Samples = Callable[[int, Sequence[Group]], None]
+"""Called with the step and an iteration's sampled groups, to keep some for people to read."""
+
+
+@dataclass
+class Trainer:
+    """Everything a run consists of. `run` trains until a limit of `settings` is reached.
+
+    Attributes:
+        train: the records, or the prompts to sample for.
+        validation: held-out records or prompts.
+        scorers: what fills columns, in order.
+        sampler: draws responses from a model, for a rollout source.
+        temperature: log-probs are of softmax(logits / temperature); that of the sampler, for a rollout source.
+    """
+
+    algorithm: Algorithm
+    model: PackedModel
+    optimizer: torch.optim.Optimizer
+    processes: Processes
+    settings: TrainingSettings
+    source: SourceSettings
+    train: list[Group]
+    checkpoints: Checkpoints
+    tracker: Tracker
+    progress: ProgressDisplay
+    validation: list[Group] = field(default_factory=list)
+    scorers: Sequence[Scorer] = ()
+    reference: Reference | None = None
+    sampler: Callable[[PackedModel], Sampler] | None = None
+    temperature: float = 1.0
+    keep_samples: Samples | None = None
+
+    def __post_init__(self) -> None:
+        per_iteration = self.settings.batch_size
+        if self.source.kind == "rollout":
+            per_iteration = self.source.prompts or self.settings.batch_size
+        self.order = Order(len(self.train), per_iteration, self.settings.seed)
+        register(self.processes, self.model)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        prepare = self.processes.accelerator.prepare
+        self.engine, self.optimizer = prepare(self.model, self.optimizer)
+        self.state = State()
+        self.evaluation: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> State:
+        """Train to the end and return where the run stands.
+
+        Raises:
+            Interrupted: asked to stop by a signal; a checkpoint has been written.
+            NonFiniteError: a loss or gradient is not finite; nothing has been changed by that step.
+        """
+        self._resume()
+        started = time.monotonic() - self.state.seconds
+        empty = 0
+        with StopRequest() as stop:
+            while not self._finished():
+                if not self.state.pending:
+                    self.state.pending = self._next_iteration()
+                    self.state.position = 0
+                    empty = empty + 1 if not self.state.pending else 0
+                    if empty >= EMPTY_ITERATIONS:
+                        raise AlignlabError(
+                            f"{empty} iterations in a row left nothing to train on: {type(self.algorithm).__name__} "
+                            "dropped every group (do all responses to a prompt get the same reward?)"
+                        )
+                    continue
+                passed, lr, norm = self._step(self._minibatch())
+                self._advance()
+                self.state.seconds = time.monotonic() - started
+                self._log(passed, lr, norm)
+                stopping = next((s for s in self.processes.gather(stop.signal) if s), None)
+                if self._evaluate_if_due() and self._out_of_patience():
+                    break
+                if stopping or self._due(self.settings.checkpoint_every):
+                    self._checkpoint()
+                if stopping:
+                    raise Interrupted(stopping, f"checkpoint of step {self.state.step} saved: the same command goes on")
+        self.state.seconds = time.monotonic() - started
+        self._finish()
+        return self.state
+
+    def _step(self, groups: Sequence[Group]) -> tuple[Pass, float, float]:
+        factor = learning_rate_factor(self.settings, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.model.train()
+        passed = self._run(groups, train=True)
+        norm = 0.0
+        if passed.units:
+            norm = self._clip()
+            if not math.isfinite(norm):
+                origins = ", ".join(g.origin for g in groups[:5])
+                raise NonFiniteError(
+                    f"the gradient of step {self.state.step + 1} is not finite; the records of its batch: {origins}"
+                    f"{' …' if len(groups) > 5 else ''}. Lower the learning rate or use a wider precision"
+                )
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.trained_tokens += passed.trained_tokens if passed.units else 0
+        return passed, self.optimizer.param_groups[0]["lr"], norm
+
+    def _run(self, groups: Sequence[Group], train: bool) -> Pass:
+        return run_batch(
+            groups,
+            algorithm=self.algorithm,
+            model=self.model,
+            engine=self.engine,
+            processes=self.processes,
+            token_budget=self.settings.token_budget,
+            temperature=self.temperature,
+            train=train,
+        )
+
+    def _clip(self) -> float:
+        """The gradient's norm before clipping."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.settings.max_grad_norm or float("inf")
+        return float(self.processes.accelerator.clip_grad_norm_(parameters, limit))
+
+    # ------------------------------------------------------------------ groups
+
+    def _next_iteration(self) -> list[Group]:
+        """Draw, sample, score and prepare the next iteration's groups; the same list on every process."""
+        index = self.state.iteration
+        self.state.iteration += 1
+        groups = [self.train[i] for i in self.order.batch(index)]
+        return self._collect(groups, iteration_seed(self.settings.seed, index), keep=True)
+
+    def _collect(self, groups: list[Group], seed: int, keep: bool = False) -> list[Group]:
+        """Each process samples for and scores its share; all get everything, in the original order."""
+        share = shares(groups, self.processes.world)
+        mine = [groups[i] for i in share[self.processes.rank]]
+        if self.source.kind == "rollout":
+            mine = self._sample(mine, seed)
+        for scorer in self.scorers:
+            scorer.score(mine)
+        self._fill_log_probs(mine)
+        found: list[Group] = list(groups)
+        for indices, part in zip(share, self.processes.gather(mine), strict=True):
+            for i, group in zip(indices, part, strict=True):
+                found[i] = group
+        if self.source.kind == "rollout":
+            self.state.generated_tokens += sum(len(r.token_ids) for g in found for r in g.responses)
+            rewards = [r.columns["reward"] for g in found for r in g.responses if "reward" in r.columns]
+            self.state.reward = sum(rewards) / len(rewards) if rewards else None  # type: ignore[arg-type]
+            if keep and self.keep_samples is not None and self.processes.is_main:
+                self.keep_samples(self.state.step, found)
+        return self.algorithm.prepare(found)
+
+    def _sample(self, groups: Sequence[Group], seed: int) -> list[Group]:
+        if self.sampler is None:
+            raise AlignlabError("source.kind=rollout needs a sampler")
+        if self.source.policy == "current":
+            return self.sampler(self.model).sample(groups, self.source.samples, seed)
+        with self._reference().model() as reference:
+            return self.sampler(reference).sample(groups, self.source.samples, seed)
+
+    def _fill_log_probs(self, groups: Sequence[Group]) -> None:
+        budget = self.settings.token_budget
+        if "ref_logp" in self.algorithm.needs:
+            with self._reference().model() as reference:
+                fill_log_probs(reference, groups, "ref_logp", budget, self.temperature)
+        if "old_logp" in self.algorithm.needs:
+            fill_log_probs(self.model, groups, "old_logp", budget, self.temperature)
+
+    def _reference(self) -> Reference:
+        if self.reference is None:
+            raise AlignlabError(f"{type(self.algorithm).__name__} needs a reference policy and the run has none")
+        return self.reference
+
+    def _minibatch(self) -> list[Group]:
+        """The groups of the next step: minibatches in a fresh order for each pass over the iteration."""
+        groups, size = self.state.pending, self.settings.batch_size
+        per_pass = math.ceil(len(groups) / size)
+        pass_, place = divmod(self.state.position, per_pass)
+        if self.passes == 1 and per_pass == 1:
+            return groups
+        order = Order(len(groups), size, iteration_seed(self.settings.seed + 1, self.state.iteration))
+        return [groups[i] for i in order.batch(pass_ * per_pass + place)]
+
+    @property
+    def passes(self) -> int:
+        return self.source.passes if self.source.kind == "rollout" else 1
+
+    def _advance(self) -> None:
+        self.state.step += 1
+        self.state.position += 1
+        if self.state.position >= self.passes * math.ceil(len(self.state.pending) / self.settings.batch_size):
+            self.state.pending = []
+
+    # ------------------------------------------------------------------ limits
+
+    @property
+    def done(self) -> float:
+        """Share of the run that is over, by the limit that is nearest."""
+        return max((consumed / limit for consumed, limit in self._limits()), default=0.0)
+
+    def _limits(self) -> list[tuple[float, float]]:
+        s, state = self.settings, self.state
+        limits: list[tuple[float, float | None]] = [
+            (state.step, s.steps),
+            (state.trained_tokens, s.max_trained_tokens),
+            (state.generated_tokens, s.max_generated_tokens),
+            (state.seconds, s.max_seconds),
+        ]
+        if s.epochs is not None:
+            iterations = math.ceil(s.epochs * self.order.batches_per_epoch)
+            inside = 0.0
+            if state.pending:
+                steps = self.passes * math.ceil(len(state.pending) / s.batch_size)
+                inside = 1 - state.position / steps
+            limits.append((state.iteration - inside, iterations))
+        return [(float(c), float(limit)) for c, limit in limits if limit is not None]
+
+    def _finished(self) -> bool:
+        finished = self.done >= 1
+        # Time differs between processes: all do what the first one does.
+        return self.processes.gather(finished)[0] if self.settings.max_seconds else finished
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
+
+    # ------------------------------------------------------------------ watching
+
+    def _log(self, passed: Pass, lr: float, norm: float) -> None:
+        if not self._due(self.settings.log_every) and not self._finished():
+            return
+        speed = passed.tokens / max(self.state.seconds - getattr(self, "_last_seconds", 0.0), 1e-9)
+        self._last_seconds = self.state.seconds
+        metrics = {
+            **passed.metrics,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "trained_tokens": float(self.state.trained_tokens),
+            "generated_tokens": float(self.state.generated_tokens),
+            "seconds": self.state.seconds,
+            "epoch": self.state.iteration / self.order.batches_per_epoch,
+        }
+        if not passed.units:
+            metrics["skipped"] = 1.0
+        if self.state.reward is not None:
+            metrics["reward"] = self.state.reward
+        self.tracker.log(self.state.step, metrics)
+        self.progress.update(self.state.step, {**metrics, "done": self.done})
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics on the validation records, under `eval/` names."""
+        sampled = self.state.generated_tokens
+        groups = self._collect(list(self.validation), iteration_seed(self.settings.seed, 2**31))
+        self.state.generated_tokens = sampled  # what it takes to watch a run is not what it takes to train
+        self.model.eval()
+        passed = self._run(groups, train=False)
+        return {f"eval/{name}": value for name, value in passed.metrics.items()}
+
+    def _evaluate_if_due(self) -> bool:
+        if not self.validation or not (self._due(self.settings.eval_every)):
+            return False
+        self.evaluation = self.evaluate()
+        self.tracker.log(self.state.step, self.evaluation)
+        self.progress.update(self.state.step, {**self.evaluation, "done": self.done})
+        name = self.settings.metric
+        if name not in self.evaluation:
+            raise AlignlabError(f"training.metric={name}: an evaluation gives {', '.join(sorted(self.evaluation))}")
+        value, best = self.evaluation[name], self.state.best
+        better = best is None or (value < best if self.settings.metric_mode == "min" else value > best)
+        self.state.best = value if better else best
+        self.state.bad_evaluations = 0 if better else self.state.bad_evaluations + 1
+        if better and (self.settings.keep_best or self.settings.final == "best"):
+            self._checkpoint(value)
+        return True
+
+    def _out_of_patience(self) -> bool:
+        return self.settings.patience is not None and self.state.bad_evaluations >= self.settings.patience
+
+    # ------------------------------------------------------------------ disk
+
+    def _checkpoint(self, metric: float | None = None) -> None:
+        with self.checkpoints.write(self.state.step, metric) as folder:
+            save_state(folder, self.state, self.processes)
+
+    def _resume(self) -> None:
+        folder = self.checkpoints.latest() if self.settings.resume == "auto" else None
+        if folder is not None:
+            self.state = load_state(folder, self.processes)
+            self.checkpoints.discard_after(self.state.step)
+        self.tracker.resume(self.state.step)
+
+    def _finish(self) -> None:
+        """Leave the weights that become the run's model."""
+        if self.validation and self.settings.eval_every and not self._due(self.settings.eval_every):
+            self.evaluation = self.evaluate()
+            self.tracker.log(self.state.step, self.evaluation)
+        best = self.checkpoints.best() if self.settings.final == "best" else None
+        if best is not None:
+            load_state(best, self.processes)

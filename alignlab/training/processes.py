@@ -1,0 +1,61 @@
+"""The processes of a run: one, or several that torchrun, accelerate or Slurm started."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+from alignlab.core import AlignlabError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Accelerate's view of the run's processes.
+
+    Attributes:
+        accelerator: the `accelerate.Accelerator`.
+        rank, world: this process and how many there are.
+        device: where this process computes.
+    """
+
+    def __init__(self, mixed_precision: str = "no") -> None:
+        import os
+
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        on_cpu = not torch.cuda.is_available()
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        # Without a backend named, Accelerate on CPU takes every process for rank 0 of 1.
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and asked > 1 else []
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=on_cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers
+        )
+        self.rank = int(self.accelerator.process_index)
+        self.world = int(self.accelerator.num_processes)
+        self.device: torch.device = self.accelerator.device
+        if self.world != asked:
+            raise AlignlabError(f"started as one of {asked} processes, but Accelerate sees {self.world}")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in order of rank, on every process."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    @property
+    def engine(self) -> str:
+        """What distributes the training, as Accelerate reports it."""
+        return str(self.accelerator.distributed_type).rsplit(".", 1)[-1]

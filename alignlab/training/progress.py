@@ -1,0 +1,139 @@
+"""How far training is, for people: a live line on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+ProgressMode = Literal["auto", "rich", "plain", "off"]
+"""`rich`: one live line; `plain`: a line now and then; `off`: nothing; `auto`: rich on a terminal, else plain."""
+
+SHOWN = ("loss", "reward", "kl", "eval/loss")
+"""Metrics shown where there are any, besides `tokens_per_second`."""
+
+
+@lru_cache(maxsize=1)
+def console() -> Console:
+    """The one console, on standard error: live displays that share it do not overwrite each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class ProgressDisplay:
+    """Shows step, loss, tokens per second and the time left.
+
+    Use it as a context manager, or call `close`.
+
+    Args:
+        mode: what is shown; see `ProgressMode`.
+        is_main: whether this is the main process; the others show nothing.
+        total: the step at which training ends, where that is known beforehand.
+        seconds: plain lines are at least this far apart, seconds >= 0. The first and the last are always shown.
+        out: the console to draw on; standard error's by default.
+        clock: seconds from an arbitrary origin.
+    """
+
+    def __init__(
+        self,
+        mode: ProgressMode = "auto",
+        is_main: bool = True,
+        total: int | None = None,
+        seconds: float = 10.0,
+        out: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.seconds, self.clock = total, seconds, clock
+        self.mode: ProgressMode = mode if is_main else "off"
+        if self.mode == "off":
+            return
+        self.console = out if out is not None else console()
+        if self.mode == "auto":
+            live = self.console.is_terminal and not self.console.is_dumb_terminal
+            self.mode = "rich" if live else "plain"
+        self._latest: dict[str, float] = {}
+        self._first: tuple[float, float] | None = None
+        self._live: Progress | None = None
+        self._unprinted: str | None = None
+        self._printed_at: float | None = None
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that `step` is done.
+
+        Args:
+            metrics: what is shown are `tokens_per_second` and `SHOWN`, each as last given, and `done`: the share of
+                the run that is over, in [0, 1]; by default step / total.
+        """
+        if self.mode == "off":
+            return
+        self._latest.update(metrics)
+        done = metrics.get("done", step / self.total if self.total else None)
+        where = f"{step}/{self.total}" if self.total else f"{step}" if done is None else f"{step} ({done:.0%})"
+        figures = self._figures(done)
+        if self.mode == "rich":
+            self._draw(where, done, figures)
+            return
+        self._unprinted = f"step {where}  {figures}"
+        due = self._printed_at is None or self.clock() - self._printed_at >= self.seconds
+        if due or (done is not None and done >= 1):
+            self._print()
+
+    def close(self) -> None:
+        """Leave the last line standing: the last step's, also where training was stopped early."""
+        if self.mode == "off":
+            return
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._unprinted is not None:
+            self._print()
+
+    def __enter__(self) -> ProgressDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _figures(self, done: float | None) -> str:
+        parts = [f"{name} {self._latest[name]:.4g}" for name in SHOWN if name in self._latest]
+        if "tokens_per_second" in self._latest:
+            parts.append(f"{self._latest['tokens_per_second']:,.0f} tokens/s")
+        if done is not None:
+            now = self.clock()
+            # Reckoned from the first step on: it is slower than the others, and a resumed run starts in the middle.
+            self._first = self._first or (now, done)
+            began, already = self._first
+            if done > already:
+                parts.append(f"ETA {_duration((now - began) / (done - already) * max(1 - done, 0))}")
+        return "  ".join(parts)
+
+    def _print(self) -> None:
+        self.console.print(self._unprinted, markup=False, highlight=False, soft_wrap=True)
+        self._unprinted = None
+        self._printed_at = self.clock()
+
+    def _draw(self, where: str, done: float | None, figures: str) -> None:
+        if self._live is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = TextColumn("step {task.fields[where]}"), BarColumn(20), TextColumn("{task.fields[figures]}")
+            self._live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._live.add_task("training", total=None if done is None else 1.0, where=where, figures=figures)
+            self._live.start()
+        self._live.update(self._live.task_ids[0], completed=done or 0.0, where=where, figures=figures)
+
+
+def _duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

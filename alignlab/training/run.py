@@ -1,0 +1,247 @@
+"""One training run, from a resolved config to a folder with a model in it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from alignlab.config import build, section
+from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer
+from alignlab.data import DataSettings, load
+from alignlab.models import AdapterSettings, ModelSettings, PackedModel, Reference, load_model, save_model
+from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.training import provenance
+from alignlab.training.checkpoints import Checkpoints
+from alignlab.training.loop import Trainer
+from alignlab.training.processes import Processes
+from alignlab.training.progress import ProgressDisplay
+from alignlab.training.settings import SourceSettings, TrainingSettings
+from alignlab.core.files import write_json
+from alignlab.training.tracking import Tracker, TrackerSettings
+
+RESULT = "result.json"
+"""Written last, when a run is finished."""
+
+SAMPLES_KEPT = 2
+"""Groups of each iteration that go to samples.jsonl."""
+
+MAY_CHANGE = ("tracker", "out", "name")
+MAY_CHANGE_TRAINING = ("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume")
+"""What may differ between a run and its continuation."""
+
+
+def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Train as the config says, in the folder `out`; go on from its newest checkpoint where there is one.
+
+    Returns:
+        What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings.
+        DataError: a record cannot be used, with file and line.
+    """
+    settings = section(TrainingSettings, config["training"], "training")
+    source = section(SourceSettings, config["source"], "source")
+    rollout = section(RolloutSettings, config["rollout"], "rollout")
+    model_settings = section(ModelSettings, config["model"], "model")
+    adapter = section(AdapterSettings, config["adapter"], "adapter")
+    data_settings = section(DataSettings, config["data"], "data")
+    tracker_settings = section(TrackerSettings, config["tracker"], "tracker")
+    algorithm = build_algorithm(config["algorithm"])
+    _check_limits(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+    processes = Processes(settings.mixed_precision)
+    if processes.is_main:
+        _claim(out, config, settings)
+    processes.barrier()
+    scorers = build_scorers(config["scoring"])
+    _check_columns(algorithm, source, scorers)
+    model = load_model(model_settings, adapter, algorithm.model, device=processes.device, seed=settings.seed)
+    torch.manual_seed(settings.seed)
+    for note in model.notes if processes.is_main else ():
+        print(f"note: {note}", file=sys.stderr)
+    if data_settings.max_length is None and model.max_length:
+        data_settings = data_settings.model_copy(update={"max_length": model.max_length})
+    splits = load(data_settings, model.tokenizer)
+    for line in splits.report.lines() if processes.is_main else ():
+        print(line)
+    groups = splits.train
+    for group in [*groups, *splits.validation]:
+        reason = algorithm.check(group) if source.kind == "data" else None
+        if reason:
+            raise DataError(f"{group.origin}: {reason}")
+
+    fresh = adapter.kind == "lora" and not (Path(model_settings.path) / "adapter_config.json").exists()
+    wants_reference = "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
+    reference = Reference(model, fresh) if wants_reference else None
+    optimizer = _optimizer(config["optimizer"], model)
+    tracker = Tracker(out, tracker_settings, config, processes.is_main)
+    trainer = Trainer(
+        algorithm=algorithm,
+        model=model,
+        optimizer=optimizer,
+        processes=processes,
+        settings=settings,
+        source=source,
+        train=groups,
+        validation=splits.validation,
+        scorers=scorers,
+        reference=reference,
+        sampler=lambda policy: LocalEngine(policy, rollout),
+        temperature=rollout.temperature if source.kind == "rollout" else 1.0,
+        checkpoints=Checkpoints(
+            out / "checkpoints",
+            settings.keep_last,
+            settings.keep_best or settings.final == "best",
+            settings.metric_mode,
+            is_main=processes.is_main,
+            agree=lambda well: all(processes.gather(well)),
+        ),
+        tracker=tracker,
+        progress=ProgressDisplay(settings.progress, processes.is_main),
+        keep_samples=_keep_samples(out),
+    )
+    if processes.is_main:
+        files = [Path(p) for p in data_settings.paths if Path(p).is_file()]
+        provenance.write(out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world))
+        where = f"{processes.world} process(es), {processes.engine}, {processes.device}"
+        print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
+    try:
+        state = trainer.run()
+    finally:
+        tracker.close()
+        trainer.progress.close()
+    result = {
+        "step": state.step,
+        "trained_tokens": state.trained_tokens,
+        "generated_tokens": state.generated_tokens,
+        "seconds": round(state.seconds, 3),
+        "peak_memory_mb": round(max(processes.gather(peak_memory_mb())), 1),
+        "processes": processes.world,
+        "engine": processes.engine,
+        "evaluation": trainer.evaluation,
+    }
+    if processes.is_main:
+        save_model(model, out / "model", merge=settings.save_model == "merged")
+        write_json(out / RESULT, result)
+    processes.barrier()
+    return result
+
+
+def build_algorithm(values: dict[str, Any]) -> Algorithm:
+    """The algorithm that `_target_` names: one of ours or anyone's on the Python path."""
+    algorithm = build(values, "algorithm")
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(f"algorithm._target_={values['_target_']}: not a subclass of alignlab.core.Algorithm")
+    return algorithm
+
+
+def build_scorers(values: Any) -> list[Scorer]:
+    """One scorer, a list of them, or none."""
+    entries = values if isinstance(values, list) else [values] if values else []
+    scorers = [build(entry, "scoring") for entry in entries]
+    for entry, scorer in zip(entries, scorers, strict=True):
+        if not isinstance(scorer, Scorer):
+            raise ConfigError(f"scoring._target_={entry['_target_']}: a scorer has `fills` and `score(groups)`")
+    return scorers
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process has held: on the GPU where it computes on one, else of the process, in MB (10⁶)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _optimizer(values: dict[str, Any], model: PackedModel) -> torch.optim.Optimizer:
+    """The optimiser that `_target_` names, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2]},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return build(values, "optimizer", [g for g in groups if g["params"]])
+
+
+def _check_limits(settings: TrainingSettings) -> None:
+    if settings.steps is None and settings.epochs is None and settings.max_trained_tokens is None:
+        if settings.max_generated_tokens is None and settings.max_seconds is None:
+            raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
+
+
+def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:
+    """Find out before anything is loaded that nobody fills in what the algorithm needs."""
+    if source.kind == "data":
+        return  # records bring columns of their own; a missing one is reported with the record
+    filled = {"ref_logp", "old_logp", "behaviour_logp", *(c for s in scorers for c in s.fills)}
+    for column in algorithm.needs:
+        if column not in filled:
+            raise ConfigError(
+                f"scoring: {type(algorithm).__name__} needs the column '{column}' and nothing fills it: "
+                "choose a scorer, as in scoring=reward_model scoring.path=DIR"
+            )
+
+
+def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> None:
+    """Take the folder: a new one, or that of the same run to be continued."""
+    saved = out / "config.yaml"
+    if settings.resume == "never" and out.exists():
+        for name in ("checkpoints", "model"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id"):
+            (out / name).unlink(missing_ok=True)
+    elif saved.exists():
+        before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)
+        different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if different:
+            raise ConfigError(
+                f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another out=DIR, "
+                "or training.resume=never to start it anew"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / "config.yaml.tmp"
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        temporary.replace(saved)
+    except OSError as error:
+        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
+
+
+def _essence(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run computes, flat, by command-line key."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(v, f"{key}.{k}" if key else str(k))
+        else:
+            flat[key] = value
+
+    walk({k: v for k, v in config.items() if k not in MAY_CHANGE}, "")
+    return {k: v for k, v in flat.items() if k not in {f"training.{n}" for n in MAY_CHANGE_TRAINING}}
+
+
+def _keep_samples(out: Path) -> Any:
+    """Append the first groups of each iteration to samples.jsonl, for people to read."""
+
+    def keep(step: int, groups: Sequence[Group]) -> None:
+        with (out / "samples.jsonl").open("a") as file:
+            for group in groups[:SAMPLES_KEPT]:
+                for response in group.responses:
+                    line = {"step": step, "prompt": group.prompt, "response": response.text}
+                    numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
+                    file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
+
+    return keep

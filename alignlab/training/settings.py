@@ -1,0 +1,50 @@
+"""The `training` and `source` sections of the config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignlab.core.settings import Settings
+
+
+class TrainingSettings(Settings):
+    """How long, in what portions, watched how. Batch sizes and limits are global, over all processes."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(1.0, gt=0)
+    max_trained_tokens: int | None = Field(None, ge=1)
+    max_generated_tokens: int | None = Field(None, ge=1)
+    max_seconds: float | None = Field(None, gt=0)
+    batch_size: int = Field(32, ge=1)
+    token_budget: int = Field(8192, ge=1)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, le=1)
+    min_lr: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    eval_every: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1)
+    metric: str = "eval/loss"
+    metric_mode: Literal["min", "max"] = "min"
+    final: Literal["last", "best"] = "last"
+    checkpoint_every: int | None = Field(None, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_best: bool = False
+    resume: Literal["auto", "never"] = "auto"
+    log_every: int = Field(1, ge=1)
+    progress: Literal["auto", "rich", "plain", "off"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    save_model: Literal["adapter", "merged"] = "adapter"
+
+
+class SourceSettings(Settings):
+    """Where the groups come from: the data, or sampled from a policy for the data's prompts."""
+
+    kind: Literal["data", "rollout"] = "data"
+    prompts: int | None = Field(None, ge=1)
+    samples: int = Field(4, ge=1)
+    policy: Literal["current", "reference"] = "current"
+    passes: int = Field(1, ge=1)

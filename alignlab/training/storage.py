@@ -1,0 +1,74 @@
+"""What to tell the user when a file cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alignlab.core import AlignlabError
+
+ADVICE = {
+    errno.ENOSPC: "Free some space, keep fewer checkpoints, or choose another folder with out=DIR",
+    errno.EDQUOT: "Your disk quota is used up: free some space, or choose another folder with out=DIR",
+    errno.EROFS: "The file system is mounted read-only: choose another folder with out=DIR",
+    errno.EACCES: "You may not write there: mend the permissions, or choose another folder with out=DIR",
+    errno.EPERM: "You may not write there: mend the permissions, or choose another folder with out=DIR",
+    errno.EFBIG: "The file is larger than allowed: raise the limit (`ulimit -f`), or save in smaller pieces",
+    errno.EIO: "The device reports an error: check it, and choose another folder with out=DIR",
+}
+OTHERWISE = "See that the folder is there, writable and not in use by another run"
+
+
+@contextmanager
+def storage_errors(folder: Path, what: str) -> Iterator[None]:
+    """Turn the failures to write of the block into an `AlignlabError` that says what failed, where, and what to do.
+
+    Args:
+        folder: where files are written.
+        what: what failed, e.g. "the checkpoint of step 20 could not be written".
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        number, text = reason
+        free = _free(folder)
+        if number == 0 and free < 1 << 20:
+            number = errno.ENOSPC
+        advice = ADVICE.get(number, OTHERWISE)
+        raise AlignlabError(f"{folder}: {what}: {text} ({free / 1e6:,.0f} MB free there). {advice}") from error
+
+
+def _reason(error: BaseException) -> tuple[int, str] | None:
+    """The error number (0: unknown) and text of a failure to write, or None if it is something else.
+
+    torch.save raises a RuntimeError from its C++ stream, and safetensors an error of its own; both wrap what the
+    operating system said in text, and torch not always.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0, str(error)
+    text = str(error)
+    if found := re.search(r"\(os error (\d+)\)", text):
+        return int(found[1]), text
+    if "inline_container.cc" in text:
+        known = (number for number in ADVICE if os.strerror(number) in text)
+        return next(known, 0), f"torch.save failed: {text}"
+    return None
+
+
+def _free(folder: Path) -> float:
+    """Bytes free to the user on the file system of a folder, which need not exist yet; infinite where unknown."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
