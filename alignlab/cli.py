@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean
+    from alignlab.launch.environment import quiet
 
+    quiet()
     name, rest = words[0], words[1:]
     try:
         if name not in COMMANDS:

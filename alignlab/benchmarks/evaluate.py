@@ -29,7 +29,7 @@ def build_benchmark(values: dict[str, Any]) -> Benchmark:
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
-    """Measure the model of the run `run` (a run's folder or a model) and write `evaluation.json` beside it.
+    """Measure the model of the run `run` (a run's folder or a model) and write `evaluation.json` there, or in `out`.
 
     The reference is `reference`, or else the model that the run started from.
 
@@ -62,7 +62,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         seed=config["seed"],
     )
     found = {"benchmark": benchmark.name, **benchmark.evaluate(subject)}
-    folder = run if run.is_dir() else Path.cwd()
+    folder = Path(config["out"]) if config["out"] else run if run.is_dir() else Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
     return found
 

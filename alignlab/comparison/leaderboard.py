@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -27,6 +26,7 @@ import numpy as np
 from alignlab.comparison.metrics import metric, ordered
 from alignlab.comparison.statistics import Comparison, Estimate, Figure, compare_all, estimate, prompt_errors
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ class Leaderboard:
             `_low` and `_high` (None where there is none), and `_seeds`, how many seeds it is a mean over, where they
             are fewer than the row's.
         runs: one per algorithm and seed, as given, with None for what is not finite.
-        figures: names of the figures, in the order of their columns.
+        figures: names of all figures, in the order of their columns.
         comparisons: every pair of algorithms on the ranking figure.
         prompts: figure → number of prompts its intervals were bootstrapped over; absent where there are none.
     """
@@ -66,6 +66,11 @@ class Leaderboard:
     figures: list[str]
     comparisons: list[Comparison] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """The figures that tables show."""
+        return [figure for figure in self.figures if not metric(figure).hidden]
 
     def to_dict(self) -> dict[str, Any]:
         """`{"benchmark", "budget", "rows"}`, all of it JSON."""
@@ -108,8 +113,9 @@ class Leaderboard:
         """Write `leaderboard.json`, `.csv` and `.md` into a folder, each whole or not at all."""
         from alignlab.comparison.tables import to_csv, to_markdown
 
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for suffix, text in (("json", self.to_json()), ("csv", to_csv(self)), ("md", to_markdown(self))):
-            write_atomic(Path(folder) / f"leaderboard.{suffix}", text)
+            write_text(Path(folder) / f"leaderboard.{suffix}", text)
 
     def print(self, console: Console | None = None) -> None:
         """Print the table and the verdict."""
@@ -190,22 +196,6 @@ def load(path: str | os.PathLike[str]) -> Leaderboard:
         ) from error
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part. Folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own 0600 would keep the file from everyone else
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The row with plain numbers, None for what is not finite; an error for what cannot be a figure."""
     where = f"row {index} (algorithm {row.get('algorithm')!r}, seed {row.get('seed')!r})"
@@ -218,7 +208,7 @@ def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         raise AlignlabError(f"{where}: 'seed' must be a whole number")
     checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": int(row["seed"])}
     for key, value in row.items():
-        if key in checked:
+        if key in checked or (key.endswith(PER_PROMPT) and value is None):
             continue
         if key in PROVENANCE:
             checked[key] = None if value is None else str(value)
@@ -323,7 +313,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Real) and not isinstance(value, bool):
         return _number(value, "budget")
-    return value
+    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def _dump(value: object) -> str:

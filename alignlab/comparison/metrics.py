@@ -22,6 +22,7 @@ class Metric:
         better: +1 where higher is better, -1 where lower is, 0 where neither is.
         cost: something paid (KL, time, tokens, memory). Its lowest value is no achievement, so it is not set in bold.
         low, high: bounds that the figure cannot leave; its interval is cut there.
+        hidden: kept in the files' figures but no column of a table: it is the same for all algorithms.
         decimals: places printed; None for three significant digits with k, M or G.
     """
 
@@ -32,6 +33,7 @@ class Metric:
     cost: bool = False
     low: float = -inf
     high: float = inf
+    hidden: bool = False
     decimals: int | None = 3
 
     @property
@@ -42,24 +44,30 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "objective_score": Metric("objective score", "objective", "1 = optimum", high=1),
+    "objective_score": Metric("objective score", "obj. score", "1 = optimum", high=1),
     "frontier_efficiency": Metric("frontier efficiency", "frontier", "1 = optimum", high=1),
     "reward": Metric("reward", "reward"),
     "kl": Metric("KL to reference", "KL nats", "nats/response", better=-1, cost=True, low=0, decimals=2),
     "win_rate": Metric("win rate", "win rate", "vs SFT", low=0, high=1),
+    "objective": Metric("objective", "objective J", "reward − β·KL"),
     "proxy_reward": Metric("proxy reward", "proxy", better=0),
     "accuracy": Metric("accuracy", "accuracy", low=0, high=1),
     "perplexity": Metric("perplexity", "perplexity", better=-1, low=1, decimals=2),
     "distinct_1": Metric("distinct-1", "distinct-1", low=0, high=1),
     "distinct_2": Metric("distinct-2", "distinct-2", low=0, high=1),
     "entropy": Metric("entropy", "entropy nats", "nats/response", better=0, low=0, decimals=2),
-    "length": Metric("length", "length", "tokens/response", better=0, low=0, decimals=1),
+    "response_length": Metric("length", "length", "tokens/response", better=0, low=0, decimals=1),
+    "finished": Metric("finished", "finished", "share that ended by itself", better=0, low=0, high=1),
     "seconds": Metric("time", "time s", "s", better=-1, cost=True, low=0, decimals=None),
     "generated_tokens": Metric("generated", "gen. tokens", "tokens", better=-1, cost=True, low=0, decimals=None),
     "trained_tokens": Metric("trained on", "train tokens", "tokens", better=-1, cost=True, low=0, decimals=None),
     "peak_memory_mb": Metric("peak memory", "memory MB", "MB", better=-1, cost=True, low=0, decimals=0),
+    "reference_reward": Metric("reference's reward", better=0, hidden=True),
+    "reference_entropy": Metric("reference's entropy", unit="nats/response", better=0, hidden=True),
+    "optimum_reward": Metric("optimum's reward", better=0, hidden=True),
+    "optimum_kl": Metric("optimum's KL", unit="nats/response", better=0, hidden=True),
 }
-"""Known figures, in the order of their columns. Costs come last."""
+"""Known figures, in the order of their columns."""
 
 
 def metric(name: str) -> Metric:
@@ -69,9 +77,9 @@ def metric(name: str) -> Metric:
 
 
 def ordered(names: set[str]) -> list[str]:
-    """Known quality metrics in their usual order, then unknown ones by name, then costs."""
+    """Known quality metrics in their usual order, then unknown ones by name, then costs and constants."""
     known = [name for name in METRICS if name in names]
-    quality = [name for name in known if not METRICS[name].cost or name == "kl"]
+    quality = [name for name in known if name == "kl" or not (METRICS[name].cost or METRICS[name].hidden)]
     return quality + sorted(names - METRICS.keys()) + [name for name in known if name not in quality]
 
 

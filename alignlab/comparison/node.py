@@ -10,6 +10,7 @@ from typing import Any
 
 from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.files import write_json
+from alignlab.launch.environment import quiet
 
 
 def run(folder: Path) -> None:
@@ -45,6 +46,7 @@ def run_command(command: str, config: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> int:
+    quiet()
     try:
         run(Path(sys.argv[1]))
     except Interrupted as stop:

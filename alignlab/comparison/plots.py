@@ -12,9 +12,10 @@ from html import escape
 from itertools import pairwise
 from math import floor, isfinite, log10
 
-from alignlab.comparison.curves import Point, mean_curve, thin
 from alignlab.comparison.metrics import format_number
 from alignlab.comparison.statistics import Estimate
+
+Point = tuple[float, float]
 
 COLOURS = 7
 SHAPES = 6  # prime to COLOURS: 42 combinations
@@ -92,12 +93,12 @@ def intervals(names: Sequence[str], estimates: Sequence[Estimate | None], title:
     """A row per algorithm: its mean and 95 % interval."""
     rows = [(i, name, found) for i, (name, found) in enumerate(zip(names, estimates, strict=True)) if found is not None]
     low, high = _range(bound for _, _, e in rows for bound in (e.mean, e.low, e.high))
-    left = 18 + LETTER * max(len(name) for _, name, _ in rows)
-    axes = Axes(low, high, 0, len(rows), left=min(left, 190), height=54 + 26 * len(rows), right=16)
+    left = 18 + LETTER * max(len(_clip(name)) for _, name, _ in rows)
+    axes = Axes(low, high, 0, len(rows), left=left, height=54 + 26 * len(rows), right=16)
     parts = [axes.frame(title, "", horizontal=False)]
     for position, (index, name, found) in enumerate(rows):
         y = axes.y(len(rows) - position - 0.5)
-        parts.append(f'<text x="{axes.left - 10:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text x="{axes.left - 10:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_clip(name))}</text>')
         x = axes.x(found.mean)
         mark = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8:.1f}" y2="{y + 8:.1f}"/>'
         bar = _bar(axes.x, found, y, across=True, kind="band")
@@ -133,7 +134,7 @@ def reward_kl(
         bars = _bar(axes.x, kl, y, across=True) + _bar(axes.y, reward, x, across=False)
         told = f"{_told(name, 'reward', reward, 3)}; {_told(name, 'KL', kl, 2)}"
         parts.append(_series(index, bars + _marker(index, x, y), told))
-        labels.append(_label(axes, name, x, y, taken))
+        labels.append(_label(axes, _clip(name), x, y, taken))
     if curve:
         labels.append(_label(axes, "frontier R*(KL)", axes.x(curve[-1][0]), axes.y(curve[-1][1]), taken, leader=False))
     told = "; ".join(f"{n}: KL {kl.mean:.2f}, reward {r.mean:.3f}" for _, n, kl, r in drawn)
@@ -142,14 +143,19 @@ def reward_kl(
 
 
 def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Point]]], title: str) -> str:
-    """One metric over training: a thin line per seed, and their mean as a thick one with the algorithm's name."""
+    """One metric over training: a thin line per seed, and their mean as a thick one with the algorithm's name.
+
+    `names` fixes the order of colours; nothing is drawn, and the text is empty, where no value is finite.
+    """
     every = [point for seeds in curves.values() for points in seeds.values() for point in points if isfinite(point[1])]
+    if not every:
+        return ""
     x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
     thinned = {
         name: [thin(points, x_low, x_high) for points in curves[name].values()] for name in names if name in curves
     }
     y_low, y_high = _range(y for lines in thinned.values() for line in lines for _, y in line)
-    right = 20 + min(130, LETTER * max(len(name) for name in thinned))
+    right = 20 + LETTER * max(len(_clip(name)) for name in thinned)
     axes = Axes(x_low, x_high if x_high > x_low else x_low + 1, y_low, y_high, right=right)
     parts, ends = [axes.frame("step", title)], []
     for index, name in enumerate(names):
@@ -172,9 +178,39 @@ def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Po
         start = axes.width - axes.right + 9
         if abs(at - y) > 3 or x < start - 12:
             parts.append(f'<line class="leader" x1="{x + 4:.1f}" y1="{y:.1f}" x2="{start - 1:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="halo" x="{start + 1:.1f}" y="{at + 4:.1f}">{escape(name)}</text>')
+        parts.append(f'<text class="halo" x="{start + 1:.1f}" y="{at + 4:.1f}">{escape(_clip(name))}</text>')
     told = f"over training, {len(thinned)} algorithms, steps {x_low:g} to {x_high:g}"
     return _svg(axes, parts, f"{title} {told}")
+
+
+def thin(points: Sequence[Point], low: float, high: float, bins: int = 80) -> list[Point]:
+    """Average points within equal bins of [low, high]: what a plot can show, and a mild smoothing of long runs.
+
+    A point's x becomes its bin's middle, so that curves thinned over the same range can be averaged with each other.
+    Values that are not finite are left out.
+    """
+    sums: dict[int, tuple[float, int]] = {}
+    for x, y in points:
+        if isfinite(y):
+            index = min(bins - 1, int((x - low) / (high - low) * bins)) if high > low else 0
+            total, count = sums.get(index, (0.0, 0))
+            sums[index] = (total + y, count + 1)
+    width = (high - low) / bins
+    return [(low + (index + 0.5) * width, total / count) for index, (total, count) in sorted(sums.items())]
+
+
+def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """The mean over curves at each x that all of them have."""
+    at: dict[float, list[float]] = {}
+    for curve in curves:
+        for x, y in curve:
+            at.setdefault(x, []).append(y)
+    return [(x, sum(ys) / len(ys)) for x, ys in sorted(at.items()) if len(ys) == len(curves)]
+
+
+def _clip(name: str) -> str:
+    """The name, shortened where it would take more than a third of a plot."""
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _range(values: Iterable[float | None]) -> tuple[float, float]:
@@ -198,7 +234,7 @@ def _path(axes: Axes, points: Sequence[Point]) -> str:
 
 
 def _series(index: int, body: str, told: str) -> str:
-    return f'<g class="s{index % COLOURS}">{body}<title>{escape(told)}</title></g>'
+    return f'<g class="s{index % COLOURS}"><title>{escape(told)}</title>{body}</g>'
 
 
 def _bar(scale: Callable[[float], float], found: Estimate, at: float, across: bool, kind: str = "bar") -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.comparison import plots
-from alignlab.comparison.curves import Point
-from alignlab.comparison.leaderboard import PROVENANCE, Leaderboard, write_atomic
+from alignlab.comparison.leaderboard import PROVENANCE, Leaderboard
 from alignlab.comparison.metrics import MISSING, format_interval, format_number, metric
 from alignlab.comparison.tables import budget_text, cell, place
 from alignlab.comparison.verdict import format_p, method, verdict
 from alignlab.core import AlignlabError
+from alignlab.core.files import write_text
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 """The browser's own guarantee that nothing is loaded."""
@@ -25,7 +25,7 @@ def write_report(
     path: str | os.PathLike[str],
     leaderboard: Leaderboard,
     frontier: Sequence[Sequence[float]] | None = None,
-    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[Point]]]] | None = None,
+    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[plots.Point]]]] | None = None,
     samples: Sequence[Mapping[str, Any]] | None = None,
     provenance: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
@@ -35,20 +35,23 @@ def write_report(
         path: the file to write, `report.html`.
         leaderboard: from `leaderboard.build` or `leaderboard.load`.
         frontier: `[[kl, reward], …]`, KL ascending in nats per response: the exact benchmark's R*(KL).
-        curves: metric → algorithm → seed → `[(step, value), …]`, as `read_curves` gives them; a plot per metric.
+        curves: metric → algorithm → seed → `[(step, value), …]`; a plot per metric. Values that are not
+            finite are left out.
         samples: `{"prompt": text, "answers": {algorithm: text}}`, shown side by side.
         provenance: a row per run, e.g. algorithm, seed, folder, config_hash; the runs' own where not given.
 
     Raises:
         AlignlabError: `frontier`, `curves` or `samples` does not have that form.
     """
-    write_atomic(Path(path), render(leaderboard, frontier, curves, samples, provenance))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, render(leaderboard, frontier, curves, samples, provenance))
 
 
 def render(
     leaderboard: Leaderboard,
     frontier: Sequence[Sequence[float]] | None = None,
-    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[Point]]]] | None = None,
+    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[plots.Point]]]] | None = None,
     samples: Sequence[Mapping[str, Any]] | None = None,
     provenance: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
@@ -127,20 +130,20 @@ def _value(board: Leaderboard, row: Mapping[str, Any], figure: str, kind: str = 
 def _board(board: Leaderboard) -> str:
     head = _heading("#", "", "ascending", "narrow") + _heading("algorithm", "", "ascending", "name", is_text=True)
     head += _heading("seeds", "", "descending", "narrow")
-    for figure in board.figures:
+    for figure in board.columns:
         known = metric(figure)
         first = "ascending" if known.better < 0 else "descending"
         arrow = {1: "\N{NO-BREAK SPACE}↑", -1: "\N{NO-BREAK SPACE}↓", 0: ""}[known.better]
         title = known.title.replace("-", "\N{NON-BREAKING HYPHEN}")
         head += _heading(title + arrow, known.unit, first, "", first if figure == board.sort_by else "")
-    best = {figure: board.best(figure) for figure in board.figures}
+    best = {figure: board.best(figure) for figure in board.columns}
     rows = []
     for row in board.rows:
         name = escape(row["algorithm"])
         cells = f'<td data-value="{row["rank"] or ""}">{place(row)}</td>'
         cells += f'<th scope="row" data-value="{name}">{name}</th>'
         cells += f'<td data-value="{len(row["seeds"])}">{len(row["seeds"])}</td>'
-        for figure in board.figures:
+        for figure in board.columns:
             cells += _value(board, row, figure, "best" if row["algorithm"] in best[figure] else "")
         rows.append(cells)
     return _table(head, rows, "sortable")
@@ -171,7 +174,7 @@ def _plots(figures: Sequence[tuple[str, str]]) -> str:
     return f'<div class="plots">\n{drawn}\n</div>'
 
 
-def _curves(board: Leaderboard, curves: Mapping[str, Mapping[str, Mapping[int, Sequence[Point]]]] | None) -> str:
+def _curves(board: Leaderboard, curves: Mapping[str, Mapping[str, Mapping[int, Sequence[plots.Point]]]] | None) -> str:
     names = [row["algorithm"] for row in board.rows]
     figures = []
     for name, by_algorithm in (curves or {}).items():
@@ -179,8 +182,7 @@ def _curves(board: Leaderboard, curves: Mapping[str, Mapping[str, Mapping[int, S
             raise AlignlabError(f"curves['{name}']: must be algorithm → seed → points; the outermost key is the metric")
         # an algorithm with curves but no row (its evaluation failed) is drawn too, after those on the leaderboard
         every = names + sorted(by_algorithm.keys() - set(names))
-        if any(points for seeds in by_algorithm.values() for points in seeds.values()):
-            svg = plots.learning(every, by_algorithm, metric(name).title)
+        if svg := plots.learning(every, by_algorithm, metric(name).title):
             figures.append((svg, f"{_capital(metric(name).title)} over training. Thin: each seed; thick: their mean."))
     return _plots(figures)
 
@@ -209,15 +211,16 @@ def _pairs(board: Leaderboard) -> str:
             told = f"{a} minus {b}: {number} {format_interval(pair.difference, known.decimals)}, {small}"
             cells += f'<td class="{kind}" title="{escape(told, quote=True)}">{number}{mark}<small>{small}</small></td>'
         rows.append(cells)
+    better, worse = ("better", "worse") if known.better else ("higher", "lower")
     note = (
         f"Difference in {known.title}, row minus column, with its p-value after Holm's correction. ▲ the row is "
-        "better, ▼ worse, both at the 5 % level; without a sign these runs cannot tell the two apart."
+        f"{better}, ▼ {worse}, both at the 5 % level; without a sign these runs cannot tell the two apart."
     )
     return _table(head, rows) + f'<p class="note">{escape(note)}</p>'
 
 
 def _costs(board: Leaderboard) -> str:
-    costs = [figure for figure in board.figures if metric(figure).cost and figure != "kl"]
+    costs = [figure for figure in board.columns if metric(figure).cost and figure != "kl"]
     if not costs:
         return ""
     head = '<th scope="col" class="name">algorithm</th>'

@@ -34,7 +34,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-CONFIDENCE = 0.95
+ALPHA = 0.05
+"""Intervals hold 1 - ALPHA, tests err in ALPHA of the cases without a difference."""
+
 DRAWS = 10_000
 """Bootstrap draws. The smallest p-value is 2/DRAWS, still significant after Holm among 200 pairs of algorithms."""
 
@@ -83,7 +85,7 @@ class Comparison:
     @property
     def significant(self) -> bool | None:
         """Whether the two differ; None where it cannot be tested."""
-        return None if self.p_holm is None else self.p_holm < 1 - CONFIDENCE
+        return None if self.p_holm is None else self.p_holm < ALPHA
 
     def flipped(self) -> Comparison:
         """b against a."""
@@ -112,8 +114,7 @@ def prompt_errors(value_RQ: Array, draws: int = DRAWS, seed: int = 0) -> Array:
 
     Q = value_RQ.shape[1]
     centred_RQ = value_RQ - value_RQ.mean(1, keepdims=True)
-    quantile = (1 + CONFIDENCE) / 2
-    stretch = np.sqrt(Q / (Q - 1)) * t.ppf(quantile, Q - 1) / norm.ppf(quantile)
+    stretch = np.sqrt(Q / (Q - 1)) * t.ppf(1 - ALPHA / 2, Q - 1) / norm.ppf(1 - ALPHA / 2)
     rng = np.random.default_rng(seed)
     error_RB = np.empty((len(value_RQ), draws))
     chunk = max(1, 2_000_000 // Q)  # bounds the memory of the counts
@@ -187,8 +188,7 @@ def _infer(value_S: Array, error_B: Array | None) -> tuple[Estimate, float | Non
         return _student(value_S)
     if S > 1:
         error_B = error_B + value_S.std(ddof=1) / np.sqrt(S) * _student_draws(S - 1, len(error_B))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(mean + error_B, [tail, 1 - tail])
+    low, high = np.quantile(mean + error_B, [ALPHA / 2, 1 - ALPHA / 2])
     beyond = min(int((mean + error_B <= 0).sum()), int((mean + error_B >= 0).sum()))
     # + 1: the observed value is one of the draws, so that p is never 0 (Phipson & Smyth 2010, arXiv:1603.05766)
     return Estimate(mean, float(low), float(high)), min(1.0, 2 * (beyond + 1) / (len(error_B) + 1))
@@ -204,7 +204,7 @@ def _student(value_S: Array) -> tuple[Estimate, float | None]:
     if np.ptp(value_S) == 0:  # no spread at all: the t statistic is 0/0 or infinite
         return Estimate(mean, mean, mean), float(mean == 0)
     test = ttest_1samp(value_S, 0.0)
-    interval = test.confidence_interval(CONFIDENCE)
+    interval = test.confidence_interval(1 - ALPHA)
     p = float(test.pvalue)
     return Estimate(mean, float(interval.low), float(interval.high)), p if isfinite(p) else None
 

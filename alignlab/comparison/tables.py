@@ -54,14 +54,14 @@ def to_markdown(board: Leaderboard) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
-    best = {figure: board.best(figure) for figure in board.figures}
+    best = {figure: board.best(figure) for figure in board.columns}
     table = [
-        line(["#", "algorithm", "seeds", *(metric(figure).heading for figure in board.figures)]),
-        line(["--:", ":--", *["--:"] * (1 + len(board.figures))]),
+        line(["#", "algorithm", "seeds", *(metric(figure).heading for figure in board.columns)]),
+        line(["--:", ":--", *["--:"] * (1 + len(board.columns))]),
     ]
     for row in board.rows:
         cells = [place(row), row["algorithm"], str(len(row["seeds"]))]
-        for figure in board.figures:
+        for figure in board.columns:
             mean, interval = cell(board, row, figure)
             mean = f"**{mean}**" if row["algorithm"] in best[figure] else mean
             cells.append(f"{mean} {interval}".strip())
@@ -72,9 +72,22 @@ def to_markdown(board: Leaderboard) -> str:
 
 
 def budget_text(board: Leaderboard) -> str:
-    """`generated tokens 1,000,000 · seconds 600`; what is not set is left out."""
-    known = {key.replace("_", " "): value for key, value in board.budget.items() if value is not None}
-    return " · ".join(f"{key} {value:,}" if type(value) is int else f"{key} {value}" for key, value in known.items())
+    """`generated tokens 1,000,000 · shared (sft (seconds 12))`; what is not set is left out."""
+    return _items(board.budget, " · ")
+
+
+def _items(values: Mapping[str, Any], separator: str) -> str:
+    texts = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            text = f"({_items(value, ', ')})" if value else None
+        elif isinstance(value, float):
+            text = format_number(value, None) if value < 1e4 else f"{value:,.0f}"
+        else:
+            text = f"{value:,}" if type(value) is int else value
+        if text is not None:
+            texts.append(f"{key.replace('_', ' ')} {text}")
+    return separator.join(texts)
 
 
 def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
@@ -85,7 +98,7 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
 
     console = console or Console()
     unbounded = console.options.update(max_width=10_000)
-    shown, table = list(board.figures), _table(board, board.figures, " ")
+    shown, table = list(board.columns), _table(board, board.columns, " ")
     while shown and console.measure(table, options=unbounded).maximum > console.width:
         table = _table(board, shown, "\n")
         shown = shown if console.measure(table, options=unbounded).maximum <= console.width else shown[:-1]
@@ -93,7 +106,7 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
         console.print(Text(sentence))
     console.print(table)
     console.print(Text(method(board), style="dim"))
-    if hidden := [metric(figure).title for figure in board.figures[len(shown) :]]:
+    if hidden := [metric(figure).title for figure in board.columns[len(shown) :]]:
         console.print(Text(f"Left out for want of room: {', '.join(hidden)}; the files have them.", style="dim"))
 
 

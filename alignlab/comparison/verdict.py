@@ -28,7 +28,10 @@ def verdict(board: Leaderboard) -> list[str]:
         return [*sentences, "No other algorithm was measured, so there is nothing to compare it with."]
     pairs = [board.between(best, row["algorithm"]) for row in ranked[1:]]
     alike = [pair for pair in pairs if pair.significant is False]
-    beaten = [pair for pair in pairs if pair.significant]
+    different = [pair for pair in pairs if pair.significant]
+    sign = known.better or 1
+    beaten = [pair for pair in different if pair.difference and pair.difference.mean * sign > 0]
+    contrary = [pair for pair in different if pair not in beaten]
     untested = [pair for pair in pairs if pair.significant is None]
     if alike:
         one = len(alike) == 1
@@ -38,13 +41,17 @@ def verdict(board: Leaderboard) -> list[str]:
         )
     if beaten:
         every = "every other algorithm" if len(beaten) == len(pairs) > 1 else _names(beaten)
-        sentences.append(f"It is significantly better than {every}{_nearest(beaten, board)}.")
+        sentences.append(
+            f"It is significantly {'better than' if known.better else 'above'} {every}{_nearest(beaten, board)}."
+        )
+    if contrary:
+        sentences.append(f"On the seeds in common, though, it is significantly behind {_names(contrary)}.")
     if untested:
         sentences.append(
             f"Whether it differs from {_names(untested)} cannot be tested: that takes two seeds in common, or "
             "one and per-prompt values."
         )
-    if (alike or beaten) and any(pair.seeds == 1 for pair in alike + beaten):
+    if any(pair.seeds == 1 for pair in alike + different):
         sentences.append(
             "Where only one seed is compared, this holds for the trained models at hand and says nothing of how "
             "another seed would have fared."

@@ -30,7 +30,7 @@ BATCH = 512
 
 ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n"
+    "\n\n### Instruction:\n{instruction}{input}\n\n### Response:"
 )
 
 
@@ -88,6 +88,8 @@ class Encoder:
         Raises:
             BadRecord: the chat template cannot render it.
         """
+        if example.group is not None:
+            return Draft(example, str(example.prompt), True, [[(str(text), True)] for text in example.responses])
         if example.format == "text":
             return Draft(example, "", False, [[(str(text), True)] for text in example.responses])
         messages = self._messages(example)
@@ -126,17 +128,20 @@ class Encoder:
         starts = range(0, len(drafts), BATCH)
         for start in progress(starts, label, len(starts)):
             batch = drafts[start : start + BATCH]
-            prompts = dict.fromkeys((d.prompt, d.complete) for d in batch if d.example.format != "text")
+            written = [d for d in batch if d.example.format not in ("text", "groups")]
+            prompts = dict.fromkeys((d.prompt, d.complete) for d in written)
             prompt_ids = dict(zip(prompts, self.prompt_ids(list(prompts)), strict=True))
             texts = dict.fromkeys(
-                text for d in batch if d.example.format != "text" for response in d.responses for text, _ in response
+                text for d in written for response in d.responses for text, _ in response
             )
             segment_ids = dict(zip(texts, self._continuations(list(texts)), strict=True))
             documents = [d for d in batch if d.example.format == "text"]
             document_ids = iter(self._documents([d.responses[0][0][0] for d in documents]))
             for draft in batch:
                 try:
-                    if draft.example.format == "text":
+                    if draft.example.group is not None:
+                        made = [draft.example.group]
+                    elif draft.example.format == "text":
                         made = self._document_groups(draft, next(document_ids))
                         if len(made) > 1:
                             report.cut["text split into several pieces"] += 1

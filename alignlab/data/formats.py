@@ -7,6 +7,7 @@
 | chat           | messages: [{role, content}…] ending with the assistant · conversations: [{from, value}…] (ShareGPT) |
 | preferences    | prompt, chosen, rejected · chosen and rejected as whole conversations; [margin], [preference]     |
 | rankings       | prompt, responses: [text…], [scores: [number…]]                                                   |
+| groups         | prompt_ids, responses: [{token_ids, …}…], as `alignlab sample` writes them                      |
 | prompts        | prompt · question · instruction, [input] · messages                                               |
 
 Wherever a prompt stands, so may question, or instruction with input; a prompt and a response may be message lists.
@@ -23,6 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignlab.core import Group
+from alignlab.data.groups import record_to_group
 from alignlab.data.readers import Record
 from alignlab.data.settings import Format
 
@@ -56,6 +59,7 @@ class Example:
         columns: what is known of each response (`score`, `preference`), one dict for each.
         instruction, input: the two parts of an Alpaca-style prompt, for templates; `instruction` is the prompt itself
             where there are no such parts.
+        group: the group itself, where the record holds its tokens.
         extra: the other fields of the record.
         origin: "file:line".
     """
@@ -64,6 +68,7 @@ class Example:
     prompt: str | Messages
     responses: list[str | Messages]
     columns: list[dict[str, float]]
+    group: Group | None = None
     instruction: str = ""
     input: str = ""
     extra: dict[str, object] = field(default_factory=dict)
@@ -83,6 +88,8 @@ def detect(fields: Mapping[str, object]) -> Format:
     """
     present = {name for name, value in fields.items() if value is not None}
     asks = bool(present.intersection(PROMPTS))
+    if {"prompt_ids", "responses"} <= present:
+        return "groups"
     if {"chosen", "rejected"} <= present:
         return "preferences"
     if asks and "responses" in present:
@@ -121,11 +128,24 @@ def parse(record: Record, format: Format, mapping: Mapping[str, str] | None = No
     """
     if record.error:
         raise BadRecord(record.error)
+    if format == "groups":
+        return _tokenised(record)
     fields = _Fields(rename(record.fields, mapping or {}))
     example = PARSERS[format](fields)
     example.origin = record.origin
     example.extra = {**fields.rest(), **example.extra}
     return example
+
+
+def _tokenised(record: Record) -> Example:
+    """A group as `alignlab sample` writes it."""
+    try:
+        group = record_to_group(record.fields, record.origin)
+    except ValueError as error:
+        raise BadRecord(str(error)) from None
+    columns = [{k: v for k, v in r.columns.items() if not isinstance(v, list)} for r in group.responses]
+    texts: list[str | Messages] = [r.text for r in group.responses]
+    return Example("groups", group.prompt, texts, columns, group, extra=group.extra, origin=record.origin)
 
 
 class _Fields:

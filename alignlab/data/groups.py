@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from alignlab.core import DataError, Group, Response
+from alignlab.core import Group, Response
 
 
 def group_to_record(group: Group) -> dict[str, Any]:
@@ -28,11 +29,11 @@ def group_to_record(group: Group) -> dict[str, Any]:
     }
 
 
-def record_to_group(record: dict[str, Any], origin: str) -> Group:
+def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
     """The group a record holds.
 
     Raises:
-        DataError: it is not such a record.
+        ValueError: it is not such a record.
     """
     try:
         responses = [
@@ -48,10 +49,11 @@ def record_to_group(record: dict[str, Any], origin: str) -> Group:
         ]
         prompt_ids = list(map(int, record["prompt_ids"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{origin}: not a group as `alignlab sample` writes it: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"not a group as `alignlab sample` writes it: {type(error).__name__}: {error}") from error
     if not prompt_ids or any(not r.token_ids for r in responses):
-        raise DataError(f"{origin}: a prompt and every response need at least one token")
-    columns, extra = record.get("columns", {}), record.get("extra", {})
-    return Group(prompt_ids, responses, origin, record.get("prompt", ""), columns, extra)
+        raise ValueError("a prompt and every response need at least one token")
+    for response in responses:
+        if response.loss_mask is not None and len(response.loss_mask) != len(response.token_ids):
+            raise ValueError("loss_mask and token_ids differ in length")
+    columns, extra = record.get("columns") or {}, record.get("extra") or {}
+    return Group(prompt_ids, responses, origin, record.get("prompt") or "", dict(columns), dict(extra))

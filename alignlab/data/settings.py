@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.core.errors import did_you_mean
 from alignlab.core.settings import Settings
 
-Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "prompts"]
+Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "prompts", "groups"]
 
 FIELDS = frozenset(
     ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output")

@@ -72,6 +72,7 @@ class Trainer:
         self.engine, self.optimizer = prepare(self.model, self.optimizer)
         self.state = State()
         self.evaluation: dict[str, float] = {}
+        self._tokens, self._logged_at = 0, 0.0
 
     # ------------------------------------------------------------------ the loop
 
@@ -83,6 +84,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; nothing has been changed by that step.
         """
         self._resume()
+        self._logged_at = self.state.seconds
         started = time.monotonic() - self.state.seconds
         empty = 0
         with StopRequest() as stop:
@@ -256,10 +258,11 @@ class Trainer:
     # ------------------------------------------------------------------ watching
 
     def _log(self, passed: Pass, lr: float, norm: float) -> None:
+        self._tokens += passed.tokens
         if not self._due(self.settings.log_every) and not self._finished():
             return
-        speed = passed.tokens / max(self.state.seconds - getattr(self, "_last_seconds", 0.0), 1e-9)
-        self._last_seconds = self.state.seconds
+        speed = self._tokens / max(self.state.seconds - self._logged_at, 1e-9)
+        self._tokens, self._logged_at = 0, self.state.seconds
         metrics = {
             **passed.metrics,
             "lr": lr,

@@ -35,6 +35,8 @@ def storage_errors(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except AlignlabError:
+        raise
     except Exception as error:
         reason = _reason(error)
         if reason is None:

@@ -1,6 +1,8 @@
 """Texts to token ids, against ids written down by hand (one token per byte) and against transformers' own."""
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from alignlab.core import ConfigError, DataError
 from alignlab.data import DataSettings, encode_prompt
@@ -74,9 +76,9 @@ def test_the_end_of_a_response(loaded, make_tokenizer, tokenizer):
     assert only(loaded(record, tokenizer, append_eos=False).train).responses[0].token_ids == ids("a")
     written = [{"prompt": "q", "completion": "a</s>"}]
     assert only(loaded(written, tokenizer).train).responses[0].token_ids == [*ids("a"), EOS]
-    with pytest.raises(ConfigError, match="data.append_eos=true: the tokenizer has no end-of-sequence token"):
+    with pytest.raises(ConfigError, match="append_eos=true: the tokenizer has no end-of-sequence token"):
         loaded(record, make_tokenizer(eos=None))
-    with pytest.raises(ConfigError, match="data.add_bos=true: the tokenizer has no beginning-of-sequence token"):
+    with pytest.raises(ConfigError, match="add_bos=true: the tokenizer has no beginning-of-sequence token"):
         loaded(record, make_tokenizer(bos=None), add_bos=True)
 
 
@@ -137,8 +139,9 @@ def test_chat_bears_loss_on_the_assistants_turns(loaded, make_tokenizer):
 def test_chat_mask_is_that_of_transformers(loaded, make_tokenizer):
     generation = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
-        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = make_tokenizer(eos="<|im_end|>", template=generation)
     turns = [
@@ -217,7 +220,7 @@ def test_one_way_from_prompts_to_ids(loaded, make_tokenizer):
 def test_prompts_that_cannot_be_encoded(tokenizer):
     with pytest.raises(DataError, match="has no tokens"):
         encode_prompt("", tokenizer, DataSettings())
-    with pytest.raises(DataError, match="a prompt of 3 tokens is longer than data.max_prompt_length=2"):
+    with pytest.raises(DataError, match="a prompt of 3 tokens is longer than data"):
         encode_prompt("abc", tokenizer, DataSettings(max_prompt_length=2, too_long="error"))
 
 
@@ -259,3 +262,19 @@ def test_the_alpaca_template_is_as_published():
 def test_settings_that_are_impossible(setting, reason):
     with pytest.raises(ValueError, match=reason):
         DataSettings(path="a.jsonl", **setting)
+
+
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_continuation_gets_no_space_of_its_own(loaded, eos):
+    """As Llama 2 has it: a space before every text, and before every text behind a special token."""
+    vocabulary = {character: i for i, character in enumerate("▁abc\n")}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+    assert tokenizer("a")["input_ids"] == tokenizer("<s>a")["input_ids"][1:] == [0, 1]  # that is what it does
+    records = [{"prompt": "a", "completion": "b c"}, {"prompt": "a", "completion": " b"}]
+    groups = loaded(records, tokenizer, append_eos=eos is not None).train
+    end = [6] if eos else []
+    assert [group.prompt_ids for group in groups] == [[0, 1], [0, 1]]
+    assert [group.responses[0].token_ids for group in groups] == [[2, 0, 3, *end], [0, 2, *end]]

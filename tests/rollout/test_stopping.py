@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.rollout.tiny import END, EOS, PIECES, Scripted, ids, tokenizer
+import torch
 
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel
 from alignlab.rollout import LocalEngine, RolloutSettings
+from tests.rollout.tiny import END, EOS, PIECES, Scripted, ids, network, tokenizer
 
-ALPHABET = {"d": "a|<eos>", "a": "b|<eos>", "b": "ca|<eos>", "ca": "e", "e": "<eos>|f", "f": "<end>|g", "g": "\n", "\n": "h"}
+ALPHABET = {
+    "d": "a|<eos>",
+    "a": "b|<eos>",
+    "b": "ca|<eos>",
+    "ca": "e",
+    "e": "<eos>|f",
+    "g": "\n",
+}
 """After the prompt `d`: a, b, ca, e, end. Text `abcae`."""
 
 
@@ -59,12 +67,11 @@ def test_stop_string_completed_at_the_limit_is_finished() -> None:
 
 def test_stop_string_late_in_a_long_response() -> None:
     """Only the end of a response is looked at for each token; the cut is in the whole text."""
-    wishes = {"d": "h", "h": "i", "i": "j", "j": "k", "k": "l", "l": "g|h"}
-    looping = {**wishes, "l": "h"}
+    looping = {"d": "h", "h": "i", "i": "j", "j": "k", "k": "l", "l": "h"}
     assert not answer(looping, max_new_tokens=40, stop=["lg"]).finished
     response = answer(looping, max_new_tokens=40, stop=["lhi"], min_new_tokens=26)
     assert len(response.token_ids) == 27, "h i j k l again and again; 'lhi' ends at tokens 7, 12, 17, 22, 27"
-    assert response.text == "hijkl" * 5
+    assert response.text == "hijkl" * 4 + "hijk", "cut before token 25"
 
 
 def test_min_new_tokens_keeps_end_tokens_away() -> None:
@@ -73,9 +80,6 @@ def test_min_new_tokens_keeps_end_tokens_away() -> None:
 
 
 def test_min_new_tokens_agrees_with_transformers() -> None:
-    import torch
-    from tests.rollout.tiny import model, network
-
     net = network("llama")
     with torch.no_grad():
         net.lm_head.weight[EOS] = 3 * net.lm_head.weight[10]  # an eager end token
@@ -85,9 +89,8 @@ def test_min_new_tokens_agrees_with_transformers() -> None:
         expected = net.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=20, min_new_tokens=least, pad_token_id=0
         )[0, 3:].tolist()
-        packed = model("llama")
-        packed.network = net
-        engine = LocalEngine(packed, RolloutSettings(temperature=0, max_new_tokens=20, min_new_tokens=least))
+        settings = RolloutSettings(temperature=0, max_new_tokens=20, min_new_tokens=least)
+        engine = LocalEngine(PackedModel(net, tokenizer()), settings)
         assert engine.sample([Group(prompt)], 1, 0)[0].responses[0].token_ids == expected
         lengths.append(len(expected))
     assert lengths[0] < lengths[2]

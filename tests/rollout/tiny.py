@@ -40,7 +40,13 @@ def tokenizer() -> Any:
 def config(name: str, vocabulary: int = len(PIECES)) -> Any:
     import transformers as t
 
-    common = {"vocab_size": vocabulary, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": PAD}
+    common = {
+        "vocab_size": vocabulary,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": PAD,
+        "tie_word_embeddings": False,
+    }
     two = {**SIZES, "num_key_value_heads": 2}
     if name == "llama":
         return t.LlamaConfig(**common, **two)

@@ -1,0 +1,16 @@
+"""What a process of ours says and does not say: libraries' chatter off, before they are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+
+def quiet() -> None:
+    """Keep libraries from talking about what is no news. Nothing that a user has set is changed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked and found nothing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
