@@ -14,7 +14,7 @@ from alignlab.core import Group, Response
 from alignlab.models import PackedModel
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+WORDS = [*"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
 SIZE = len(VOCABULARY)
 WINDOW = 5
@@ -44,7 +44,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", _SIZES),
     "opt": ("OPT", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "cohere": ("Cohere", _GROUPED),
-    "granite": ("Granite", {**_GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0}),
+    "granite": (
+        "Granite",
+        {**_GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    ),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "openai_gpt": ("OpenAIGPT", _GPT2),
@@ -95,7 +98,9 @@ def model(name: str = "llama", kind: str = "policy", **changes: Any) -> PackedMo
     return PackedModel(network(name, kind, **changes), tokenizer(), kind)  # type: ignore[arg-type]
 
 
-def save(folder: Path, name: str = "llama", kind: str = "policy", *, special: dict | None = None, **changes: Any) -> Path:
+def save(
+    folder: Path, name: str = "llama", kind: str = "policy", *, special: dict | None = None, **changes: Any
+) -> Path:
     """A folder as `load_model` expects it: weights, config and tokenizer."""
     network(name, kind, **changes).save_pretrained(folder)
     tokenizer(**(special or {})).save_pretrained(folder)

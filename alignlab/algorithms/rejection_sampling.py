@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alignlab.algorithms.sft import SFT
-from alignlab.core import Group, require
+from alignlab.core import AlignlabError, Group, Response, require
 
 
 class RejectionSampling(SFT):
@@ -33,6 +33,14 @@ class RejectionSampling(SFT):
         return [g.with_responses(best(g, self.keep)) for g in groups if g.responses]
 
 
-def best(group: Group, keep: int) -> list:
-    """The `keep` responses of the group with the highest reward, best first."""
+def best(group: Group, keep: int) -> list[Response]:
+    """The `keep` responses of the group with the highest reward, best first.
+
+    Raises:
+        AlignlabError: a response has no reward.
+    """
+    if not all("reward" in r.columns for r in group.responses):
+        raise AlignlabError(
+            f"{group.origin or 'a group'}: rejection sampling needs a `reward` for each response: see `scoring`"
+        )
     return sorted(group.responses, key=lambda r: -float(r.columns["reward"]))[:keep]  # type: ignore[arg-type]

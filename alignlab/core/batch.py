@@ -26,7 +26,7 @@ class Pairs:
     Attributes:
         winner_P, loser_P: response indices (axis N), int64.
         probability_P: probability that the winner is preferred, in [0.5, 1]; 1 where a label is certain.
-        margin_P: how much better the winner is, in the units of the scores, > 0.
+        margin_P: how much better the winner is, in the units of the scores (of the preferences where there are none).
     """
 
     winner_P: Tensor
@@ -99,7 +99,9 @@ class Batch:
                 for response in group.responses:
                     value = self._value(response.columns, column, group.origin)
                     if isinstance(value, list) != (axis == "T"):
-                        raise AlignlabError(f"column '{column}' is not one value per {'token' if axis == 'T' else 'response'}")
+                        raise AlignlabError(
+                            f"column '{column}' is not one value per {'token' if axis == 'T' else 'response'}"
+                        )
                     if isinstance(value, list):
                         if len(value) != response.loss_tokens:
                             raise AlignlabError(
@@ -128,7 +130,7 @@ class Batch:
 
         The order is that of the column `score` (higher is better; ties make no pair). Where groups of two carry
         `preference`, the probability that a response is preferred to its sibling, it gives the order and the
-        certainty instead (a probability of exactly 1/2 makes no pair only in the absence of `score`).
+        certainty instead; one of exactly 1/2 makes a pair too, since it says that the margin should be zero.
         """
         winner, loser, probability, margin = [], [], [], []
         start = 0

@@ -36,7 +36,9 @@ def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
     """Standard deviation of each segment with Bessel's correction, shape (count,); 0 where fewer than two items."""
     centred = values - segment_mean(values, segment, count)[segment]
     freedom = (segment_count(segment, count) - 1).clamp(min=1)
-    return (segment_sum(centred * centred, segment, count) / freedom).sqrt()
+    variance = segment_sum(centred * centred, segment, count) / freedom
+    spread = variance > 0  # the gradient of a root at 0 is infinite; here it is 0
+    return torch.where(spread, torch.where(spread, variance, 1.0).sqrt(), 0.0)
 
 
 def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -131,9 +131,7 @@ class Encoder:
             written = [d for d in batch if d.example.format not in ("text", "groups")]
             prompts = dict.fromkeys((d.prompt, d.complete) for d in written)
             prompt_ids = dict(zip(prompts, self.prompt_ids(list(prompts)), strict=True))
-            texts = dict.fromkeys(
-                text for d in written for response in d.responses for text, _ in response
-            )
+            texts = dict.fromkeys(text for d in written for response in d.responses for text, _ in response)
             segment_ids = dict(zip(texts, self._continuations(list(texts)), strict=True))
             documents = [d for d in batch if d.example.format == "text"]
             document_ids = iter(self._documents([d.responses[0][0][0] for d in documents]))

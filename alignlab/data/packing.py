@@ -9,7 +9,7 @@ token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). M
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -49,8 +49,8 @@ class Rows:
     layout: Layout
 
     def to(self, device: torch.device | str) -> Rows:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rows(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in held.items() if isinstance(v, Tensor)})
 
     @property
     def tokens(self) -> int:
@@ -109,14 +109,17 @@ def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout = "
     return batches
 
 
-def lay_out(groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0, score_skips: int | None = None) -> Rows:
+def lay_out(
+    groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0, score_skips: int | None = None
+) -> Rows:
     """Lay groups out in rows. The axes T and N are in the order of the groups given, as in `Batch`.
 
     Args:
         layout: see the module's docstring.
         pad_id: token id of the padding at the end of rows.
-        score_skips: `last_N` is the last token of the response that is not this one. Transformers' sequence
-            classifiers take the last token that is not their pad token, which for some models is the end token.
+        score_skips: `last_N` is the last token that is not this one: of the response, or, where it has no other, of
+            the prompt. Transformers' sequence classifiers take the last token that is not their pad token, which for
+            some models is the end token.
     """
     if layout == "packed":
         units = [(g, list(range(len(g.responses)))) for g in groups]
@@ -138,6 +141,7 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0,
         ids[at : at + trunk] = g.prompt_ids
         position[at : at + trunk] = range(trunk)
         group[at : at + trunk] = [unit] * trunk
+        prompt_last = at + max((i for i in range(trunk) if g.prompt_ids[i] != score_skips), default=0)
         trunk_end, at = at + trunk - 1, at + trunk
         for number, k in enumerate(ks, start=1):
             tokens = g.responses[k].token_ids
@@ -150,9 +154,8 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0,
                 predict.append(trunk_end if i == 0 else at + i - 1)
                 place.append(at + i)
                 target.append(tokens[i])
-            last.append(at + max((i for i in range(count) if tokens[i] != score_skips), default=-1))
-            if last[-1] < at:  # nothing but skipped tokens: the last token of the prompt
-                last[-1] = trunk_end
+            kept = max((i for i in range(count) if tokens[i] != score_skips), default=None)
+            last.append(prompt_last if kept is None else at + kept)
             at += count
 
     def grid(values: list[int]) -> Tensor:
@@ -162,7 +165,15 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0,
         return torch.tensor(values, dtype=torch.int64)
 
     return Rows(
-        grid(ids), grid(position), grid(group), grid(branch), flat(predict), flat(place), flat(target), flat(last), layout
+        grid(ids),
+        grid(position),
+        grid(group),
+        grid(branch),
+        flat(predict),
+        flat(place),
+        flat(target),
+        flat(last),
+        layout,
     )
 
 

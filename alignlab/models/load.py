@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignlab.core import AlignlabError, ConfigError, ModelKind
+from alignlab.core import ConfigError, ModelKind
 from alignlab.models.packed_model import PackedModel
 from alignlab.models.probe import probe
 from alignlab.models.settings import AdapterSettings, ModelSettings
 
 TASK = {"policy": "CAUSAL_LM", "score": "SEQ_CLS", "step": "TOKEN_CLS"}
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_model(
@@ -41,14 +42,14 @@ def load_model(
         seed: of new heads and adapters.
 
     Raises:
-        AlignlabError: where nothing can be loaded from `path`, with what was tried.
+        ConfigError: where nothing can be loaded from `path`, with what was tried.
     """
     torch.manual_seed(seed)
     adapter = adapter or AdapterSettings()
     tokenizer = load_tokenizer(settings)
     saved_adapter = _adapter_config(settings.path)
     network = _load_network(settings, saved_adapter, kind, labels)
-    _set_pad(network, tokenizer)
+    _set_pad(network, tokenizer, kind)
     if not settings.dropout:
         _remove_dropout(network)
     if saved_adapter is not None:
@@ -60,6 +61,10 @@ def load_model(
         model.requires_grad_(False)
     elif adapter.kind == "none":
         _freeze(model, settings)
+    elif settings.freeze or settings.freeze_layers:
+        raise ConfigError(
+            "model.freeze: with an adapter all of the model's own weights stay as they are: see adapter.targets"
+        )
     if settings.gradient_checkpointing and trainable:
         model.base.gradient_checkpointing_enable({"use_reentrant": False})
         if adapter.kind == "lora":
@@ -77,9 +82,13 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
     path = settings.tokenizer or settings.path
     try:
-        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise AlignlabError(f"model.tokenizer: no tokenizer in '{path}': {_first_line(error)}") from error
+        _must_exist(path, "model.tokenizer" if settings.tokenizer else "model.path")
+        where = f"model.tokenizer={path!r}: " if settings.tokenizer else f"model.path={path!r}: give model.tokenizer: "
+        raise ConfigError(f"{where}no tokenizer can be loaded from there: {_first_line(error)}") from error
 
 
 def resolve_dtype(name: str) -> Any:
@@ -111,10 +120,11 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
     try:
         network = _from_pretrained(auto, path, options)
     except (OSError, ValueError, KeyError) as error:
-        where = f"model.path={settings.path!r}"
-        if not Path(settings.path).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", settings.path):
-            raise ConfigError(f"{where}: there is no such folder") from error
-        raise ConfigError(f"{where}: cannot be loaded as a {kind} model: {_first_line(error)}") from error
+        _must_exist(settings.path, "model.path")
+        base = "" if saved_adapter is None else f"the base {path!r} of this adapter "
+        raise ConfigError(
+            f"model.path={settings.path!r}: {base}cannot be loaded as a {kind} model: {_first_line(error)}"
+        ) from error
     finally:
         transformers.logging.set_verbosity(level)
     if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
@@ -123,6 +133,12 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
         head = network.score if hasattr(network, "score") else network.classifier
         head.to(torch.promote_types(network.dtype, torch.float32))
     return network
+
+
+def _must_exist(path: str, key: str) -> None:
+    """Raise where a path can only be a folder's, not a Hub id, and there is no such folder."""
+    if not Path(path).exists() and not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", path):
+        raise ConfigError(f"{key}={path!r}: there is no such folder")
 
 
 def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> Any:
@@ -156,7 +172,7 @@ def _apply_saved_adapter(
         )
     network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
     if trainable and adapter.kind == "none":
-        return network.merge_and_unload()
+        return network.merge_and_unload().requires_grad_(True)
     return network
 
 
@@ -182,14 +198,18 @@ def _new_adapter(network: Any, adapter: AdapterSettings, kind: ModelKind) -> Any
     return peft
 
 
-def _set_pad(network: Any, tokenizer: Any) -> None:
+def _set_pad(network: Any, tokenizer: Any, kind: ModelKind) -> None:
     """Give model and tokenizer a pad token that is not the end token.
 
     Transformers' sequence classifiers look for the last token that is not padding: padding that is also the end
-    token would make them skip the end of every response.
+    token would make them skip the end of every response. One that a classifier's config already names stays all the
+    same, since plain transformers will go by it: an adapter cannot change its base's config.
     """
     config = network.config.get_text_config()
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    named = config.pad_token_id
+    if kind == "score" and named is not None and 0 <= named < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
+    elif tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         for token in (tokenizer.unk_token, tokenizer.bos_token):
             if token is not None and token != tokenizer.eos_token:
                 tokenizer.pad_token = token
@@ -207,8 +227,8 @@ def _remove_dropout(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_pdrop", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():  # OPT's `dropout` and `layerdrop`, Bloom's `hidden_dropout`, …
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -218,13 +238,20 @@ def _freeze(model: PackedModel, settings: ModelSettings) -> None:
     names = [n for n, _ in model.network.named_parameters()]
     for pattern in patterns:
         if not any(pattern.search(n) for n in names):
-            raise ConfigError(f"model.freeze: no parameter matches '{pattern.pattern}'; the first are {', '.join(names[:3])}")
+            raise ConfigError(
+                f"model.freeze: no parameter matches '{pattern.pattern}'; the first are {', '.join(names[:3])}"
+            )
     layers = int(model.config.num_hidden_layers)
     if settings.freeze_layers > layers:
         raise ConfigError(f"model.freeze_layers={settings.freeze_layers}: the model has {layers} layers")
-    embeddings = {id(p) for p in model.base.get_input_embeddings().parameters()} if settings.freeze_layers else set()
+    if settings.freeze_layers and not any(LAYER.search(n) for n in names):
+        raise ConfigError(
+            f"model.freeze_layers: the layers of {type(model.base).__name__} are not known: use model.freeze"
+        )
+    tables = (m for m in model.base.modules() if isinstance(m, nn.Embedding)) if settings.freeze_layers else ()
+    embeddings = {id(p) for m in tables for p in m.parameters()}
     for name, parameter in model.network.named_parameters():
-        layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        layer = LAYER.search(name)
         low = layer is not None and int(layer.group(1)) < settings.freeze_layers
         if low or id(parameter) in embeddings or any(p.search(name) for p in patterns):
             parameter.requires_grad_(False)

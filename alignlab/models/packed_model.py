@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignlab.core import Group, ModelKind
-from alignlab.data.packing import PADDING, Layout, Rows, lay_out, micro_batches
+from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
@@ -122,9 +122,8 @@ class PackedModel(nn.Module):
 
     def _run(self, module: Any, rows: Rows) -> Any:
         """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
-        if rows.layout == "plain":
-            mask = (rows.group_RL != PADDING).long()
-            return module(input_ids=rows.input_ids_RL, attention_mask=mask, use_cache=False)
+        if rows.layout == "plain":  # padding comes last, where a causal model does not look: no mask is needed
+            return module(input_ids=rows.input_ids_RL, use_cache=False)
         return module(
             input_ids=rows.input_ids_RL,
             position_ids=rows.position_RL,
@@ -136,6 +135,10 @@ class PackedModel(nn.Module):
         """The attention mask, or one for each kind of layer where the model has several."""
         window = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"layers of another kind than attention to a prefix or a window: {', '.join(sorted(kinds))}"
+            )
 
         def build(limit: int | None) -> Tensor:
             allowed = rows.attention(limit)
@@ -183,7 +186,11 @@ class PackedModel(nn.Module):
 
     @torch.no_grad()
     def outputs(
-        self, groups: Sequence[Group], reads: Iterable[str] = ("logp",), token_budget: int = 16384, temperature: float = 1.0
+        self,
+        groups: Sequence[Group],
+        reads: Iterable[str] = ("logp",),
+        token_budget: int = 16384,
+        temperature: float = 1.0,
     ) -> dict[str, list[Tensor]]:
         """Outputs of a scoring pass, one CPU tensor for each response in the order of the groups: (C',) for
         per-token outputs, () for scores. Runs without gradient and without dropout."""

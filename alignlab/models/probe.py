@@ -42,7 +42,9 @@ def probe(model: PackedModel) -> None:
             difference = _difference(model, model.lay_out(groups), expected)
             model.notes.append(f"the head of {name} is more than a linear map: its own forward computes the logits")
         if not difference <= absolute:
-            model.notes.append(f"padded rows of {name} differ from single sequences by {difference:.2g} nats on average")
+            model.notes.append(
+                f"padded rows of {name} differ from single sequences by {difference:.2g} nats on average"
+            )
         model.layout = "packed"
         rows = model.lay_out(groups)
         difference = _difference(model, rows, expected)
@@ -78,9 +80,9 @@ def _random_groups(vocabulary: int, limit: int | None) -> list[Group]:
     def ids(count: int) -> list[int]:
         return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
 
-    long = min(40, (limit or 1024) // 2)
-    shapes: list[tuple[int, list[int]]] = [(long, [5, 9, 1]), (3, [4]), (6, [2, 7, 3])]
-    return [Group(ids(p), [Response(ids(c)) for c in lengths]) for p, lengths in shapes]
+    half = max(1, (limit or 1024) // 2)
+    shapes: list[tuple[int, list[int]]] = [(40, [5, 9, 1]), (3, [4]), (6, [2, 7, 3])]
+    return [Group(ids(min(p, half)), [Response(ids(min(c, half))) for c in lengths]) for p, lengths in shapes]
 
 
 def _one_by_one(model: PackedModel, groups: list[Group]) -> Tensor:
@@ -95,7 +97,9 @@ def _one_by_one(model: PackedModel, groups: list[Group]) -> Tensor:
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 found.append(logits.log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1))
             else:  # hidden states: the classifier's own forward adds dropout and a pooling of its own
-                found.append(model.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, start:].float().flatten())
+                found.append(
+                    model.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, start:].float().flatten()
+                )
     return torch.cat(found)
 
 

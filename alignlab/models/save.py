@@ -11,7 +11,9 @@ import torch
 from alignlab.models.packed_model import PackedModel
 
 
-def save_model(model: PackedModel, folder: Path, *, merge: bool = False, state: dict[str, torch.Tensor] | None = None) -> None:
+def save_model(
+    model: PackedModel, folder: Path, *, merge: bool = False, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the model and its tokenizer to `folder`, atomically: a full model, or a PEFT adapter.
 
     Args:

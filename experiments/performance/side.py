@@ -33,7 +33,7 @@ def set_adapter(network: Any) -> None:
 
 def memory_mb() -> float:
     """Memory that this process holds now, in MB (10⁶ bytes)."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return psutil.Process().memory_info().rss / 1e6
 

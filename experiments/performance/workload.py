@@ -14,8 +14,8 @@ SHORTEST = 16
 """Responses have between 16 and `response` tokens, the end token included."""
 
 
-def make(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
-    """Write the model, its tokenizer and the pairs to `folder`; return what was made, for the report.
+def make(folder: Path, shape: dict[str, Any]) -> None:
+    """Write the model, its tokenizer and the pairs to `folder`, and what was made, for the report, to `work.json`.
 
     Args:
         shape: vocabulary, hidden, layers, heads, intermediate, seed (the model); prompt, response, pairs, batches
@@ -25,7 +25,8 @@ def make(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     batches = _make_batches(shape)
     (folder / "pairs.json").write_text(json.dumps(batches))
     responses = [len(ids) for batch in batches for pair in batch for ids in (pair["chosen"], pair["rejected"])]
-    return {"parameters": parameters, "mean_response": sum(responses) / len(responses)}
+    made = {"parameters": parameters, "mean_response": sum(responses) / len(responses)}
+    (folder / "work.json").write_text(json.dumps(made))
 
 
 def text_of(ids: list[int]) -> str:
@@ -83,4 +84,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("shape", type=json.loads)
     arguments = parser.parse_args()
-    print(json.dumps(make(arguments.folder, arguments.shape)))
+    make(arguments.folder, arguments.shape)

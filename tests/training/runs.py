@@ -1,0 +1,142 @@
+"""Small training runs as the command line makes them, for every algorithm."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from alignlab.config import compose, resolve
+from tests import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+
+ALGORITHMS: dict[str, list[str]] = {
+    "sft": ["algorithm=sft", "data=demonstrations"],
+    "dpo": ["algorithm=dpo", "data=preferences", "algorithm.label_smoothing=0.1"],
+    "reward_model": ["algorithm=reward_model", "data=preferences"],
+    "rejection_sampling": [
+        "algorithm=rejection_sampling",
+        "data=prompts",
+        "source=rollout",
+        "source.samples=3",
+        "rollout.max_new_tokens=6",
+        "scoring=function",
+        "scoring.function.path=tests.training.runs.count_of_a",
+    ],
+}
+"""What each algorithm needs said beyond the data's path."""
+
+SGD = ["optimizer=sgd", "optimizer.lr=0.05", "optimizer.momentum=0.9"]
+"""Linear in the gradient, so that rounding stays rounding; Adam would divide it by small numbers."""
+
+
+def count_of_a(prompt: str, response: str, extra: dict[str, Any]) -> float:
+    """A rule that a policy can learn: more of the word "a"."""
+    return response.split().count("a") + 0.01 * len(response)
+
+
+def prepare(folder: Path, records: int = 12) -> None:
+    """A tiny Llama in `folder/base` and records of every format beside it."""
+    tiny.save(folder / "base", std=0.15)
+    rng = random.Random(5)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(tiny.WORDS, k=rng.randint(low, high)))
+
+    kinds: dict[str, list[dict[str, Any]]] = {"demonstrations": [], "preferences": [], "prompts": []}
+    for _ in range(records):
+        prompt, chosen, rejected = words(1, 9), words(1, 7), words(1, 7)
+        if chosen == rejected:
+            rejected += " q"
+        kinds["demonstrations"].append({"prompt": prompt, "completion": chosen})
+        kinds["preferences"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        kinds["prompts"].append({"prompt": prompt})
+    for kind, lines in kinds.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def words_for(folder: Path, algorithm: str, out: str, *more: str) -> list[str]:
+    """Overrides for a short run of an algorithm in `folder/out`."""
+    own = ALGORITHMS[algorithm]
+    kind = next(w.removeprefix("data=") for w in own if w.startswith("data="))
+    return [
+        f"model={folder}/base",
+        *own,
+        f"data.path={folder}/{kind}.jsonl",
+        "training.batch_size=5",
+        "training.epochs=null",
+        "training.steps=6",
+        "training.progress=plain",
+        *([] if any(w.startswith("optimizer=") for w in more) else SGD),
+        f"out={folder}/{out}",
+        *more,
+    ]
+
+
+def train(folder: Path, algorithm: str, out: str, *more: str) -> dict[str, Any]:
+    """Run in this process; the result."""
+    from alignlab.training.run import train as run
+
+    config = resolve(compose("train", words_for(folder, algorithm, out, *more)))
+    return run(config, Path(config["out"]))
+
+
+def command(folder: Path, algorithm: str, out: str, *more: str, processes: int = 1) -> list[str]:
+    """The same run as a command line."""
+    start = [sys.executable, "-m", "alignlab"]
+    if processes > 1:
+        port = 20000 + os.getpid() % 20000
+        start = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(f"--nproc-per-node={processes}", f"--master-port={port}", "-m", "alignlab"),
+        ]
+    return [*start, "train", *words_for(folder, algorithm, out, *more)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_ERROR_FILE": ""}
+
+
+def spawn(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path, out: str) -> dict[str, torch.Tensor]:
+    """The weights a run saved, full model or adapter."""
+    model = folder / out / "model"
+    path = model / "adapter_model.safetensors"
+    return load_file(path if path.exists() else model / "model.safetensors")
+
+
+def metrics(folder: Path, out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of weights, relative to each tensor's largest number."""
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=1e-12)) for n in a)
+
+
+def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class StopAfter:
+    """Called instead of the progress display's update: sends this process a signal once a step is reached."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def __call__(self, step: int, metrics: Any) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), self.number)

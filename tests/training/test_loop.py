@@ -1,0 +1,148 @@
+"""The loop, for every algorithm: the same result however the work is split, stopped or spread."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from alignlab.core import AlignlabError, ConfigError, Interrupted, NonFiniteError
+from alignlab.training.progress import ProgressDisplay
+from tests.training import runs
+
+pytestmark = pytest.mark.parametrize("algorithm", runs.ALGORITHMS)
+
+ROUNDING = 1e-5
+"""Float32 sums in another order, through six steps of SGD (Adam would divide rounding by small numbers)."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("runs")
+    runs.prepare(made)
+    return made
+
+
+@pytest.fixture
+def straight(folder: Path, algorithm: str) -> dict:
+    """The weights of an undisturbed run."""
+    out = f"{algorithm}-straight"
+    if not (folder / out / "result.json").exists():
+        runs.train(folder, algorithm, out)
+    return runs.weights(folder, out)
+
+
+def test_learns_something(folder: Path, algorithm: str, straight: dict) -> None:
+    """The guard of the tests below: six steps change the weights far more than rounding does."""
+    from safetensors.torch import load_file
+
+    base = load_file(folder / "base/model.safetensors")
+    shared = {n for n in straight if n in base}
+    assert runs.difference({n: base[n] for n in shared}, {n: straight[n] for n in shared}) > 100 * ROUNDING
+
+
+def test_micro_batches_do_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
+    runs.train(folder, algorithm, f"{algorithm}-budget", "training.token_budget=20")
+    assert runs.difference(straight, runs.weights(folder, f"{algorithm}-budget")) < ROUNDING
+
+
+def test_packing_does_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
+    runs.train(folder, algorithm, f"{algorithm}-plain", "model.layout=plain")
+    assert runs.difference(straight, runs.weights(folder, f"{algorithm}-plain")) < ROUNDING
+
+
+def test_two_processes_equal_one(folder: Path, algorithm: str, straight: dict) -> None:
+    done = runs.spawn(runs.command(folder, algorithm, f"{algorithm}-two", processes=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((folder / f"{algorithm}-two/result.json").read_text())
+    assert (result["processes"], result["engine"]) == (2, "MULTI_CPU")
+    assert runs.difference(straight, runs.weights(folder, f"{algorithm}-two")) < ROUNDING
+    mine, theirs = (runs.metrics(folder, f"{algorithm}-{o}") for o in ("straight", "two"))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["trained_tokens"] == b["trained_tokens"]
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_resumed_run_is_bit_identical(
+    folder: Path, algorithm: str, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle of an iteration with several minibatches and passes; dropout uses the random state."""
+    more = [f"adapter={adapter}", "optimizer=adamw", "training.batch_size=2", "source.prompts=5", "source.passes=2"]
+    more += ["adapter.dropout=0.2"] if adapter == "lora" else []
+    runs.train(folder, algorithm, f"{algorithm}-{adapter}-whole", *more)
+    out = f"{algorithm}-{adapter}-parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressDisplay, "update", lambda self, step, m: runs.StopAfter(2)(step, m))
+        with pytest.raises(Interrupted, match=r"SIGTERM; checkpoint of step 2"):
+            runs.train(folder, algorithm, out, *more)
+    assert not (folder / out / "model").exists()
+    runs.train(folder, algorithm, out, *more)
+    whole = runs.weights(folder, f"{algorithm}-{adapter}-whole")
+    assert runs.identical(whole, runs.weights(folder, out))
+    mine, theirs = runs.metrics(folder, f"{algorithm}-{adapter}-whole"), runs.metrics(folder, out)
+    assert [(m["step"], m["loss"], m["trained_tokens"]) for m in mine] == [
+        (m["step"], m["loss"], m["trained_tokens"]) for m in theirs
+    ]
+
+
+def test_same_command_twice_changes_nothing(folder: Path, algorithm: str, straight: dict) -> None:
+    """The first run left no checkpoint: the second starts anew and ends in the same place."""
+    runs.train(folder, algorithm, f"{algorithm}-straight")
+    assert runs.identical(straight, runs.weights(folder, f"{algorithm}-straight"))
+
+
+def test_another_config_in_the_same_folder_is_refused(folder: Path, algorithm: str, straight: dict) -> None:
+    with pytest.raises(ConfigError, match=r"holds a run with another optimizer\.lr"):
+        runs.train(folder, algorithm, f"{algorithm}-straight", "optimizer.lr=0.5")
+
+
+def test_losses_that_are_not_finite_name_the_record(
+    folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record's log-probs or score become NaN; the message names its file and line and no other."""
+    from alignlab.models import PackedModel
+
+    forward = PackedModel.forward
+
+    def spoilt(self, rows, reads=("logp",), temperature=1.0):  # type: ignore[no-untyped-def]
+        values = forward(self, rows, reads, temperature)
+        if self.training:
+            for name, value in values.items():
+                poison = value.new_zeros(len(value))
+                poison[0] = float("nan")
+                values[name] = value + poison
+        return values
+
+    monkeypatch.setattr(PackedModel, "forward", spoilt)
+    with pytest.raises(NonFiniteError, match=r"not finite for 1 record\(s\): \S+\.jsonl:\d+\. Look"):
+        runs.train(folder, algorithm, f"{algorithm}-nan", "training.token_budget=100000")
+    assert not (folder / f"{algorithm}-nan/model").exists()
+
+
+def test_signals_are_obeyed(folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProgressDisplay, "update", lambda self, s, m: runs.StopAfter(1, signal.SIGUSR1)(s, m))
+    with pytest.raises(Interrupted, match="SIGUSR1"):
+        runs.train(folder, algorithm, f"{algorithm}-usr1")
+    kept = list((folder / f"{algorithm}-usr1/checkpoints").glob("step-*"))
+    assert [k.name for k in kept] == ["step-00000001"]
+
+
+def test_nothing_to_learn_is_said_not_reported_as_zero(
+    folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignlab.core import Algorithm
+    from alignlab.training import loop
+
+    monkeypatch.setattr(loop, "EMPTY_ITERATIONS", 3)
+    target = runs.ALGORITHMS[algorithm][0].removeprefix("algorithm=")
+    from alignlab.config import compose
+    from alignlab.training.run import build_algorithm
+
+    kind = type(build_algorithm(dict(compose("train", [f"algorithm={target}"])["algorithm"])))
+    assert issubclass(kind, Algorithm)
+    monkeypatch.setattr(kind, "prepare", lambda self, groups: [])
+    with pytest.raises(AlignlabError, match="3 iterations in a row left nothing to train on"):
+        runs.train(folder, algorithm, f"{algorithm}-empty")
