@@ -102,7 +102,9 @@ def _sample(words: list[str]) -> int:
 
     out = Path(config["out"])
     result = produce(config, out)
-    print(f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s → {out}/groups.jsonl")
+    print(
+        f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s → {out}/groups.jsonl"
+    )
     return 0
 
 

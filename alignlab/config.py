@@ -90,7 +90,9 @@ def section(kind: type[S], values: dict[str, Any], key: str) -> S:
             raise ConfigError(f"{key}.{place}: unknown key{did_you_mean(place, kind.model_fields)}") from error
         if problem["type"] == "missing":
             raise ConfigError(f"{key}.{place}: must be given, as in {key}.{place}=VALUE") from error
-        raise ConfigError(f"{key}.{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from error
+        raise ConfigError(
+            f"{key}.{place}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        ) from error
 
 
 def build(values: dict[str, Any] | None, key: str, *arguments: Any, **keywords: Any) -> Any:
@@ -162,7 +164,9 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> ConfigErr
         return ConfigError(f"{unknown[1]}: {_shorten(error.__cause__ or error)}")
     group_missing = re.search(r"Could not override '([^']+)'\.\s*No match", cause)
     if group_missing:
-        return ConfigError(f"{group_missing[1]}: unknown group{did_you_mean(group_missing[1], _siblings(name, '', ()))}")
+        return ConfigError(
+            f"{group_missing[1]}: unknown group{did_you_mean(group_missing[1], _siblings(name, '', ()))}"
+        )
     return ConfigError(_shorten(error))
 
 

@@ -62,7 +62,9 @@ AUTO = {
 }
 
 
-def network(name: str = "llama", kind: str = "policy", *, std: float = 0.3, seed: int = 0, **changes: Any) -> Any:
+def network(
+    name: str = "llama", kind: str = "policy", *, std: float = 0.3, seed: int = 0, attention: str | None = None, **changes: Any
+) -> Any:
     """A transformers model with random weights large enough that the context matters; norms and biases random too."""
     import transformers
 
@@ -70,7 +72,7 @@ def network(name: str = "llama", kind: str = "policy", *, std: float = 0.3, seed
     config = getattr(transformers, f"{family}Config")(**{**_COMMON, **sizes, **changes})
     if kind != "policy":
         config.num_labels = {"score": 1, "step": 3}[kind]
-    made = getattr(transformers, AUTO[kind]).from_config(config)
+    made = getattr(transformers, AUTO[kind]).from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -95,7 +97,7 @@ def tokenizer(**special: str | None) -> Any:
 
 def model(name: str = "llama", kind: str = "policy", **changes: Any) -> PackedModel:
     """A `PackedModel` in the packed layout, not probed."""
-    return PackedModel(network(name, kind, **changes), tokenizer(), kind)  # type: ignore[arg-type]
+    return PackedModel(network(name, kind, **changes), tokenizer(), kind).eval()  # type: ignore[arg-type]
 
 
 def save(

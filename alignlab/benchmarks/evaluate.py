@@ -24,7 +24,9 @@ def build_benchmark(values: dict[str, Any]) -> Benchmark:
     """The benchmark that `_target_` names."""
     benchmark = build(values, "benchmark")
     if not isinstance(benchmark, Benchmark):
-        raise ConfigError(f"benchmark._target_={values['_target_']}: not a subclass of alignlab.benchmarks.base.Benchmark")
+        raise ConfigError(
+            f"benchmark._target_={values['_target_']}: not a subclass of alignlab.benchmarks.base.Benchmark"
+        )
     return benchmark
 
 

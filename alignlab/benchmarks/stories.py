@@ -63,7 +63,7 @@ class StoriesBenchmark(Benchmark):
         for name in ("train.jsonl", "test.jsonl"):
             if not (self.texts / name).is_file():
                 raise ConfigError(
-                    f'benchmark.texts={texts}: {name} is not there; give a folder with train.jsonl and test.jsonl of '
+                    f"benchmark.texts={texts}: {name} is not there; give a folder with train.jsonl and test.jsonl of "
                     '{"text"}, one story each, as in benchmark.texts=DIR'
                 )
 

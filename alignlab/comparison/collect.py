@@ -21,7 +21,8 @@ NOT_FIGURES = ("benchmark", "frontier", "samples")
 def collect(out: Path) -> board.Leaderboard:
     """Read every finished run of the comparison in `out`; write the leaderboard and `report.html` there."""
     config = _yaml(out / "config.yaml")
-    rows, curves, provenance = [], {}, []
+    rows, provenance = [], []
+    curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
     samples: dict[str, dict[str, str]] = {}
     frontier = None
     for folder in sorted((out / "runs").glob("*-seed*")):
@@ -72,7 +73,7 @@ def _name(config: dict[str, Any]) -> str:
 
 
 def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
-    """metric → algorithm → seed → [(trained tokens, value), …]."""
+    """metric → algorithm → seed → [(step, value), …]."""
     found: dict[str, Any] = {}
     for metric in CURVES:
         for algorithm, seeds in curves.items():
@@ -102,4 +103,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error

@@ -200,7 +200,7 @@ def _sampling(config: dict[str, Any], pairs: Pairs, start: str, places: dict[str
     """Pairs for the reward model and for DPO, labelled as a noisy annotator would."""
     composed = resolve(compose("sample", ["data=prompts", f"data.path='{places['prompts']}'", f"model.path='{start}'"]))
     gold = {"_target_": "alignlab.comparison.pairs.gold", "benchmark": config["benchmark"]}
-    labels = {"_target_": "alignlab.scoring.BradleyTerryLabels", "reward": gold}
+    labels: dict[str, Any] = {"_target_": "alignlab.scoring.BradleyTerryLabels", "reward": gold}
     labels |= {"temperature": pairs.temperature, "certain": pairs.certain, "seed": pairs.seed}
     return composed | {
         "rollout": config["rollout"],

@@ -30,7 +30,8 @@ class Outputs:
 
     def _get(self, name: str) -> Tensor:
         if name not in self.values:
-            raise AlignlabError(f"the forward pass was not asked for '{name[:-2]}': add it to the algorithm's `reads`")
+            asked = name.rpartition("_")[0]
+            raise AlignlabError(f"the forward pass was not asked for '{asked}': add it to the algorithm's `reads`")
         return self.values[name]
 
     @property

@@ -12,8 +12,10 @@ from alignlab.core.group import Group
 class Scorer(Protocol):
     """Fills in columns of groups: rewards, labels, log-probs of another model."""
 
-    fills: tuple[str, ...]
-    """Names of the columns it fills, without axis suffix."""
+    @property
+    def fills(self) -> tuple[str, ...]:
+        """Names of the columns it fills, without axis suffix."""
+        ...
 
     def score(self, groups: Sequence[Group]) -> None:
         """Set `response.columns[name]` for every name in `fills` and every response. In place."""

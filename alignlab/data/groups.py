@@ -1,4 +1,4 @@
-"""Groups on disk: what was sampled, as it was sampled, token ids and all. Text alone would not tokenise back exactly."""
+"""Groups on disk: what was sampled, as it was sampled, token ids and all: text would not tokenise back exactly."""
 
 from __future__ import annotations
 

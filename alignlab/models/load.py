@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
@@ -15,6 +17,7 @@ from alignlab.models.probe import probe
 from alignlab.models.settings import AdapterSettings, ModelSettings
 
 TASK = {"policy": "CAUSAL_LM", "score": "SEQ_CLS", "step": "TOKEN_CLS"}
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -118,8 +121,8 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
     transformers.logging.set_verbosity_error()  # a new head is expected, not news
     transformers.logging.disable_progress_bar()
     try:
-        network = _from_pretrained(auto, path, options)
-    except (OSError, ValueError, KeyError) as error:
+        network, missing = _from_pretrained(auto, path, options)
+    except LOADING_ERRORS as error:
         _must_exist(settings.path, "model.path")
         base = "" if saved_adapter is None else f"the base {path!r} of this adapter "
         raise ConfigError(
@@ -127,6 +130,13 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
         ) from error
     finally:
         transformers.logging.set_verbosity(level)
+    heads = () if kind == "policy" else ("score.", "classifier.")
+    lost = sorted(name for name in missing if not name.startswith(heads))
+    if lost:
+        raise ConfigError(
+            f"model.path={settings.path!r}: not a {kind} model: it has no weights for {', '.join(lost[:3])}"
+            + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        )
     if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
         network = network.float()  # CPUs train half precision slowly and badly
     if kind != "policy":
@@ -141,22 +151,21 @@ def _must_exist(path: str, key: str) -> None:
         raise ConfigError(f"{key}={path!r}: there is no such folder")
 
 
-def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> Any:
+def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The network, and the names of the parameters that `path` has no weights for."""
     try:
-        return auto.from_pretrained(path, **options)
+        network, found = auto.from_pretrained(path, output_loading_info=True, **options)
     except ValueError as error:
         if "attn_implementation" not in str(error) and "attention" not in str(error).lower():
             raise
-        return auto.from_pretrained(path, **{**options, "attn_implementation": "eager"})
+        return _from_pretrained(auto, path, {**options, "attn_implementation": "eager"})
+    return network, set(found["missing_keys"])
 
 
 def _adapter_config(path: str) -> dict[str, Any] | None:
     """The PEFT config in `path`, where it holds an adapter rather than a model."""
-    from peft import PeftConfig
-
-    if not (Path(path) / "adapter_config.json").exists():
-        return None
-    return dict(PeftConfig.from_pretrained(path).to_dict())
+    file = Path(path) / "adapter_config.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
 
 
 def _apply_saved_adapter(
@@ -168,9 +177,14 @@ def _apply_saved_adapter(
     if task != TASK[kind]:
         raise ConfigError(
             f"model.path={settings.path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
-            "merge it first with `alignlab export`"
+            "train from a model saved with training.save_model=merged"
         )
-    network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
+    try:
+        network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"model.path={settings.path!r}: the adapter cannot be loaded: {_first_line(error)}"
+        ) from error
     if trainable and adapter.kind == "none":
         return network.merge_and_unload().requires_grad_(True)
     return network

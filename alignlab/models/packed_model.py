@@ -204,11 +204,12 @@ class PackedModel(nn.Module):
                 out = self(self.lay_out(chosen), reads, temperature)
                 lengths = [r.loss_tokens for g in chosen for r in g.responses]
                 slots = [offset[i] + k for i in batch for k in range(counts[i])]
-                for name, value in out.items():
-                    parts = value.cpu().split(lengths if name.rsplit("_", 1)[1].startswith("T") else 1)
-                    column = found.setdefault(name.rsplit("_", 1)[0], [torch.empty(0)] * sum(counts))
+                for key, value in out.items():
+                    name, axes = key.rsplit("_", 1)
+                    parts = value.cpu().split(lengths) if axes.startswith("T") else value.cpu().unbind()
+                    column = found.setdefault(name, [torch.empty(0)] * sum(counts))
                     for slot, part in zip(slots, parts, strict=True):
-                        column[slot] = part if name.rsplit("_", 1)[1].startswith("T") else part[0]
+                        column[slot] = part
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ def save_model(
     is_adapter = hasattr(network, "peft_config")
     options: dict[str, Any] = {} if state is None else {"state_dict": state}
     if is_adapter and merge:
-        network = _merged(network)
-        network.save_pretrained(temporary)
+        _merged(network, state).save_pretrained(temporary)
     elif is_adapter:
         network.save_pretrained(temporary, selected_adapters=["default"], **options)
     else:
@@ -38,8 +38,9 @@ def save_model(
     temporary.rename(folder)
 
 
-def _merged(network: Any) -> Any:
+def _merged(network: Any, state: dict[str, torch.Tensor] | None) -> Any:
     """A copy of the base with the adapter's weights added; the model being trained is left as it is."""
-    import copy
-
-    return copy.deepcopy(network).merge_and_unload()
+    network = copy.deepcopy(network)
+    if state is not None:
+        network.load_state_dict(state)
+    return network.merge_and_unload()

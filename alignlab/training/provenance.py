@@ -34,7 +34,7 @@ SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 """Names whose values are secrets: `api_key`, `hf_token`, `--token`; not `eos_token`, `max_tokens` or `tokenizer`."""
-INLINE = re.compile(r"(?P<key>[\w./+-]+)(?P<is>['\"]?\s*[:=]\s*)(?P<value>[^,}\]]+)")
+INLINE = re.compile(r"(?P<key>[\w./+-]+)(?P<is>['\"]?\s*[:=]\s*)(?P<value>[^,{}\[\]]+)")
 """A key and its value inside an argument, as in `judge={url:URL,api_key:KEY}`."""
 SECRET_VALUE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|pk|rk)-[A-Za-z0-9_\-]{16,}|wandb_v1_\w{16,}|gh[pousr]_[A-Za-z0-9]{16,}"

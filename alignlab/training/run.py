@@ -15,6 +15,7 @@ import yaml
 
 from alignlab.config import build, section
 from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer
+from alignlab.core.files import write_json
 from alignlab.data import DataSettings, load
 from alignlab.models import AdapterSettings, ModelSettings, PackedModel, Reference, load_model, save_model
 from alignlab.rollout import LocalEngine, RolloutSettings
@@ -24,7 +25,6 @@ from alignlab.training.loop import Trainer
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.settings import SourceSettings, TrainingSettings
-from alignlab.core.files import write_json
 from alignlab.training.tracking import Tracker, TrackerSettings
 
 RESULT = "result.json"
@@ -167,7 +167,7 @@ def peak_memory_mb() -> float:
 def _optimizer(values: dict[str, Any], model: PackedModel) -> torch.optim.Optimizer:
     """The optimiser that `_target_` names, with weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2]},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -175,9 +175,9 @@ def _optimizer(values: dict[str, Any], model: PackedModel) -> torch.optim.Optimi
 
 
 def _check_limits(settings: TrainingSettings) -> None:
-    if settings.steps is None and settings.epochs is None and settings.max_trained_tokens is None:
-        if settings.max_generated_tokens is None and settings.max_seconds is None:
-            raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
+    ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
+    if settings.steps is None and settings.epochs is None and not any(ends):
+        raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
 
 
 def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:

@@ -102,8 +102,8 @@ def run_batch(
     bad = [b for some in processes.gather(bad) for b in some]
     if bad:
         raise NonFiniteError(
-            f"the loss is not finite for {len(bad)} record(s): {', '.join(bad[:5])}. Look at them with `alignlab inspect`, "
-            "lower the learning rate, or use a wider precision"
+            f"the loss is not finite for {len(bad)} record(s): {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}. "
+            "Look at them, lower the learning rate, or use a wider precision"
         )
     totals = processes.gather((tokens, sum(b.T for b in batches)))
     return Pass(means.means(processes), sum(t for t, _ in totals), sum(t for _, t in totals), units)

@@ -63,15 +63,9 @@ VARIANTS = [
     ),
     Variant(
         "trl-lean",
-        "TRL, no gradient checkpointing, 8 × 1 pair",
+        "TRL, no gradient checkpointing, one pair at a time",
         "trl",
-        {
-            "config": {
-                "gradient_checkpointing": False,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 8,
-            }
-        },
+        {"config": {"gradient_checkpointing": False}, "one_by_one": True},
     ),
 ]
 

@@ -50,12 +50,14 @@ class Clock(TrainerCallback):
 
 
 def measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options: `config`, fields of DPOConfig other than its defaults."""
+    """Options: `config`, fields of DPOConfig other than its defaults; `one_by_one`, accumulate gradients over pairs."""
     batches = read_batches(folder)
+    size = len(batches[0])
     pairs = [pair for batch in batches for pair in batch]
     gauge = Gauge()
     config = {
-        "per_device_train_batch_size": len(batches[0]),
+        "per_device_train_batch_size": 1 if options.get("one_by_one") else size,
+        "gradient_accumulation_steps": size if options.get("one_by_one") else 1,
         "bf16": False,
         "beta": BETA,
         "learning_rate": LEARNING_RATE,

@@ -96,12 +96,14 @@ def test_rewards_are_in_range_and_depend_on_the_prompt(world):
 
 
 def test_equal_rewards_are_equal_bit_for_bit(hand_made):
-    """0, 1, 2 in any order are liked the same; orders with as many favoured neighbours must tie exactly."""
+    """0, 1, 2 in any order are liked the same; orders with as many favoured neighbours must tie
+    exactly; and rewards have six decimals, so that rounding elsewhere cannot untie them."""
     by_favoured = {}
     for words in ([0, 2, 1], [1, 0, 2], [2, 1, 0]):
         favoured = sum(pair in ((0, 1), (1, 2)) for pair in zip([1, *words], words, strict=False))
         by_favoured.setdefault(favoured, set()).add(hand_made.reward_XY[0, hand_made.index([*words, 3])].item())
     assert all(len(rewards) == 1 for rewards in by_favoured.values())
+    assert hand_made.reward_XY.tolist() == [[round(reward, 6) for reward in hand_made.reward_XY[0].tolist()]]
 
 
 def test_the_seed_alone_decides():

@@ -99,6 +99,7 @@ class TestPage:
         curves = {NASTY: {NASTY: {0: [(0, 1.0), (1, 2.0)]}}}
         samples = [{"prompt": NASTY, "answers": {NASTY: NASTY}}]
         html = render(found, FRONTIER, curves, samples, [{NASTY: NASTY, "more": {NASTY: [NASTY]}}])
+        html += render(build(rows, NASTY, {}, sort_by=NASTY))
         page = Page(html)
         assert not page.all("img") and "<img" not in html
         assert not any("onerror" in attributes for _, attributes in page.tags)

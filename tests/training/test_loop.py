@@ -117,7 +117,7 @@ def test_losses_that_are_not_finite_name_the_record(
         return values
 
     monkeypatch.setattr(PackedModel, "forward", spoilt)
-    with pytest.raises(NonFiniteError, match=r"not finite for 1 record\(s\): \S+\.jsonl:\d+\. Look"):
+    with pytest.raises(NonFiniteError, match=r"not finite for 1 record\(s\): \S+\.jsonl:\d+\. Look at"):
         runs.train(folder, algorithm, f"{algorithm}-nan", "training.token_budget=100000")
     assert not (folder / f"{algorithm}-nan/model").exists()
 

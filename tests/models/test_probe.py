@@ -1,0 +1,161 @@
+"""The probe lets packing through where it is exact, and nothing else through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.core import Group
+from alignlab.data.packing import Rows
+from alignlab.models import PackedModel, packed_model
+from alignlab.models.probe import probe
+from tests import tiny
+
+BY_DEFAULT = 0.02
+"""Standard deviation of transformers' own random weights: attention matters little with it."""
+
+
+def causal(rows: Rows, window: int | None = None) -> Tensor:
+    """The wrong mask: every token sees all before it in its row."""
+    count, length = rows.input_ids_RL.shape
+    return torch.ones(length, length, dtype=torch.bool).tril().expand(count, 1, length, length)
+
+
+RIGHT = Rows.attention
+WRONG = {
+    "causal": causal,
+    "siblings": lambda rows, window=None: RIGHT(replace(rows, branch_RL=torch.zeros_like(rows.branch_RL)), window),
+    "groups": lambda rows, window=None: RIGHT(replace(rows, group_RL=torch.zeros_like(rows.group_RL)), window),
+}
+
+
+@pytest.mark.parametrize("std", [0.3, BY_DEFAULT])
+@pytest.mark.parametrize("name", tiny.PACKABLE)
+def test_exact_where_it_is(name: str, std: float) -> None:
+    model = tiny.model(name, std=std)
+    probe(model)
+    assert (model.layout, model.whole_logits, model.notes) == ("packed", False, [])
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("std", [0.3, BY_DEFAULT])
+@pytest.mark.parametrize("name", tiny.PACKABLE)
+def test_a_wrong_mask_is_caught(name: str, std: float, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name, std=std)
+    monkeypatch.setattr(Rows, "attention", WRONG[wrong])
+    probe(model)
+    assert model.layout == "plain"
+    assert "plain sequences are used" in model.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["score", "step"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_heads_are_probed_too(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name, kind, std=BY_DEFAULT)
+    probe(model)
+    assert (model.layout, model.notes) == ("packed", [])
+    monkeypatch.setattr(Rows, "attention", causal)
+    probe(model)
+    assert model.layout == "plain"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_wrong_positions_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name)
+    right = model.lay_out
+
+    def restarts_nowhere(groups: list[Group]) -> Rows:
+        rows = right(groups)
+        return replace(rows, position_RL=torch.arange(rows.position_RL.shape[1]).expand_as(rows.position_RL))
+
+    monkeypatch.setattr(model, "lay_out", restarts_nowhere)
+    probe(model)
+    assert model.layout == "plain"
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_windows_longer_than_the_trial_are_tried_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name, sliding_window=4096)
+    probe(model)
+    assert model.layout == "packed"
+    assert model.config.sliding_window == 4096
+    monkeypatch.setattr(Rows, "attention", lambda rows, window=None: RIGHT(rows, None))
+    probe(model)
+    assert model.layout == "plain", "a mask that knows no window"
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba", "openai_gpt"])
+def test_what_cannot_be_packed_is_run_plainly(name: str) -> None:
+    model, groups = tiny.model(name), tiny.some_groups()
+    probe(model)
+    assert model.layout == "plain"
+    assert not model.whole_logits
+    assert len(model.notes) == 1
+    assert type(model.network).__name__ in model.notes[0]
+    assert "plain sequences are used" in model.notes[0]
+    with torch.no_grad():
+        expected = tiny.plain_log_probs(model.network, groups)
+    torch.testing.assert_close(torch.cat(model.outputs(groups)["logp"]), expected, atol=1e-5, rtol=0)
+
+
+def test_layers_that_see_chunks_are_not_packed() -> None:
+    """Llama 4 attends within chunks of 8,192 tokens, which no trial of some forty tokens reaches."""
+    model = tiny.model()
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    probe(model)
+    assert model.layout == "plain"
+
+
+def test_a_head_that_is_more_than_linear_gets_the_model_s_own_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, groups = tiny.model("granite"), tiny.some_groups()
+    monkeypatch.setattr(PackedModel, "_scaled", lambda _, logits: logits)  # a scaling we do not know of
+    with torch.no_grad():
+        expected = tiny.plain_log_probs(model.network, groups)
+        assert float((model(model.lay_out(groups))["logp_T"] - expected).abs().max()) > 0.1
+    probe(model)
+    assert (model.whole_logits, model.layout) == (True, "packed")
+    assert "own forward computes the logits" in model.notes[0]
+    torch.testing.assert_close(torch.cat(model.outputs(groups)["logp"]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_in_other_precisions(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name).to(dtype)
+    probe(model)
+    assert (model.layout, model.whole_logits, model.notes) == ("packed", False, [])
+    monkeypatch.setattr(Rows, "attention", causal)
+    probe(model)
+    assert model.layout == "plain"
+
+
+@pytest.mark.parametrize("positions", [8, 16])
+def test_within_few_positions(positions: int) -> None:
+    model = tiny.model("gpt2", n_positions=positions)
+    assert model.max_length == positions
+    probe(model)
+    assert model.layout == "packed"
+
+
+def test_nothing_is_changed_by_it() -> None:
+    model = tiny.model("gpt2").train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    probe(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_a_trained_model_is_packed(stories: object) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for dtype in (torch.float32, torch.bfloat16):
+        network = AutoModelForCausalLM.from_pretrained(stories, dtype=dtype)
+        model = PackedModel(network, tiny.tokenizer()).eval()
+        probe(model)
+        assert (model.layout, model.notes) == ("packed", [])
+    assert packed_model.CHUNK_ELEMENTS > 2048
