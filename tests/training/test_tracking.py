@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,20 @@ def offline_records(folder: Path) -> list[Any]:
     return records
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
+def finished(folder: Path) -> list[Any]:
+    """The records of a run that was finished; wandb writes the last of them shortly after `finish` has returned."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = offline_records(folder)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        assert time.monotonic() < deadline, "wandb did not finish the run"
+        time.sleep(0.05)
+
+
+def history(records: list[Any]) -> list[dict[str, Any]]:
     found = []
-    for record in offline_records(folder):
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             found.append({key: value for key, value in items.items() if not key.startswith("_")})
@@ -209,28 +221,28 @@ def test_wandb_offline_gets_the_metrics_and_a_resumed_run_goes_on(
         tracker.log(2, {"loss": 0.25, "eval/loss": 0.75})
         tracker.log(3, {"loss": 0.125})
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert history(first) == [
+    records = finished(first)
+    assert history(records) == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 0.25, "eval/loss": 0.75},
         {"step": 3, "loss": 0.125},
     ]
     run_id = (tmp_path / "run" / "wandb_id").read_text().strip()
-    (run,) = [record.run for record in offline_records(first) if record.WhichOneof("record_type") == "run"]
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.run_id, run.project, run.run_group, run.job_type) == (run_id, "tales", "comparison", "train")
     assert (run.display_name, list(run.tags)) == ("dpo-1", ["a", "b"])
     given = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert given["algorithm"] == {"beta": 0.1}
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"abracadabra" in path.read_bytes()]
-    metrics = [record.metric for record in offline_records(first) if record.WhichOneof("record_type") == "metric"]
+    metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in {(metric.glob_name, metric.step_metric) for metric in metrics}
 
+    time.sleep(1.1)  # wandb names its folders by the second
     with Tracker(tmp_path / "run", settings, config) as tracker:
         tracker.resume(2)
         tracker.log(3, {"loss": 0.0625})
-    second = next(path for path in (tmp_path / "run" / "wandb").glob("offline-run-*") if path != first) if (
-        len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) > 1
-    ) else first  # within one second both have the same name
-    assert {"step": 3, "loss": 0.0625} in history(second)
+    (second,) = set((tmp_path / "run" / "wandb").glob("offline-run-*")) - {first}
+    assert history(finished(second)) == [{"step": 3, "loss": 0.0625}]
     assert second.name.endswith(run_id)
     assert [line["loss"] for line in lines(tmp_path / "run")] == [0.5, 0.25, 0.0625]
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
@@ -268,13 +280,13 @@ with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="offline"), {}) as 
     for child in children:
         child.kill()
     psutil.wait_procs(children)
-    for step in range(2, 2000):
+    for step in range(2, 100):
         tracker.log(step, {"loss": 1.0})
 """
     done = run_python(code, tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb failed") == 1
-    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 2000))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 100))
 
 
 @pytest.mark.component
