@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignlab.core.errors import Interrupted
 
 COMMANDS = {
     "train": "one training run:  alignlab train algorithm=dpo model=PATH data=preferences data.path=FILE",
@@ -14,6 +17,8 @@ COMMANDS = {
     "sample": "sample responses, score or label them, write a data set:  alignlab sample model=PATH data.path=FILE",
     "report": "leaderboard and report from runs on disk:  alignlab report DIR",
 }
+
+OPTIONS = ("--config-dir", "--cfg", "--help", "--multirun")
 
 HELP = """alignlab: which alignment algorithm should I use, and how far is it from the best that is possible?
 
@@ -55,16 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _help(name)
         return _RUN[name](rest)
     except Interrupted as stop:
-        import signal
-
-        print(f"alignlab: {stop}", file=sys.stderr)
-        return 128 + signal.Signals[stop.signal].value
+        return _stopped(stop)
     except AlignlabError as error:
         print(f"alignlab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("alignlab: stopped", file=sys.stderr)
         return 130
+
+
+def _stopped(stop: Interrupted) -> int:
+    """Say so; the exit status."""
+    import signal
+
+    print(f"alignlab: {stop}", file=sys.stderr)
+    return 128 + signal.Signals[stop.signal].value
 
 
 def _train(words: list[str]) -> int:
@@ -75,7 +85,7 @@ def _train(words: list[str]) -> int:
         return 0
     from alignlab.training.run import train
 
-    result = train(config, Path(config["out"]))
+    result = train(config, _out(config))
     if _is_main():
         tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
         print(f"done: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {config['out']}/model")
@@ -100,11 +110,10 @@ def _sample(words: list[str]) -> int:
         return 0
     from alignlab.rollout.produce import produce
 
-    out = Path(config["out"])
+    out = _out(config)
     result = produce(config, out)
-    print(
-        f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s → {out}/groups.jsonl"
-    )
+    made = f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s"
+    print(f"{made} → {out}/groups.jsonl")
     return 0
 
 
@@ -116,7 +125,7 @@ def _compare(words: list[str]) -> int:
         return 0
     from alignlab.comparison.compare import compare
 
-    return compare(config, Path(config["out"]))
+    return compare(config, _out(config), _own_folder(words)[1])
 
 
 def _report(words: list[str]) -> int:
@@ -125,6 +134,7 @@ def _report(words: list[str]) -> int:
 
     if not words:
         raise ConfigError("report: name the folder of a comparison, or several: alignlab report DIR...")
+    _no_options(words)
     for word in words:
         rebuild(Path(word))
     return 0
@@ -141,7 +151,7 @@ _RUN: dict[str, Callable[[list[str]], int]] = {
 
 def _config(name: str, words: list[str]) -> dict[str, Any] | None:
     """The resolved config of a command, or None after printing it for --cfg."""
-    from alignlab.config import compose, read_saved, resolve
+    from alignlab.config import as_yaml, compose, read_saved, resolve
 
     words, own = _own_folder(words)
     show = "--cfg" in words
@@ -149,13 +159,29 @@ def _config(name: str, words: list[str]) -> dict[str, Any] | None:
     saved = [w for w in words if w.startswith("--from=")]
     if saved:
         return read_saved(Path(saved[0].removeprefix("--from=")))
+    _no_options(words)
     config = compose(name, words, own)
     if show:
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(config), end="")
+        print(as_yaml(config), end="")
         return None
     return resolve(config)
+
+
+def _no_options(words: Sequence[str]) -> None:
+    from alignlab.core.errors import ConfigError, did_you_mean
+
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: unknown option{did_you_mean(word, OPTIONS)}")
+
+
+def _out(config: dict[str, Any]) -> Path:
+    """The folder that a command fills."""
+    from alignlab.core.errors import ConfigError
+
+    if not isinstance(config["out"], str) or not config["out"]:
+        raise ConfigError("out: must name a folder, as in out=DIR")
+    return Path(config["out"])
 
 
 def _own_folder(words: list[str]) -> tuple[list[str], Path | None]:
@@ -191,27 +217,40 @@ def _help(name: str) -> int:
 
 def _sweep(name: str, words: list[str]) -> int:
     """Every combination of comma-separated values, by Hydra's launchers and sweepers."""
-    import hydra
+    import os
 
-    from alignlab.config import BY_PATH, config_folder, resolve, sweep_words
+    import hydra
+    from hydra.errors import HydraException
+
+    from alignlab.config import config_folder, explain, resolve, sweep_words
+    from alignlab.core.errors import Interrupted
 
     words, own = _own_folder(words)
+    _no_options(words)
+    words = sweep_words(words, own)
+    statuses = [0]
 
     def one(config: Any) -> None:
         plain = resolve(config)
-        out = Path(plain["out"])
-        if name == "train":
-            from alignlab.training.run import train
+        try:
+            if name == "train":
+                from alignlab.training.run import train
 
-            train(plain, out)
-        else:
-            from alignlab.comparison.compare import compare
+                train(plain, _out(plain))
+            else:
+                from alignlab.comparison.compare import compare
 
-            compare(plain, out)
+                statuses.append(compare(plain, _out(plain), own))
+        except Interrupted as stop:  # Hydra would go on with the next combination after an exception
+            raise SystemExit(_stopped(stop)) from stop
 
-    sys.argv = ["alignlab", "-m", *sweep_words(words, own, BY_PATH)]
-    hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(one)()
-    return 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
+    sys.argv = ["alignlab", "-m", *words]
+    try:
+        hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(one)()
+    except HydraException as error:
+        raise explain(error, name, words, [config_folder(), *([own] if own else [])]) from error
+    return max(statuses)
 
 
 def _is_main() -> bool:

@@ -63,7 +63,13 @@ AUTO = {
 
 
 def network(
-    name: str = "llama", kind: str = "policy", *, std: float = 0.3, seed: int = 0, attention: str | None = None, **changes: Any
+    name: str = "llama",
+    kind: str = "policy",
+    *,
+    std: float = 0.3,
+    seed: int = 0,
+    attention: str | None = None,
+    **changes: Any,
 ) -> Any:
     """A transformers model with random weights large enough that the context matters; norms and biases random too."""
     import transformers

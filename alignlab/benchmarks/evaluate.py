@@ -10,14 +10,29 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import Field
 
 from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.config import build, section
 from alignlab.core import ConfigError
 from alignlab.core.files import write_json
+from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, load_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.scoring import RewardModelScorer
+
+
+class EvaluateSettings(Settings):
+    """What is measured, against what."""
+
+    run: str = Field(min_length=1)
+    out: str | None = None
+    reference: str | None = None
+    base: str | None = None
+    reward_model: str | None = None
+    token_budget: int = Field(16384, ge=1)
+    threads: int | None = Field(None, ge=1)
+    seed: int = 0
 
 
 def build_benchmark(values: dict[str, Any]) -> Benchmark:
@@ -38,33 +53,38 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: there is no model, or no reference can be told.
     """
-    run = Path(config["run"])
+    wanted = section(EvaluateSettings, {k: config[k] for k in EvaluateSettings.model_fields}, "")
+    run = Path(wanted.run)
     path = run / "model" if (run / "model").is_dir() else run
-    reference_path = config["reference"] or _start_of(run)
+    reference_path = wanted.reference or _start_of(run)
     if reference_path is None:
-        raise ConfigError(f"reference: {run} is no run of alignlab: name the model to measure against, reference=PATH")
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+        missing = "is no run of alignlab" if run.exists() else "is not there; a model of the Hub needs a reference"
+        raise ConfigError(f"run={run}: {missing}: name the model to measure against, reference=PATH")
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
     benchmark = build_benchmark(config["benchmark"])
     rollout = section(RolloutSettings, config["rollout"], "rollout")
 
-    def open_model(where: str) -> PackedModel:
+    def open_model(where: str, key: str) -> PackedModel:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_model(settings, trainable=False, device=device)
+        try:
+            return load_model(settings, trainable=False, device=device)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.path", key, 1)) from error
 
-    base = config["base"]
+    base = wanted.base
     subject = Subject(
-        policy=open_model(str(path)),
-        reference=_as_context(lambda: open_model(str(reference_path))),
+        policy=open_model(str(path), "run"),
+        reference=_as_context(lambda: open_model(reference_path, "reference")),
         sampler=lambda policy: LocalEngine(policy, rollout),
-        base=(lambda: open_model(str(base))) if base else None,
-        proxy=RewardModelScorer(config["reward_model"]) if config["reward_model"] else None,
-        token_budget=config["token_budget"],
-        seed=config["seed"],
+        base=(lambda: open_model(base, "base")) if base else None,
+        proxy=RewardModelScorer(wanted.reward_model) if wanted.reward_model else None,
+        token_budget=wanted.token_budget,
+        seed=wanted.seed,
     )
     found = {"benchmark": benchmark.name, **benchmark.evaluate(subject)}
-    folder = Path(config["out"]) if config["out"] else run if run.is_dir() else Path.cwd()
+    folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from alignlab.comparison import leaderboard as board
-from alignlab.comparison.graph import DONE, PLAN
+from alignlab.comparison.graph import PLAN, is_result
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
 
@@ -26,7 +26,7 @@ def collect(out: Path) -> board.Leaderboard:
     samples: dict[str, dict[str, str]] = {}
     frontier = None
     for folder in sorted((out / "runs").glob("*-seed*")):
-        if not (folder / DONE).exists():
+        if not is_result(out, folder):
             continue
         algorithm, seed = folder.name.rsplit("-seed", 1)
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")

@@ -6,9 +6,10 @@ algorithms start from the same SFT checkpoint, see the same prompts and pairs, a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -17,12 +18,13 @@ from alignlab.benchmarks.base import Benchmark
 from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.comparison.collect import collect
 from alignlab.comparison.execute import execute
-from alignlab.comparison.graph import Node
+from alignlab.comparison.graph import Node, write_plan
 from alignlab.config import compose, resolve, section
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_text
 from alignlab.core.settings import Settings
-from alignlab.training.run import build_algorithm
+from alignlab.training.run import check
+from alignlab.training.storage import storage_errors
 
 Words = list[str]
 """Overrides as one writes them after `alignlab train`; `{sft}`, `{pairs}`, … stand for what earlier parts made."""
@@ -66,35 +68,43 @@ class ComparisonSettings(Settings):
     sft: Words | None
     pairs: Pairs | None
     reward_model: Words | None
-    algorithms: dict[str, Words] = Field(min_length=1)
+    algorithms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], Words] = Field(min_length=1)
     workers: int = Field(ge=1)
     threads: int | None = Field(ge=1)
     sort_by: str | None
     baseline: Literal["sft"] | None = "sft"
 
 
-def compare(config: dict[str, Any], out: Path) -> int:
+def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:
     """Run a comparison, write its leaderboard and report in `out`, print the leaderboard.
+
+    Args:
+        own: a folder of the user's configs, searched for those of the runs too.
 
     Returns:
         0, or 1 where parts failed; then the leaderboard is of those that did not.
     """
     settings = section(ComparisonSettings, config["comparison"], "comparison")
     benchmark = build_benchmark(config["benchmark"])
-    nodes = plan(config, settings, benchmark, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    nodes = plan(config, settings, benchmark, out, own)
+    with storage_errors(out, "the comparison could not be written"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_plan(out, nodes)
     failed = execute(nodes, settings.workers, settings.threads)
     runs = [n for n in nodes if n.name.startswith("runs/")]
     if all(n.name in failed for n in runs):
-        raise AlignlabError(f"no run finished; the first failure: {next(iter(failed.items()))}")
+        name, reason = next(iter(failed.items()))
+        raise AlignlabError(f"no run finished; the first failure: {name}: {reason}")
     collect(out).print()
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}")
     return 1 if failed else 0
 
 
-def plan(config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchmark, out: Path) -> list[Node]:
+def plan(
+    config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchmark, out: Path, own: Path | None = None
+) -> list[Node]:
     """The comparison's nodes, parents first. Every run's config is composed and checked here, before anything runs."""
     base = config["model"]["path"] or benchmark.base_model()
     if not base:
@@ -104,16 +114,13 @@ def plan(config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchm
 
     def training(name: str, words: Words, start: str, parents: Sequence[Node], evaluations: Sequence[int] = ()) -> Node:
         folder = out / name
-        words = [*settings.common, *words]
+        filled = [_filled(word, places, name) for word in [*settings.common, *words]]
         try:
-            filled = [w.format(**places) for w in words]
-        except KeyError as error:
-            raise ConfigError(
-                f"comparison: {name}: '{{{error.args[0]}}}' stands for nothing here; known: {', '.join(places)}"
-            ) from error
-        composed = _composed(name, shared, filled, start)
-        composed |= {"name": name, "out": str(folder)}
-        build_algorithm(composed["algorithm"])
+            words = [*_as_words(shared), *filled, f"model.path={_quoted(start)}"]
+            composed = resolve(compose("train", words, own)) | {"name": name, "out": str(folder)}
+            check(composed)
+        except ConfigError as error:
+            raise ConfigError(f"comparison: {name}: {error}") from error
         evaluate = [("evaluate", _evaluation(config, seed, folder, places)) for seed in evaluations]
         return Node(name, folder, [("train", composed), *evaluate], parents)
 
@@ -147,16 +154,23 @@ def plan(config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchm
         for algorithm, words in settings.algorithms.items():
             words = [*settings.budget.words(), *words, f"training.seed={seed}"]
             nodes.append(training(f"runs/{algorithm}-seed{seed}", words, start, parents, [seed]))
+    names = [n.name for n in nodes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"comparison: two of its parts are called {name}: rename an algorithm or drop a seed")
     return nodes
 
 
-def _composed(name: str, shared: dict[str, Any], words: Words, start: str) -> dict[str, Any]:
-    """The config of one training run: the comparison's own sections, then the stage's words."""
-    try:
-        composed = resolve(compose("train", [*_as_words(shared), *words, f"model.path='{start}'"]))
-    except ConfigError as error:
-        raise ConfigError(f"comparison: {name}: {error}") from error
-    return composed
+def _filled(word: str, places: dict[str, str], name: str) -> str:
+    """A word with `{sft}` and the like replaced; other braces, as of a dictionary, are left alone."""
+
+    def place(found: re.Match[str]) -> str:
+        if found[1] not in places:
+            known = ", ".join(places)
+            raise ConfigError(f"comparison: {name}: '{word}': {found[0]} stands for nothing here; known: {known}")
+        return places[found[1]]
+
+    return re.sub(r"(?<!\$)\{(\w+)\}", place, word)
 
 
 def _as_words(sections: dict[str, Any], prefix: str = "") -> Words:

@@ -13,6 +13,7 @@ from typing import Any
 from alignlab import __version__
 from alignlab.core.files import write_json
 
+NODES = "nodes.json"
 PLAN, DONE, LOG = "node.json", "done.json", "log.txt"
 
 
@@ -57,6 +58,17 @@ class Node:
 
     def finish(self, seconds: float) -> None:
         write_json(self.folder / DONE, {"key": self.key, "seconds": round(seconds, 3)})
+
+
+def write_plan(out: Path, nodes: Sequence[Node]) -> None:
+    """Note in the comparison's folder what it now consists of."""
+    write_json(out / NODES, {n.name: n.key for n in nodes})
+
+
+def is_result(out: Path, folder: Path) -> bool:
+    """Whether a folder holds a finished part of the comparison as it was last planned, not one of an earlier plan."""
+    key = _read(out / NODES).get(str(folder.relative_to(out)))
+    return key is not None and _read(folder / DONE).get("key") == key
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -89,9 +89,8 @@ def load_tokenizer(settings: ModelSettings) -> Any:
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        _must_exist(path, "model.tokenizer" if settings.tokenizer else "model.path")
-        where = f"model.tokenizer={path!r}: " if settings.tokenizer else f"model.path={path!r}: give model.tokenizer: "
-        raise ConfigError(f"{where}no tokenizer can be loaded from there: {_first_line(error)}") from error
+        key = "model.tokenizer" if settings.tokenizer else "model.path"
+        raise _cannot_load(key, path, "no tokenizer in it; name another by model.tokenizer", error) from error
 
 
 def resolve_dtype(name: str) -> Any:
@@ -123,11 +122,8 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
     try:
         network, missing = _from_pretrained(auto, path, options)
     except LOADING_ERRORS as error:
-        _must_exist(settings.path, "model.path")
-        base = "" if saved_adapter is None else f"the base {path!r} of this adapter "
-        raise ConfigError(
-            f"model.path={settings.path!r}: {base}cannot be loaded as a {kind} model: {_first_line(error)}"
-        ) from error
+        base = "" if saved_adapter is None else f"{path!r}, the base of this adapter, "
+        raise _cannot_load("model.path", settings.path, f"{base}cannot be loaded as a {kind} model", error) from error
     finally:
         transformers.logging.set_verbosity(level)
     heads = () if kind == "policy" else ("score.", "classifier.")
@@ -145,10 +141,13 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
     return network
 
 
-def _must_exist(path: str, key: str) -> None:
-    """Raise where a path can only be a folder's, not a Hub id, and there is no such folder."""
-    if not Path(path).exists() and not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", path):
-        raise ConfigError(f"{key}={path!r}: there is no such folder")
+def _cannot_load(key: str, path: str, problem: str, error: BaseException) -> ConfigError:
+    """The one line to say so: a path that is no folder is a slip, unless it can be a Hub id."""
+    if not Path(path).exists():
+        if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", path):
+            return ConfigError(f"{key}={path!r}: there is no such folder")
+        problem = "there is no such folder, nor can it be had from the Hub"
+    return ConfigError(f"{key}={path!r}: {problem}: {_first_line(error)}")
 
 
 def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -182,9 +181,7 @@ def _apply_saved_adapter(
     try:
         network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
     except LOADING_ERRORS as error:
-        raise ConfigError(
-            f"model.path={settings.path!r}: the adapter cannot be loaded: {_first_line(error)}"
-        ) from error
+        raise _cannot_load("model.path", settings.path, "the adapter cannot be loaded", error) from error
     if trainable and adapter.kind == "none":
         return network.merge_and_unload().requires_grad_(True)
     return network

@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from alignlab.config import build, section
 from alignlab.core import ConfigError, Group, Scorer
+from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, load_model
 from alignlab.rollout.local import LocalEngine
 from alignlab.rollout.settings import RolloutSettings
+
+
+class ProduceSettings(Settings):
+    """How much to sample."""
+
+    samples: int = Field(2, ge=1)
+    rounds: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
+    seed: int = 0
 
 
 def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -23,22 +34,24 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     Returns:
         groups, generated_tokens and seconds.
     """
-    samples, rounds = int(config["samples"]), int(config["rounds"])
-    if samples < 1 or rounds < 1:
-        raise ConfigError(f"samples={samples}, rounds={rounds}: must both be at least 1")
+    wanted = section(ProduceSettings, {k: config[k] for k in ProduceSettings.model_fields}, "")
     settings = section(ModelSettings, config["model"], "model")
     rollout = section(RolloutSettings, config["rollout"], "rollout")
     scorers: list[Scorer] = [build(config["scoring"], "scoring")] if config["scoring"] else []
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written: {error.strerror}") from error
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(settings, trainable=False, device=device)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
     started = time.monotonic()
     engine = LocalEngine(model, rollout)
     found: list[Group] = []
-    for round_ in range(rounds):
-        groups = engine.sample(prompts, samples, int(config["seed"]) + round_)
+    for round_ in range(wanted.rounds):
+        groups = engine.sample(prompts, wanted.samples, wanted.seed + round_)
         for scorer in scorers:
             scorer.score(groups)
         found.extend(groups)

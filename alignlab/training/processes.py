@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, ConfigError
 
 T = TypeVar("T")
 
@@ -24,15 +24,23 @@ class Processes:
         import os
 
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import InitProcessGroupKwargs
 
         on_cpu = not torch.cuda.is_available()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         # Without a backend named, Accelerate on CPU takes every process for rank 0 of 1.
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and asked > 1 else []
-        self.accelerator = Accelerator(
-            mixed_precision=mixed_precision, cpu=on_cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers
-        )
+        AcceleratorState._reset_state()  # of an earlier run in this process, perhaps in another precision
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=mixed_precision,
+                cpu=on_cpu,
+                step_scheduler_with_optimizer=False,
+                kwargs_handlers=handlers,
+            )
+        except ValueError as error:
+            raise ConfigError(f"training.mixed_precision={mixed_precision!r}: {error}") from error
         self.rank = int(self.accelerator.process_index)
         self.world = int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device

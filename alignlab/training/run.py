@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import yaml
 
 from alignlab.config import build, section
 from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer
-from alignlab.core.files import write_json
+from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, Reference, load_model, save_model
+from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model, save_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.training import provenance
 from alignlab.training.checkpoints import Checkpoints
@@ -29,6 +30,9 @@ from alignlab.training.tracking import Tracker, TrackerSettings
 
 RESULT = "result.json"
 """Written last, when a run is finished."""
+
+BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
+"""What a run leaves once it has trained; a folder without any of these holds nothing that could be continued."""
 
 SAMPLES_KEPT = 2
 """Groups of each iteration that go to samples.jsonl."""
@@ -48,15 +52,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings.
         DataError: a record cannot be used, with file and line.
     """
-    settings = section(TrainingSettings, config["training"], "training")
-    source = section(SourceSettings, config["source"], "source")
-    rollout = section(RolloutSettings, config["rollout"], "rollout")
-    model_settings = section(ModelSettings, config["model"], "model")
-    adapter = section(AdapterSettings, config["adapter"], "adapter")
-    data_settings = section(DataSettings, config["data"], "data")
-    tracker_settings = section(TrackerSettings, config["tracker"], "tracker")
-    algorithm = build_algorithm(config["algorithm"])
-    _check_limits(settings)
+    checked = check(config)
+    settings, source, rollout, algorithm = checked.training, checked.source, checked.rollout, checked.algorithm
+    data_settings, scorers = checked.data, checked.scorers
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
@@ -64,9 +62,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if processes.is_main:
         _claim(out, config, settings)
     processes.barrier()
-    scorers = build_scorers(config["scoring"])
-    _check_columns(algorithm, source, scorers)
-    model = load_model(model_settings, adapter, algorithm.model, device=processes.device, seed=settings.seed)
+    model = load_model(checked.model, checked.adapter, algorithm.model, device=processes.device, seed=settings.seed)
     torch.manual_seed(settings.seed)
     for note in model.notes if processes.is_main else ():
         print(f"note: {note}", file=sys.stderr)
@@ -81,11 +77,14 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         if reason:
             raise DataError(f"{group.origin}: {reason}")
 
-    fresh = adapter.kind == "lora" and not (Path(model_settings.path) / "adapter_config.json").exists()
+    if settings.eval_every is not None and not splits.validation:
+        raise ConfigError("training.eval_every: there are no validation records: see data.validation")
+
+    fresh = checked.adapter.kind == "lora" and not (Path(checked.model.path) / "adapter_config.json").exists()
     wants_reference = "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
     reference = Reference(model, fresh) if wants_reference else None
-    optimizer = _optimizer(config["optimizer"], model)
-    tracker = Tracker(out, tracker_settings, config, processes.is_main)
+    optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
+    tracker = Tracker(out, checked.tracker, config, processes.is_main)
     trainer = Trainer(
         algorithm=algorithm,
         model=model,
@@ -138,6 +137,44 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class Checked:
+    """The sections of a run's config, each possible in itself and with the others."""
+
+    training: TrainingSettings
+    source: SourceSettings
+    rollout: RolloutSettings
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    tracker: TrackerSettings
+    algorithm: Algorithm
+    scorers: list[Scorer]
+
+
+def check(config: dict[str, Any]) -> Checked:
+    """All that can be known to be wrong with a run before a model or data are loaded.
+
+    Raises:
+        ConfigError: a setting is unknown, impossible, or at odds with another.
+    """
+    checked = Checked(
+        training=section(TrainingSettings, config["training"], "training"),
+        source=section(SourceSettings, config["source"], "source"),
+        rollout=section(RolloutSettings, config["rollout"], "rollout"),
+        model=section(ModelSettings, config["model"], "model"),
+        adapter=section(AdapterSettings, config["adapter"], "adapter"),
+        data=section(DataSettings, config["data"], "data"),
+        tracker=section(TrackerSettings, config["tracker"], "tracker"),
+        algorithm=build_algorithm(config["algorithm"]),
+        scorers=build_scorers(config["scoring"]),
+    )
+    _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
+    _check_limits(checked.training)
+    _check_columns(checked.algorithm, checked.source, checked.scorers)
+    return checked
+
+
 def build_algorithm(values: dict[str, Any]) -> Algorithm:
     """The algorithm that `_target_` names: one of ours or anyone's on the Python path."""
     algorithm = build(values, "algorithm")
@@ -164,20 +201,26 @@ def peak_memory_mb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def _optimizer(values: dict[str, Any], model: PackedModel) -> torch.optim.Optimizer:
+def _build_optimizer(values: dict[str, Any], trained: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that `_target_` names, with weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2]},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return build(values, "optimizer", [g for g in groups if g["params"]])
+    optimizer = build(values, "optimizer", [g for g in groups if g["params"]])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError("optimizer._target_: must name a subclass of torch.optim.Optimizer")
+    return optimizer
 
 
 def _check_limits(settings: TrainingSettings) -> None:
     ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
     if settings.steps is None and settings.epochs is None and not any(ends):
         raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
+    watching = {"patience": settings.patience, "keep_best": settings.keep_best, "final": settings.final == "best"}
+    for name, wanted in watching.items():
+        if wanted and settings.eval_every is None:
+            raise ConfigError(f"training.{name}: needs evaluations: give training.eval_every, in steps")
 
 
 def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:
@@ -196,12 +239,16 @@ def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequen
 def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> None:
     """Take the folder: a new one, or that of the same run to be continued."""
     saved = out / "config.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
     if settings.resume == "never" and out.exists():
         for name in ("checkpoints", "model"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id"):
             (out / name).unlink(missing_ok=True)
-    elif saved.exists():
+    elif saved.exists() and any((out / name).exists() for name in BEGUN):
         before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)
         different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if different:
@@ -210,10 +257,7 @@ def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> Non
                 "or training.resume=never to start it anew"
             )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / "config.yaml.tmp"
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        temporary.replace(saved)
+        write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
 

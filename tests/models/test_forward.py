@@ -182,7 +182,9 @@ def test_outputs_come_in_order_whatever_the_micro_batches(layout: str, budget: i
     outputs = model.outputs(groups, ("logp", "entropy"), budget)
     responses = [r for g in groups for r in g.responses]
     assert outputs.keys() == {"logp", "entropy"}
-    assert [len(v) for v in outputs["logp"]] == [len(v) for v in outputs["entropy"]] == [r.loss_tokens for r in responses]
+    assert (
+        [len(v) for v in outputs["logp"]] == [len(v) for v in outputs["entropy"]] == [r.loss_tokens for r in responses]
+    )
     with torch.no_grad():
         expected = tiny.plain_log_probs(model.network, groups)
     torch.testing.assert_close(torch.cat(outputs["logp"]), expected, atol=1e-5, rtol=0)

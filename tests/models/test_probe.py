@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignlab.core import Group
 from alignlab.data.packing import Rows
-from alignlab.models import PackedModel, packed_model
+from alignlab.models import PackedModel
 from alignlab.models.probe import probe
 from tests import tiny
 
@@ -158,4 +158,3 @@ def test_a_trained_model_is_packed(stories: object) -> None:
         model = PackedModel(network, tiny.tokenizer()).eval()
         probe(model)
         assert (model.layout, model.notes) == ("packed", [])
-    assert packed_model.CHUNK_ELEMENTS > 2048

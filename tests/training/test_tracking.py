@@ -265,7 +265,7 @@ def test_without_wandb_training_goes_on(
 def run_python(code: str, folder: Path, **streams: Any) -> subprocess.CompletedProcess[str]:
     """In a process of its own, since wandb keeps its state in the process."""
     command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=120, text=True, **streams)
+    return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60, text=True, **streams)
 
 
 @pytest.mark.component
