@@ -6,7 +6,9 @@ import importlib
 import inspect
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os.path import exists  # unlike Path's, False for what may not be looked at
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -44,7 +46,6 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
         ConfigError: an unknown key or option, with what is known and near; a config that is not YAML.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -55,7 +56,7 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
         if not own.is_dir():
             raise ConfigError(f"--config-dir {own}: there is no such folder")
         words.append(f"hydra.searchpath=[file://{own.resolve()}]")
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+    with _hydra():
         try:
             return hydra_compose(config_name=name, overrides=words)
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -79,6 +80,22 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{_full_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra, ready to compose; also within itself, as in a sweep over comparisons."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import get_gh_backup, restore_gh_from_backup
+
+    outer = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+            yield
+    finally:
+        restore_gh_from_backup(outer)
 
 
 def as_yaml(config: DictConfig) -> str:
@@ -252,9 +269,9 @@ def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
         word = f"{key}={value}"
-    if key not in BY_PATH or not value or any((f / key / f"{value}.yaml").exists() for f in folders):
+    if key not in BY_PATH or not value or any(exists(f / key / f"{value}.yaml") for f in folders):
         return word
-    if "/" in value or Path(value).exists() or key == "model":
+    if "/" in value or exists(value) or key == "model":
         plain = re.fullmatch(r"[\w./~,-]+" if sweep else r"[\w./~-]+", value) or value.startswith(("'", '"'))
         return f"{key}.path={value}" if plain else f"{key}.path='{value}'"
     return word
@@ -315,12 +332,11 @@ def _unreadable(word: str) -> str:
 def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
     """Keys known beside a mistyped one, in the config without the words that set values."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
 
     groups = [w for w in words if "." not in w.split("=")[0] or w.startswith("hydra.searchpath")]
     for kept in (groups, []):
         try:
-            with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+            with _hydra():
                 config = hydra_compose(config_name=name, overrides=kept)
             node = OmegaConf.select(config, parent) if parent else config
             return [str(k) for k in node] if isinstance(node, DictConfig) else []
@@ -355,7 +371,7 @@ def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
     except HydraException as error:
         raise explain(error, "", found, folders) from error
     steady = [o.key_or_group for o in overrides if not o.is_sweep_override()]
-    place = next((w.removeprefix("out=") for w in found if w.startswith("out=")), "runs/${name}")
+    place = next((w.removeprefix("out=") for w in reversed(found) if w.startswith("out=")), "runs/${name}")
     ours = {
         "hydra.sweep.dir": place,
         "hydra.sweep.subdir": "${hydra:job.override_dirname}",

@@ -51,7 +51,7 @@ def load_model(
     adapter = adapter or AdapterSettings()
     tokenizer = load_tokenizer(settings)
     saved_adapter = _adapter_config(settings.path)
-    network = _load_network(settings, saved_adapter, kind, labels)
+    network = _load_network(settings, saved_adapter, kind, labels, trainable)
     _set_pad(network, tokenizer, kind)
     if not settings.dropout:
         _remove_dropout(network)
@@ -98,7 +98,9 @@ def resolve_dtype(name: str) -> Any:
     return "auto" if name == "auto" else getattr(torch, name)
 
 
-def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None, kind: ModelKind, labels: int) -> Any:
+def _load_network(
+    settings: ModelSettings, saved_adapter: dict[str, Any] | None, kind: ModelKind, labels: int, trainable: bool
+) -> Any:
     import transformers
 
     path = settings.path
@@ -126,8 +128,9 @@ def _load_network(settings: ModelSettings, saved_adapter: dict[str, Any] | None,
         raise _cannot_load("model.path", settings.path, f"{base}cannot be loaded as a {kind} model", error) from error
     finally:
         transformers.logging.set_verbosity(level)
-    heads = () if kind == "policy" else ("score.", "classifier.")
-    lost = sorted(name for name in missing if not name.startswith(heads))
+    # Only a head that will be trained, or comes with the adapter, may be new: elsewhere it would be noise.
+    new = ("score.", "classifier.") if kind != "policy" and (trainable or saved_adapter is not None) else ()
+    lost = sorted(name for name in missing if not name.startswith(new))
     if lost:
         raise ConfigError(
             f"model.path={settings.path!r}: not a {kind} model: it has no weights for {', '.join(lost[:3])}"

@@ -59,7 +59,7 @@ class Stopping:
         """The response's text where it ends with the last of its tokens, cut before a stop string; None otherwise."""
         if tokens[-1] in self.tokens:
             return self.text(tokens)
-        if not self.strings or len(tokens) <= self._least:
+        if not self.strings:
             return None
         tail = self.text(tokens[-self._window :])  # what a new token completes lies here; all of it only on a hit
         if not any(s in tail for s in self.strings):

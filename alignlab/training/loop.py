@@ -26,8 +26,8 @@ from alignlab.training.tracking import Tracker
 EMPTY_ITERATIONS = 20
 """Iterations in a row that may leave nothing to train on before the run is stopped."""
 
-Samples = Callable[[int, Sequence[Group]], None]
-"""Called with the step and an iteration's sampled groups, to keep some for people to read."""
+Samples = Callable[[int, int, Sequence[Group]], None]
+"""Called with the iteration, the step and the sampled groups, to keep some for people to read."""
 
 
 @dataclass
@@ -103,10 +103,12 @@ class Trainer:
                 self.state.seconds = time.monotonic() - started
                 self._log(passed, lr, norm)
                 stopping = next((s for s in self.processes.gather(stop.signal) if s), None)
-                if self._evaluate_if_due() and self._out_of_patience():
+                metric, better = self._evaluate_if_due()
+                keep_best = better and (self.settings.keep_best or self.settings.final == "best")
+                if stopping or keep_best or self._due(self.settings.checkpoint_every):
+                    self._checkpoint(metric)
+                if metric is not None and self._out_of_patience():
                     break
-                if stopping or self._due(self.settings.checkpoint_every):
-                    self._checkpoint()
                 if stopping:
                     raise Interrupted(stopping, f"checkpoint of step {self.state.step} saved: the same command goes on")
         self.state.seconds = time.monotonic() - started
@@ -179,7 +181,7 @@ class Trainer:
             rewards = [r.columns["reward"] for g in found for r in g.responses if "reward" in r.columns]
             self.state.reward = sum(rewards) / len(rewards) if rewards else None  # type: ignore[arg-type]
             if keep and self.keep_samples is not None and self.processes.is_main:
-                self.keep_samples(self.state.step, found)
+                self.keep_samples(self.state.iteration, self.state.step, found)
         return self.algorithm.prepare(found)
 
     def _sample(self, groups: Sequence[Group], seed: int) -> list[Group]:
@@ -289,9 +291,10 @@ class Trainer:
         passed = self._run(groups, train=False)
         return {f"eval/{name}": value for name, value in passed.metrics.items()}
 
-    def _evaluate_if_due(self) -> bool:
-        if not self.validation or not (self._due(self.settings.eval_every)):
-            return False
+    def _evaluate_if_due(self) -> tuple[float | None, bool]:
+        """The watched metric, where it is time to evaluate, and whether it is the best so far."""
+        if not self.validation or not self._due(self.settings.eval_every):
+            return None, False
         self.evaluation = self.evaluate()
         self.tracker.log(self.state.step, self.evaluation)
         self.progress.update(self.state.step, {**self.evaluation, "done": self.done})
@@ -302,9 +305,7 @@ class Trainer:
         better = best is None or (value < best if self.settings.metric_mode == "min" else value > best)
         self.state.best = value if better else best
         self.state.bad_evaluations = 0 if better else self.state.bad_evaluations + 1
-        if better and (self.settings.keep_best or self.settings.final == "best"):
-            self._checkpoint(value)
-        return True
+        return value, better
 
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.state.bad_evaluations >= self.settings.patience
@@ -317,10 +318,17 @@ class Trainer:
 
     def _resume(self) -> None:
         folder = self.checkpoints.latest() if self.settings.resume == "auto" else None
+        if folder is None and self.checkpoints.problems:
+            raise AlignlabError(
+                f"no checkpoint in {self.checkpoints.folder} is whole: {'; '.join(self.checkpoints.problems)}. "
+                "Start anew with training.resume=never"
+            )
         if folder is not None:
             self.state = load_state(folder, self.processes)
             self.checkpoints.discard_after(self.state.step)
         self.tracker.resume(self.state.step)
+        if self.keep_samples is not None and self.processes.is_main:
+            self.keep_samples(self.state.iteration, self.state.step, [])
 
     def _finish(self) -> None:
         """Leave the weights that become the run's model."""

@@ -111,15 +111,13 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         keep_samples=_keep_samples(out),
     )
     if processes.is_main:
-        files = [Path(p) for p in data_settings.paths if Path(p).is_file()]
-        provenance.write(out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world))
+        files = [Path(p) for p in data_settings.paths if Path(p).exists()]
+        resumed = settings.resume == "auto" and bool(trainer.checkpoints.folders())
+        provenance.write(out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed)
         where = f"{processes.world} process(es), {processes.engine}, {processes.device}"
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
-    try:
+    with tracker, trainer.progress:
         state = trainer.run()
-    finally:
-        tracker.close()
-        trainer.progress.close()
     result = {
         "step": state.step,
         "trained_tokens": state.trained_tokens,
@@ -241,22 +239,19 @@ def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> Non
     saved = out / "config.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
-    if settings.resume == "never" and out.exists():
-        for name in ("checkpoints", "model"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id"):
-            (out / name).unlink(missing_ok=True)
-    elif saved.exists() and any((out / name).exists() for name in BEGUN):
-        before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)
-        different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        if different:
-            raise ConfigError(
-                f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another out=DIR, "
-                "or training.resume=never to start it anew"
-            )
-    try:
+        if settings.resume == "never":
+            for name in ("checkpoints", "model"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id"):
+                (out / name).unlink(missing_ok=True)
+        elif saved.exists() and any((out / name).exists() for name in BEGUN):
+            before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)
+            different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+            if different:
+                raise ConfigError(
+                    f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another "
+                    "out=DIR, or training.resume=never to start it anew"
+                )
         write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -278,13 +273,20 @@ def _essence(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_samples(out: Path) -> Any:
-    """Append the first groups of each iteration to samples.jsonl, for people to read."""
+    """Append the first groups of each iteration to samples.jsonl, for people to read. Without groups: forget what
+    an earlier sitting wrote after this iteration, which will be sampled again."""
+    path = out / "samples.jsonl"
 
-    def keep(step: int, groups: Sequence[Group]) -> None:
-        with (out / "samples.jsonl").open("a") as file:
+    def keep(iteration: int, step: int, groups: Sequence[Group]) -> None:
+        if not groups:
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                write_text(path, "".join(s for s in lines if json.loads(s)["iteration"] <= iteration))
+            return
+        with path.open("a", encoding="utf-8") as file:
             for group in groups[:SAMPLES_KEPT]:
                 for response in group.responses:
-                    line = {"step": step, "prompt": group.prompt, "response": response.text}
+                    line = {"iteration": iteration, "step": step, "prompt": group.prompt, "response": response.text}
                     numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
                     file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
 

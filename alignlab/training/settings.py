@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from alignlab.core.settings import Settings
 
@@ -38,6 +38,12 @@ class TrainingSettings(Settings):
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     threads: int | None = Field(None, ge=1)
     save_model: Literal["adapter", "merged"] = "adapter"
+
+    @field_validator("mixed_precision", "progress", mode="before")
+    @classmethod
+    def _bare_word(cls, value: object, info: ValidationInfo) -> object:
+        """YAML takes a bare `no` or `off` for false."""
+        return {"mixed_precision": "no", "progress": "off"}[str(info.field_name)] if value is False else value
 
 
 class SourceSettings(Settings):

@@ -71,6 +71,7 @@ def answer(request: dict) -> dict:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     with open(sys.argv[1]) as file:
         asked = json.load(file)
     answers = {name: answer(request) for name, request in asked.items()}

@@ -126,7 +126,7 @@ def test_chunks_change_neither_values_nor_gradients(name: str, monkeypatch: pyte
     assert in_turn == [3] * (count // 3) + [count % 3] * (count % 3 > 0)
     assert sorted(seen) == sorted(in_turn * 2), "recomputed in the backward pass"
     for key in ("logp_T", "entropy_T"):
-        torch.testing.assert_close(parts[key], whole[key], atol=1e-6, rtol=0)
+        torch.testing.assert_close(parts[key], whole[key], atol=1e-5, rtol=0)
     check_gradients(parts_gradients, whole_gradients)
 
 

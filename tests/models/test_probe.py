@@ -103,8 +103,12 @@ def test_what_cannot_be_packed_is_run_plainly(name: str) -> None:
 
 def test_layers_that_see_chunks_are_not_packed() -> None:
     """Llama 4 attends within chunks of 8,192 tokens, which no trial of some forty tokens reaches."""
-    model = tiny.model()
-    model.config.layer_types = ["chunked_attention", "full_attention"]
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Llama4TextConfig(vocab_size=tiny.SIZE, intermediate_size=48, num_local_experts=2, head_dim=8, **sizes)
+    assert "chunked_attention" in config.layer_types
+    model = PackedModel(AutoModelForCausalLM.from_config(config).eval(), tiny.tokenizer()).eval()
     probe(model)
     assert model.layout == "plain"
 
@@ -122,9 +126,10 @@ def test_a_head_that_is_more_than_linear_gets_the_model_s_own_logits(monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [0.3, BY_DEFAULT])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_in_other_precisions(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model(name).to(dtype)
+def test_in_other_precisions(name: str, std: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(name, std=std).to(dtype)
     probe(model)
     assert (model.layout, model.whole_logits, model.notes) == ("packed", False, [])
     monkeypatch.setattr(Rows, "attention", causal)

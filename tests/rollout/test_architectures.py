@@ -68,9 +68,12 @@ def test_behaviour_logp_is_the_scoring_pass_s(name: str, temperature: float) -> 
         assert response.columns["behaviour_logp"] == pytest.approx(logp.tolist(), abs=1e-5)
 
 
-def test_a_network_wrong_under_padding_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
-    """One that ignores position ids, as a learned-position model without them would."""
+@pytest.mark.parametrize("loudness", [1.0, 1e-4])
+def test_a_network_wrong_under_padding_is_found_out(loudness: float, caplog: pytest.LogCaptureFixture) -> None:
+    """One that ignores position ids, as a learned-position model without them would, however faint its logits."""
     net = network("gpt2")
+    with torch.no_grad():
+        net.lm_head.weight *= loudness
     forward = net.forward
 
     def without_positions(input_ids, attention_mask=None, past_key_values=None, use_cache=None):  # type: ignore[no-untyped-def]

@@ -52,6 +52,13 @@ def test_filters_by_hand(given: list[float], settings: dict[str, float], expecte
     assert filtered(given, **settings) == pytest.approx(expected, abs=1e-7)
 
 
+def test_ties_go_to_the_lower_id() -> None:
+    level = torch.zeros(3, 5000)
+    for settings in ({"top_k": 10}, {"top_p": 9.5 / 5000}):
+        kept = filtered_log_probs(level, RolloutSettings(**settings)).isfinite()
+        assert kept.nonzero()[:, 1].tolist() == [*range(10)] * 3
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,6 +132,16 @@ def test_draw_survives_sums_that_are_not_one(log_total: float) -> None:
     assert draw(logp, torch.tensor([LAST], dtype=torch.float64)).tolist() == [2]
     assert draw(logp, torch.tensor([1.0], dtype=torch.float64)).tolist() == [2], "even rounded up to 1"
     assert draw(logp, torch.tensor([0.0], dtype=torch.float64)).tolist() == [1]
+
+
+def test_draw_survives_sums_that_go_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parallel running sums, as on GPUs, round differently from place to place."""
+    cumsum = torch.Tensor.cumsum
+    bump = torch.tensor([0.0, 2.0**-52, 0.0, 2.0**-52, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: cumsum(self, dim) + bump)
+    logp = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0]], dtype=torch.float64).log()
+    assert draw(logp, torch.tensor([0.5], dtype=torch.float64)).tolist() == [2]
+    assert draw(logp, torch.tensor([LAST], dtype=torch.float64)).tolist() == [2]
 
 
 def test_uniforms_are_the_leading_53_bits_of_a_hash_stream() -> None:

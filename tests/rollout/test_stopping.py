@@ -72,6 +72,8 @@ def test_stop_string_late_in_a_long_response() -> None:
     response = answer(looping, max_new_tokens=40, stop=["lhi"], min_new_tokens=26)
     assert len(response.token_ids) == 27, "h i j k l again and again; 'lhi' ends at tokens 7, 12, 17, 22, 27"
     assert response.text == "hijkl" * 4 + "hijk", "cut before token 25"
+    response = answer(looping, max_new_tokens=40, stop=["hijkl" * 6])
+    assert (len(response.token_ids), response.text, response.finished) == (30, "", True), "as many tokens as characters"
 
 
 def test_min_new_tokens_keeps_end_tokens_away() -> None:
@@ -126,6 +128,13 @@ def test_end_tokens_of_the_generation_config_count() -> None:
     engine = LocalEngine(PackedModel(network, tokenizer()), RolloutSettings(temperature=0, max_new_tokens=9))
     response = engine.sample([Group(ids("d"))], 1, 0)[0].responses[0]
     assert (response.token_ids, response.finished) == (ids("e|f"), True)
+
+
+def test_end_token_of_the_tokenizer_counts() -> None:
+    network = Scripted(ALPHABET)
+    network.generation_config.eos_token_id = None
+    engine = LocalEngine(PackedModel(network, tokenizer()), RolloutSettings(temperature=0, max_new_tokens=9))
+    assert engine.greedy([Group(ids("d"))])[0].responses[0].token_ids == ids("a|b|ca|e|<eos>")
 
 
 def test_suppressed_tokens_are_never_drawn() -> None:

@@ -29,9 +29,11 @@ def test_a_plain_line_at_most_every_so_many_seconds_and_the_first_and_the_last()
     for step in range(1, 101):
         display.update(step, {"loss": 0.5})
         clock.now += 1.0
+    # First at second 0, then at 10, 20, ..., 90 (steps 11, 21, ..., 91), and the last, without waiting for `close`.
+    expected = ["1/100", *(f"{s}/100" for s in range(11, 100, 10)), "100/100"]
+    assert [line.split()[1] for line in lines()] == expected
     display.close()
-    # First at second 0, then at 10, 20, ..., 90 (steps 11, 21, ..., 91), and the last.
-    assert [line.split()[1] for line in lines()] == ["1/100", *(f"{s}/100" for s in range(11, 100, 10)), "100/100"]
+    assert [line.split()[1] for line in lines()] == expected
 
 
 def test_what_a_line_says() -> None:
@@ -95,12 +97,14 @@ def test_a_terminal_gets_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
             for step in (1, 2, 3):
                 display.update(step, {"loss": 1 / step, "tokens_per_second": 1234.0})
         terminal.flush()
-        seen = os.read(ours, 100_000).decode()
+        written = b""
+        while not written.endswith(b"\x1b[?25h"):  # the cursor is shown again: the last thing written
+            written += os.read(ours, 100_000)
     os.close(ours)
+    seen = written.decode()
     assert "step 3/3" in seen
     assert "loss 0.3333" in seen
     assert "1,234 tokens/s" in seen
-    assert "\x1b[?25h" in seen  # the cursor is shown again
     # One line that is drawn over (erase line), not a line a step.
     assert seen.count("\n") == 1
     assert "\x1b[2K" in seen

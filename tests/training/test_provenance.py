@@ -137,7 +137,7 @@ def test_the_hash_of_the_sources_notices_contents_names_and_where_files_end(tmp_
     original = digest({"a.py": "1", "b/c.py": "2"})
     assert digest({"b/c.py": "2", "a.py": "1"}) == original
     assert digest({"a.py": "1", "b/c.py": "2", "notes.txt": "3", "b/__pycache__/c.pyc": "4"}) == original
-    others = [{"a.py": "1", "b/c.py": "3"}, {"a.py": "1", "b/d.py": "2"}, {"a.py": "1"}, {"a.py": "12", "b/c.py": ""}]
+    others = [{"a.py": "1", "b/c.py": "3"}, {"a.py": "1", "b/d.py": "2"}, {"a.py": "1"}, {"a.py": "1b/c.py\0" + "2"}]
     assert original not in [digest(files) for files in others]
 
 

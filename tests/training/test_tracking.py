@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,9 @@ def test_wandb_offline_gets_the_metrics_and_a_resumed_run_goes_on(
     assert (run.display_name, list(run.tags)) == ("dpo-1", ["a", "b"])
     given = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert given["algorithm"] == {"beta": 0.1}
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"abracadabra" in path.read_bytes()]
+    assert not [
+        path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"abracadabra" in path.read_bytes()
+    ]
     metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in {(metric.glob_name, metric.step_metric) for metric in metrics}
 
@@ -289,6 +292,17 @@ with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="offline"), {}) as 
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 100))
 
 
+def read_to_the_end(terminal: int) -> str:
+    """All that is written to a pseudo-terminal until its other side is closed, which Linux reports as an error."""
+    said = b""
+    try:
+        while chunk := os.read(terminal, 10_000):
+            said += chunk
+    except OSError:
+        pass
+    return said.decode()
+
+
 @pytest.mark.component
 def test_without_a_login_wandb_asks_nothing_even_on_a_terminal(
     tmp_path: Path, wandb_here: None, monkeypatch: pytest.MonkeyPatch
@@ -306,9 +320,13 @@ with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="online"), {}) as t
 assert sys.stdin is stdin
 """
     ours, theirs = os.openpty()
-    done = run_python(code, tmp_path, stdin=theirs, stderr=theirs, stdout=theirs)
-    os.close(theirs)
-    said = os.read(ours, 100_000).decode()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_to_the_end, ours)
+        try:
+            done = run_python(code, tmp_path, stdin=theirs, stderr=theirs, stdout=theirs)
+        finally:
+            os.close(theirs)
+        said = reading.result()
     os.close(ours)
     assert done.returncode == 0, said
     assert "wandb failed" in said

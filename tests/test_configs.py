@@ -1,0 +1,168 @@
+"""The configs say what the settings classes and constructors say, and explain every key."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignlab.benchmarks.evaluate import EvaluateSettings
+from alignlab.comparison.compare import Budget, ComparisonSettings, Pairs
+from alignlab.config import compose, config_folder, locate, resolve
+from alignlab.core.settings import Settings
+from alignlab.data import DataSettings
+from alignlab.models import AdapterSettings, ModelSettings
+from alignlab.rollout import RolloutSettings
+from alignlab.rollout.produce import ProduceSettings
+from alignlab.training.settings import SourceSettings, TrainingSettings
+from alignlab.training.tracking import TrackerSettings
+
+FOLDER = config_folder()
+COMMANDS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+FILES = sorted(FOLDER.glob("*/*.yaml"))
+
+CLASSES: dict[str, type[Settings]] = {
+    "adapter": AdapterSettings,
+    "data": DataSettings,
+    "model": ModelSettings,
+    "rollout": RolloutSettings,
+    "source": SourceSettings,
+    "tracker": TrackerSettings,
+    "training": TrainingSettings,
+}
+"""Groups whose options are settings of a class; the other groups' name a `_target_`."""
+
+GIVEN = {"model": ["model.path=m"], "data": []}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(FOLDER).as_posix()
+
+
+def entries(path: Path) -> dict[str, str]:
+    """Group → option of a config's defaults list."""
+    found = {}
+    for entry in yaml.safe_load(path.read_text()).get("defaults", []):
+        if isinstance(entry, dict):
+            found |= {str(k).removeprefix("override /"): str(v) for k, v in entry.items()}
+    return found
+
+
+def composed(command: str, *words: str) -> dict[str, Any]:
+    """A command's config as plain values, with what must be given still missing."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(compose(command, list(words)), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def test_every_group_belongs_to_a_command() -> None:
+    known = {group for command in COMMANDS for group in entries(FOLDER / f"{command}.yaml")}
+    assert {path.parent.name for path in FILES} == known
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_every_option_composes_in_every_command_that_has_its_group(path: Path) -> None:
+    group = path.parent.name
+    commands = [c for c in COMMANDS if group in entries(FOLDER / f"{c}.yaml")]
+    assert commands
+    for command in commands:
+        assert set(composed(command, f"{group}={path.stem}")) >= set(composed(command)) - {group}
+
+
+@pytest.mark.parametrize("group", CLASSES)
+def test_the_first_option_of_a_group_is_its_class_with_the_defaults(group: str) -> None:
+    """Every field has its line, and a run with the config alone is one with the class's own defaults."""
+    kind = CLASSES[group]
+    option = "base" if group == "data" else entries(FOLDER / "train.yaml")[group]
+    if group == "source":
+        assert option == "data"
+    found = composed("train", f"{group}={option}")[group]
+    assert list(found) and set(found) == set(kind.model_fields)
+    required = {k for k, field in kind.model_fields.items() if field.is_required()}
+    assert {k for k, v in found.items() if v == "???"} == required
+    given = dict.fromkeys(required, "given")
+    assert kind(**{**found, **given}) == kind(**given)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in CLASSES], ids=name)
+def test_other_options_have_the_same_keys(path: Path) -> None:
+    group = path.parent.name
+    found = composed("train", f"{group}={path.stem}")[group]
+    assert set(found) == set(CLASSES[group].model_fields)
+    CLASSES[group](**{k: "given" if v == "???" else v for k, v in found.items()})
+
+
+def test_the_commands_own_keys() -> None:
+    for command, kind in (("evaluate", EvaluateSettings), ("sample", ProduceSettings)):
+        found = {k: v for k, v in composed(command).items() if k in kind.model_fields}
+        required = {k for k, field in kind.model_fields.items() if field.is_required()}
+        assert set(found) == set(kind.model_fields)
+        given = dict.fromkeys(required, "given")
+        assert kind(**{**found, **given}) == kind(**given)
+    sections = yaml.safe_load((FOLDER / "compare.yaml").read_text())["comparison"]
+    assert set(sections) == set(ComparisonSettings.model_fields)
+    assert Budget(**sections["budget"]) == Budget()
+    assert Pairs(**sections["pairs"]) == Pairs()
+    assert set(sections["budget"]) == set(Budget.model_fields)
+    assert set(sections["pairs"]) == set(Pairs.model_fields)
+
+
+def targets(value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """Everything in a config that names a `_target_`."""
+    if not isinstance(value, dict):
+        return []
+    found = [(where, value)] if "_target_" in value else []
+    return found + [t for k, v in value.items() for t in targets(v, f"{where}.{k}")]
+
+
+TARGETS = [(name(p), *t) for p in FILES for t in targets(yaml.safe_load(p.read_text()), p.parent.name)]
+
+
+@pytest.mark.parametrize(("file", "where", "values"), TARGETS, ids=[f"{f}:{w}" for f, w, _ in TARGETS])
+def test_keys_of_a_target_are_its_arguments_with_their_defaults(file: str, where: str, values: dict[str, Any]) -> None:
+    found = {k: v for k, v in values.items() if k != "_target_"}
+    parameters = inspect.signature(locate(values["_target_"], where)).parameters
+    assert set(found) <= set(parameters), f"{file}: no such argument"
+    ours = values["_target_"].startswith("alignlab.")
+    if where == "algorithm":
+        assert set(found) == set(parameters), f"{file}: an algorithm's settings are all in its config"
+    for key, value in found.items():
+        default = parameters[key].default
+        if ours and default is not inspect.Parameter.empty:
+            assert value == default, f"{file}: {key}"
+
+
+@pytest.mark.parametrize("path", [*FILES, *FOLDER.glob("*.yaml")], ids=name)
+def test_every_key_is_explained(path: Path) -> None:
+    """By a comment on its line. Experiments give values to keys that are explained elsewhere."""
+    if path.parent.name == "experiment":
+        assert path.read_text().startswith("# @package _global_\n# "), "say what it is for"
+        return
+    inside_defaults = False
+    for line in path.read_text().splitlines():
+        if re.match(r"\S", line):
+            inside_defaults = line.startswith("defaults:")
+        key = re.match(r"\s*(\w+): *(\S.*)?$", line)
+        if key is None or inside_defaults or key[1] == "_target_" or key[2] is None:
+            continue
+        assert re.search(r" # \w", line), f"{name(path)}: {line}"
+
+
+def leaves(value: Any, key: str = "") -> list[str]:
+    if isinstance(value, dict) and value:
+        return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
+    return [] if key.endswith("._target_") else [key]
+
+
+@pytest.mark.parametrize("algorithm", sorted(p.stem for p in FOLDER.glob("algorithm/*.yaml")))
+def test_a_run_has_fewer_than_a_hundred_settings(algorithm: str) -> None:
+    needs = locate(composed("train", f"algorithm={algorithm}")["algorithm"]["_target_"], "algorithm").needs
+    scored = ["source=rollout", "scoring=reward_model", "scoring.path=r"] if "reward" in needs else []
+    settings = leaves(resolve(compose("train", [f"algorithm={algorithm}", "model.path=m", *scored])))
+    assert len(settings) < 100, settings

@@ -1,0 +1,88 @@
+"""Runs in forked processes: they start at once, for everything is imported already, and can be killed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.training import runs
+
+
+def fork(action: Callable[[], object], log: Path | None = None) -> int:
+    """Begin it in a child process, which ends with status 0, what it raised SystemExit with, or 1; the child's id.
+
+    Args:
+        log: where its output goes.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        if log is not None:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        action()
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int) -> int:
+    """Its exit status; minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def command(words: Sequence[str]) -> Callable[[], None]:
+    """A command line, as an action."""
+
+    def act() -> None:
+        from alignlab.cli import main
+
+        raise SystemExit(main(list(words)))
+
+    return act
+
+
+def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
+    """Begin a command in several processes of one run, as torchrun would; their ids, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> Callable[[], None]:
+        def act() -> None:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ |= {k: str(v) for k, v in place.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command(words)()
+
+        return act
+
+    return [fork(member(rank), log.with_name(f"{log.name}.{rank}")) for rank in range(processes)]
+
+
+def train(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2) -> None:
+    """A run of several processes to its end."""
+    log = folder / f"{out}.log"
+    pids = group(["train", *runs.words_for(folder, algorithm, out, *more)], log, processes)
+    statuses = [wait(pid) for pid in pids]
+    said = "\n".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in range(processes))
+    assert statuses == [0] * processes, said
