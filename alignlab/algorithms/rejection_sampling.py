@@ -33,14 +33,14 @@ class RejectionSampling(SFT):
         return [g.with_responses(best(g, self.keep)) for g in groups if g.responses]
 
 
-def best(group: Group, keep: int) -> list[Response]:
-    """The `keep` responses of the group with the highest reward, best first.
+def best(group: Group, keep: int = 1, column: str = "reward") -> list[Response]:
+    """The `keep` responses of the group with the highest value in `column`, best first; the first drawn wins a tie.
 
     Raises:
-        AlignlabError: a response has no reward.
+        AlignlabError: a response has no such value.
     """
-    if not all("reward" in r.columns for r in group.responses):
+    if not all(column in r.columns for r in group.responses):
         raise AlignlabError(
-            f"{group.origin or 'a group'}: rejection sampling needs a `reward` for each response: see `scoring`"
+            f"{group.origin or 'a group'}: best of N needs a `{column}` for each response: see `scoring`"
         )
-    return sorted(group.responses, key=lambda r: -float(r.columns["reward"]))[:keep]  # type: ignore[arg-type]
+    return sorted(group.responses, key=lambda r: -float(r.columns[column]))[:keep]  # type: ignore[arg-type]

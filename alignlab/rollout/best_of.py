@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from alignlab.algorithms.rejection_sampling import best
 from alignlab.core import AlignlabError, Group, Sampler, Scorer
 
 
@@ -19,4 +20,4 @@ def best_of(
         raise AlignlabError(f"best of {n}: the scorer fills {', '.join(scorer.fills) or 'nothing'}, not '{column}'")
     sampled = sampler.sample(groups, n, seed)
     scorer.score(sampled)
-    return [g.with_responses([max(g.responses, key=lambda r: r.columns[column])]) for g in sampled]
+    return [g.with_responses(best(g, 1, column)) for g in sampled]

@@ -107,8 +107,6 @@ class Trainer:
                 keep_best = better and (self.settings.keep_best or self.settings.final == "best")
                 if stopping or keep_best or self._due(self.settings.checkpoint_every):
                     self._checkpoint(metric)
-                if metric is not None and self._out_of_patience():
-                    break
                 if stopping:
                     raise Interrupted(stopping, f"checkpoint of step {self.state.step} saved: the same command goes on")
         self.state.seconds = time.monotonic() - started
@@ -250,7 +248,7 @@ class Trainer:
         return [(float(c), float(limit)) for c, limit in limits if limit is not None]
 
     def _finished(self) -> bool:
-        finished = self.done >= 1
+        finished = self.done >= 1 or self._out_of_patience()
         # Time differs between processes: all do what the first one does.
         return self.processes.gather(finished)[0] if self.settings.max_seconds else finished
 
@@ -317,10 +315,12 @@ class Trainer:
             save_state(folder, self.state, self.processes)
 
     def _resume(self) -> None:
-        folder = self.checkpoints.latest() if self.settings.resume == "auto" else None
-        if folder is None and self.checkpoints.problems:
+        found = self.checkpoints.latest() if self.settings.resume == "auto" and self.processes.is_main else None
+        # The main process looks, after it has cleared away what a killed one left; all do what it found.
+        folder, problems = self.processes.gather((found, self.checkpoints.problems))[0]
+        if folder is None and problems:
             raise AlignlabError(
-                f"no checkpoint in {self.checkpoints.folder} is whole: {'; '.join(self.checkpoints.problems)}. "
+                f"no checkpoint in {self.checkpoints.folder} is whole: {'; '.join(problems)}. "
                 "Start anew with training.resume=never"
             )
         if folder is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +49,8 @@ class Processes:
         self.device: torch.device = self.accelerator.device
         if self.world != asked:
             raise AlignlabError(f"started as one of {asked} processes, but Accelerate sees {self.world}")
+        if self.world > 1:
+            atexit.register(_leave)
 
     @property
     def is_main(self) -> bool:
@@ -56,14 +61,31 @@ class Processes:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(found, value)
+        with _peers():
+            torch.distributed.all_gather_object(found, value)
         return found
 
     def barrier(self) -> None:
         if self.world > 1:
-            torch.distributed.barrier()
+            with _peers():
+                torch.distributed.barrier()
 
     @property
     def engine(self) -> str:
         """What distributes the training, as Accelerate reports it."""
         return str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Say what it means when the others no longer answer: the cause is in what one of them said."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise AlignlabError(f"another process of this run has stopped: see its message ({error})") from error
+
+
+def _leave() -> None:
+    """Part from the others in order: a group that is still there when the interpreter ends may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

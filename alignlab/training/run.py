@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from alignlab.config import build, section
-from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer
+from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer, require
 from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
 from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model, save_model
@@ -169,6 +169,9 @@ def check(config: dict[str, Any]) -> Checked:
     )
     _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
     _check_limits(checked.training)
+    if checked.source.kind == "rollout":
+        temperature = checked.rollout.temperature
+        require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
     _check_columns(checked.algorithm, checked.source, checked.scorers)
     return checked
 
@@ -280,8 +283,9 @@ def _keep_samples(out: Path) -> Any:
     def keep(iteration: int, step: int, groups: Sequence[Group]) -> None:
         if not groups:
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(path, "".join(s for s in lines if json.loads(s)["iteration"] <= iteration))
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines  # killed while writing
+                write_text(path, "".join(s for s in whole if json.loads(s)["iteration"] <= iteration))
             return
         with path.open("a", encoding="utf-8") as file:
             for group in groups[:SAMPLES_KEPT]:

@@ -53,6 +53,7 @@ class Variant:
 
 VARIANTS = [
     Variant(OURS, "alignlab, defaults", "alignlab"),
+    Variant("alignlab-lean", "alignlab, token_budget=1024", "alignlab", {"training": {"token_budget": 1024}}),
     Variant("trl", "TRL, defaults in float32", "trl"),
     Variant("trl-fast", "TRL, no gradient checkpointing", "trl", {"config": {"gradient_checkpointing": False}}),
     Variant(
