@@ -109,7 +109,8 @@ def plan(
     base = config["model"]["path"] or benchmark.base_model()
     if not base:
         raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
-    places = {"base": str(base), "data": str(out / "data"), "out": str(out)}
+    gold = {"_target_": "alignlab.comparison.pairs.gold", "benchmark": config["benchmark"]}
+    places = {"base": str(base), "data": str(out / "data"), "out": str(out), "gold": _quoted(gold)}
     shared = {k: config[k] for k in ("model", "adapter", "rollout", "tracker")}
 
     def training(name: str, words: Words, start: str, parents: Sequence[Node], evaluations: Sequence[int] = ()) -> Node:
@@ -191,7 +192,9 @@ def _quoted(value: Any) -> str:
         return f"'{escaped}'"
     if isinstance(value, list):
         return f"[{','.join(_quoted(v) for v in value)}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{k}: {_quoted(v)}' for k, v in value.items())}}}"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _evaluation(config: dict[str, Any], seed: int, folder: Path, places: dict[str, str]) -> dict[str, Any]:
