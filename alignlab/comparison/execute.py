@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from alignlab.comparison.graph import LOG, Node
@@ -40,7 +41,7 @@ def execute(nodes: Sequence[Node], workers: int, threads: int | None) -> dict[st
     """
     from alignlab.training.progress import console
 
-    say = console().print
+    say = partial(console().print, markup=False, highlight=False, soft_wrap=True)  # an error may hold brackets
     waiting = [n for n in nodes if not n.done]
     ready = {n.name for n in nodes if n.done}
     total, finished = len(waiting), 0

@@ -175,7 +175,9 @@ class Trainer:
             for i, group in zip(indices, part, strict=True):
                 found[i] = group
         if self.source.kind == "rollout":
-            self.state.generated_tokens += sum(len(r.token_ids) for g in found for r in g.responses)
+            sampled = sum(len(r.token_ids) for g in found for r in g.responses)
+            self.state.generated_tokens += sampled
+            self.state.sampled = sampled if keep else self.state.sampled
             rewards = [r.columns["reward"] for g in found for r in g.responses if "reward" in r.columns]
             self.state.reward = sum(rewards) / len(rewards) if rewards else None  # type: ignore[arg-type]
             if keep and self.keep_samples is not None and self.processes.is_main:
@@ -232,19 +234,18 @@ class Trainer:
 
     def _limits(self) -> list[tuple[float, float]]:
         s, state = self.settings, self.state
+        ahead = 0.0  # share of the current iteration that is still to be trained on
+        if state.pending:
+            ahead = 1 - state.position / (self.passes * math.ceil(len(state.pending) / s.batch_size))
         limits: list[tuple[float, float | None]] = [
             (state.step, s.steps),
             (state.trained_tokens, s.max_trained_tokens),
-            (state.generated_tokens, s.max_generated_tokens),
+            # What was sampled is trained on, also where it reaches the limit.
+            (state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
             (state.seconds, s.max_seconds),
         ]
         if s.epochs is not None:
-            iterations = math.ceil(s.epochs * self.order.batches_per_epoch)
-            inside = 0.0
-            if state.pending:
-                steps = self.passes * math.ceil(len(state.pending) / s.batch_size)
-                inside = 1 - state.position / steps
-            limits.append((state.iteration - inside, iterations))
+            limits.append((state.iteration - ahead, math.ceil(s.epochs * self.order.batches_per_epoch)))
         return [(float(c), float(limit)) for c, limit in limits if limit is not None]
 
     def _finished(self) -> bool:

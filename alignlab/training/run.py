@@ -113,7 +113,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if processes.is_main:
         files = [Path(p) for p in data_settings.paths if Path(p).exists()]
         resumed = settings.resume == "auto" and bool(trainer.checkpoints.folders())
-        provenance.write(out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed)
+        provenance.write(
+            out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed
+        )
         where = f"{processes.world} process(es), {processes.engine}, {processes.device}"
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
     with tracker, trainer.progress:

@@ -23,6 +23,7 @@ class State:
         position: minibatches of the current iteration that are done.
         pending: the current iteration's groups, scored and prepared, while some of them are still to be trained on.
         trained_tokens, generated_tokens: response tokens trained on and sampled, over all processes.
+        sampled: how many of them were sampled for the current iteration.
         seconds: time spent, start-up not counted, over all sittings.
         best: the best value of the watched metric so far.
         bad_evaluations: evaluations since then.
@@ -34,6 +35,7 @@ class State:
     position: int = 0
     trained_tokens: int = 0
     generated_tokens: int = 0
+    sampled: int = 0
     seconds: float = 0.0
     best: float | None = None
     bad_evaluations: int = 0

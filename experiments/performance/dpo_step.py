@@ -105,6 +105,8 @@ def main() -> int:
                     progress.update(task, description=f"P = {prompt}: {escape(variant.label)}")
                     measured = _measure(variant, folder, arguments.threads, patience)
                     measurements.append({"prompt": prompt, "variant": variant.key, "repeat": repeat, **measured})
+                    took = f"{median(measured['seconds']):.2f} s, {measured['peak_mb']:,.0f} MB"
+                    progress.console.print(f"P = {prompt}, {variant.key}: {took}", highlight=False)
                     progress.advance(task)
     found["results"] = [row for p in arguments.prompts for row in _summary(p, variants, measurements)]
     found["measurements"] = measurements
@@ -182,6 +184,8 @@ def _run(command: list[str], threads: int) -> None:
     """Run a script of this folder in a process of its own, on the CPU, without network."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Threads that spin while they wait make any other process on the machine slow the measurement down many times over.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     done = subprocess.run(
         [sys.executable, str(HERE / command[0]), *command[1:]], env=environment, capture_output=True, text=True
     )
@@ -199,6 +203,7 @@ def _summary(prompt: int, variants: list[Variant], measurements: list[dict[str, 
         seconds = [median(m["seconds"]) + m.get("reference_seconds", 0.0) for m in runs]
         row: dict[str, Any] = {"prompt": prompt, "variant": variant.key, "label": variant.label}
         row |= {"seconds": median(seconds), "seconds_low": min(seconds), "seconds_high": max(seconds)}
+        row["cpu_seconds"] = median(m["cpu_seconds"] + m.get("reference_cpu_seconds", 0.0) for m in runs)
         row |= {name: median(m[name] for m in runs) for name in ("peak_mb", "above_mb", "loaded_mb")}
         row["cores_of_others"] = max(m["cores_of_others"] for m in runs)
         differences = [abs(a - b) for m in runs for a, b in zip(m["losses"], ours or [], strict=ours is not None)]
@@ -206,7 +211,7 @@ def _summary(prompt: int, variants: list[Variant], measurements: list[dict[str, 
         rows.append(row)
     base = next((r for r in rows if r["variant"] == OURS), None)
     for row in rows:
-        for name in ("seconds", "peak_mb", "above_mb"):
+        for name in ("seconds", "cpu_seconds", "peak_mb", "above_mb"):
             row[f"{name}_ratio"] = row[name] / base[name] if base else None
     return rows
 
@@ -218,8 +223,8 @@ def _markdown(found: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {found['work'][0]['parameters'] / 1e6:.1f}M parameters.",
         "",
-        "| P | | seconds per step | ratio | peak, MB | ratio | above the loaded model, MB | ratio | loss differs by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| P | | seconds per step (range) | | CPU seconds | | peak MB | | above the loaded model, MB | | loss apart |",
+        "|" + "---|" * 11,
     ]
 
     def times(ratio: float | None) -> str:
@@ -229,7 +234,8 @@ def _markdown(found: dict[str, Any]) -> str:
         noise = f" (noisy: others used {r['cores_of_others']:.1f} cores)" if r["cores_of_others"] > NOISY else ""
         lines.append(
             f"| {r['prompt']} | {r['label']} | {r['seconds']:.2f} ({r['seconds_low']:.2f} to {r['seconds_high']:.2f})"
-            f"{noise} | {times(r['seconds_ratio'])} | {r['peak_mb']:,.0f} | {times(r['peak_mb_ratio'])} | "
+            f"{noise} | {times(r['seconds_ratio'])} | {r['cpu_seconds']:.2f} | {times(r['cpu_seconds_ratio'])} | "
+            f"{r['peak_mb']:,.0f} | {times(r['peak_mb_ratio'])} | "
             f"{r['above_mb']:,.0f} | {times(r['above_mb_ratio'])} | "
             + ("" if r["loss_difference"] is None else f"{r['loss_difference']:.0e}")
             + " |"

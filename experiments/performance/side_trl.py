@@ -21,7 +21,7 @@ class Watched(DPOTrainer):
     def __init__(self, *arguments: Any, gauge: Gauge, **options: Any) -> None:
         self.gauge = gauge
         self.micro_losses: list[float] = []
-        self.reference_seconds = 0.0
+        self.reference_seconds = self.reference_cpu = 0.0
         super().__init__(*arguments, **options)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
@@ -31,9 +31,10 @@ class Watched(DPOTrainer):
 
     def compute_ref_log_probs(self, *arguments: Any, **options: Any) -> Any:
         self.gauge.loaded()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         found = super().compute_ref_log_probs(*arguments, **options)
         self.reference_seconds += time.perf_counter() - start
+        self.reference_cpu += time.process_time() - cpu
         return found
 
 
@@ -85,7 +86,10 @@ def measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         gauge.loaded()
         trainer.add_callback(Clock(trainer))
         trainer.train()
-    return gauge.result(reference_seconds=trainer.reference_seconds / len(batches))
+    steps = len(batches)
+    return gauge.result(
+        reference_seconds=trainer.reference_seconds / steps, reference_cpu_seconds=trainer.reference_cpu / steps
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def test_drawn_best_of_n_has_the_closed_form(world: ExactWorld, policy: PackedMo
     for x, ids in enumerate(world.prompt_ids):
         groups = [Group(ids, origin=f"draw:{i}") for i in range(DRAWS)]
         chosen = best_of(engine, ExactReward(world), groups, n, seed=7)
-        counts = torch.bincount(torch.tensor([world.index(g.responses[0].token_ids) for g in chosen]), minlength=world.Y)
+        counts = torch.bincount(
+            torch.tensor([world.index(g.responses[0].token_ids) for g in chosen]), minlength=world.Y
+        )
         expected = expected_XY[x] * DRAWS
         common = expected >= 5  # the chi-square's rule of thumb; the rest goes into one cell
         observed = [*counts[common].tolist(), int(counts[~common].sum())]

@@ -290,6 +290,7 @@ NONE: dict[str, Any] = {"pad_token_id": None}
         ({"pad_token": "</s>"}, "<unk>"),
         ({"pad_token": None}, "<unk>"),
         ({"pad_token": "</s>", "unk_token": None}, "<s>"),
+        ({"pad_token": "</s>", "unk_token": "</s>"}, "<s>"),
         ({"pad_token": "</s>", **BARE}, "</s>"),  # like GPT-2: there is no other token
         ({"pad_token": None, **BARE}, "</s>"),
     ],

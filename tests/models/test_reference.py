@@ -91,6 +91,7 @@ def test_of_an_adapter_trained_further_it_is_the_adapter_as_it_was(trained_adapt
     reference = Reference(model, fresh_adapter=False)
     assert reference.shares_weights
     assert sum(p.numel() for p in model.parameters()) == size + sum(trained.values()), "one more adapter, no more base"
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained), "it is not trained"
     for _ in range(2):
         train(model)
         policy = logp(model)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, ClassVar
 
 from tests.training import runs
 
@@ -86,3 +90,51 @@ def train(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2
     statuses = [wait(pid) for pid in pids]
     said = "\n".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in range(processes))
     assert statuses == [0] * processes, said
+
+
+class Process:
+    """Stands in for `subprocess.Popen` where a comparison starts its nodes: a fork instead of a new interpreter."""
+
+    started: ClassVar[list[str]] = []
+    """The folders of the nodes that were started, in order."""
+
+    def __init__(self, words: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object) -> None:
+        assert list(words[1:3]) == ["-m", "alignlab.comparison.node"]
+        folder = words[3]
+        Process.started.append(folder)
+        self.returncode: int | None = None
+
+        def act() -> None:
+            from alignlab.comparison import node
+
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = ["node", folder]
+            raise SystemExit(node.main())
+
+        self.pid = fork(act, Path(stdout.name))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("node", timeout)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

@@ -88,8 +88,8 @@ def test_killed_again_and_again_at_random_moments(folder: Path, algorithm: str, 
     out, chance = f"{algorithm}-killed", random.Random(algorithm)
     words = ["train", *runs.words_for(folder, algorithm, out, *MORE)]
     killed = 0
-    for _ in range(40):
-        event = chance.randint(5, 60)
+    for _ in range(8):
+        event = chance.randint(10, 100)
 
         def act(event: int = event) -> None:
             killed_at(event)
@@ -97,10 +97,9 @@ def test_killed_again_and_again_at_random_moments(folder: Path, algorithm: str, 
 
         status = forks.wait(forks.fork(act, folder / "killed.log"))
         assert status in (0, -signal.SIGKILL), (folder / "killed.log").read_text()[-3000:]
-        if status == 0:
-            break
-        killed += 1
-    assert killed >= 3
+        killed += status != 0
+    assert killed >= 4
+    runs.train(folder, algorithm, out, *MORE)
     same_as_whole(folder, algorithm, out, whole)
     left = sorted(p.name for p in (folder / out / "checkpoints").iterdir())
     assert left == [f"step-{step:08}" for step in (STEPS - 1, STEPS)]
@@ -288,14 +287,14 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, algorithm: str) 
 # ------------------------------------------------------------------ several processes
 
 
+LONG = ["training.steps=40", "training.checkpoint_every=4"]
+
+
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an undisturbed run of two processes."""
     forks.train(folder, "dpo", "pair-whole", *MORE, *LONG)
     return runs.weights(folder, "pair-whole")
-
-
-LONG = ["training.steps=60"]
 
 
 def test_sigterm_to_torchrun(folder: Path, pair: dict) -> None:
@@ -360,7 +359,7 @@ def test_the_error_of_a_failing_process_is_told(folder: Path) -> None:
 
 def test_both_processes_go_by_what_the_first_one_finds(folder: Path, pair: dict) -> None:
     """A process that clears away what a killed one left, while another already looks, must not part them."""
-    words = ["train", *runs.words_for(folder, "dpo", "pair-looking", *MORE, *LONG, "training.steps=60")]
+    words = ["train", *runs.words_for(folder, "dpo", "pair-looking", *MORE, *LONG)]
 
     def blind() -> None:
         latest = Checkpoints.latest
@@ -382,7 +381,6 @@ def test_both_processes_go_by_what_the_first_one_finds(folder: Path, pair: dict)
 
 def test_a_result_is_written_last(folder: Path) -> None:
     """Whoever finds result.json finds the model too, and the figures are those of the run."""
-    result = json.loads((folder / "pair-whole/result.json").read_text()) if (folder / "pair-whole").exists() else {}
     runs.train(folder, "sft", "sft-result", "training.progress=off")
     result = json.loads((folder / "sft-result/result.json").read_text())
     last = runs.metrics(folder, "sft-result")[-1]

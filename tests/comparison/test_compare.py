@@ -1,0 +1,357 @@
+"""The main job on a language of five words: in one go, interrupted, changed, failing. Nodes are forked, not spawned."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from alignlab.cli import main
+from alignlab.comparison import execute
+from alignlab.config import config_folder
+from tests import tiny
+from tests.training import forks, runs
+
+BUDGET = 100
+BATCH, LONGEST = 8, 3
+EXPERIMENT: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"dtype": "float32"},
+    "rollout": {"max_new_tokens": LONGEST},
+    "benchmark": {
+        "demonstrations": 64,
+        "prompt_copies": 8,
+        "world": {"words": 5, "max_tokens": LONGEST, "prompts": 4},
+        "base": {"layers": 1, "width": 32, "steps": 30, "batch_size": 64},
+    },
+    "comparison": {
+        "seeds": [0, 1],
+        "budget": {"trained_tokens": BUDGET},
+        "common": ["training.progress=plain", f"training.batch_size={BATCH}", "optimizer.lr=2e-3"],
+        "sft": ["algorithm=sft", "data=demonstrations", "data.path={demonstrations}"],
+        "pairs": {"rounds": 2, "temperature": 0.2},
+        "reward_model": ["algorithm=reward_model", "data=groups", "data.path={pairs}"],
+        "algorithms": {
+            "rejection_sampling": [
+                *("algorithm=rejection_sampling", "source=rollout", "data=prompts", "data.path={prompts}"),
+                *("scoring=reward_model", "scoring.path={reward_model}"),
+            ],
+            "dpo": ["algorithm=dpo", "algorithm.beta=0.25", "data=groups", "data.path={pairs}"],
+        },
+    },
+}
+
+PARTS = ["data", "sft", "pairs", "reward_model"]
+RUNS = [f"runs/{name}-seed{seed}" for seed in (0, 1) for name in ("sft", "rejection_sampling", "dpo")]
+COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the user's experiment; the base model made for it is kept there too."""
+    folder = tmp_path_factory.mktemp("comparisons")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALIGNLAB_CACHE", str(folder / "cache"))
+        there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
+        patch.setattr(execute, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        patch.chdir(folder)
+        write(folder, "tiny", EXPERIMENT)
+        yield folder
+
+
+def write(home: Path, name: str, experiment: dict[str, Any]) -> None:
+    (home / "configs/experiment").mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(experiment, sort_keys=False)
+    (home / f"configs/experiment/{name}.yaml").write_text(f"# @package _global_\n{text}")
+
+
+def changed(**comparison: Any) -> dict[str, Any]:
+    return EXPERIMENT | {"comparison": EXPERIMENT["comparison"] | comparison}
+
+
+def command(home: Path, out: str, *more: str, experiment: str = "tiny") -> list[str]:
+    return ["compare", "--config-dir", str(home / "configs"), f"experiment={experiment}", f"out={home / out}", *more]
+
+
+def started(home: Path, out: str) -> list[str]:
+    """The parts that have been started since the last call, by name."""
+    found = [str(Path(folder).relative_to(home / out)) for folder in forks.Process.started]
+    forks.Process.started.clear()
+    return sorted(found)
+
+
+def compare(home: Path, out: str, *more: str, experiment: str = "tiny") -> tuple[int, list[str]]:
+    """Run it in this process; the status, and the parts that were started."""
+    forks.Process.started.clear()
+    status = main(command(home, out, *more, experiment=experiment))
+    return status, started(home, out)
+
+
+def board(home: Path, out: str) -> dict[str, Any]:
+    found = json.loads((home / out / "leaderboard.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def rows(home: Path, out: str) -> dict[str, dict[str, Any]]:
+    """What is determined by the settings: figures without those that depend on the machine."""
+    found = {}
+    for row in board(home, out)["rows"]:
+        found[row["algorithm"]] = {
+            k: v for k, v in row.items() if not k.startswith(("seconds", "peak_memory_mb", "config"))
+        }
+    return found
+
+
+def log_of(home: Path, out: str) -> str:
+    """The last lines of every part, for a failing test to show."""
+    logs = sorted((home / out).rglob("log.txt"))
+    return "\n".join(f"{p}:\n{p.read_text()[-800:]}" for p in logs)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> str:
+    """An undisturbed comparison."""
+    status, parts = compare(home, "whole")
+    assert status == 0, log_of(home, "whole")
+    assert parts == sorted([*PARTS, *RUNS])
+    return "whole"
+
+
+# ------------------------------------------------------------------ in one go
+
+
+def test_the_leaderboard_has_what_scripts_rely_on(home: Path, whole: str) -> None:
+    found = board(home, whole)
+    assert found["benchmark"] == "exact"
+    assert found["budget"]["trained_tokens"] == BUDGET
+    assert {row["algorithm"] for row in found["rows"]} == {"sft", "rejection_sampling", "dpo"}
+    for row in found["rows"]:
+        assert row["seeds"] == [0, 1]
+        for figure in ("reward", "kl", "win_rate", "frontier_efficiency", "objective_score", *COSTS):
+            assert figure in row, figure
+        for figure in ("reward", "kl", "objective_score"):
+            assert row[f"{figure}_low"] <= row[figure] <= row[f"{figure}_high"]
+        assert 0 <= row["reward"] <= 1
+        assert row["kl"] >= 0
+        assert row["objective_score"] <= 1 + 1e-6
+    scores = [row["objective_score"] for row in found["rows"]]
+    assert scores == sorted(scores, reverse=True)
+    for name in ("leaderboard.csv", "leaderboard.md", "report.html"):
+        assert "rejection_sampling" in (home / whole / name).read_text()
+    with (home / whole / "leaderboard.csv").open() as file:
+        assert {line["algorithm"] for line in csv.DictReader(file)} == {"sft", "rejection_sampling", "dpo"}
+
+
+def test_rows_are_means_of_the_runs(home: Path, whole: str) -> None:
+    for name, row in rows(home, whole).items():
+        evaluations = [json.loads((home / whole / f"runs/{name}-seed{s}/evaluation.json").read_text()) for s in (0, 1)]
+        for figure in ("reward", "kl", "win_rate", "objective_score"):
+            assert row[figure] == pytest.approx(statistics.mean(e[figure] for e in evaluations), abs=1e-9)
+
+
+def test_the_baseline_is_the_reference_itself(home: Path, whole: str) -> None:
+    sft = rows(home, whole)["sft"]
+    assert sft["kl"] == pytest.approx(0, abs=1e-6)
+    assert sft["win_rate"] == pytest.approx(0.5, abs=1e-6)
+    assert sft["objective_score"] == pytest.approx(0, abs=1e-6)
+    others = [row for name, row in rows(home, whole).items() if name != "sft"]
+    assert all(row["kl"] > 1e-4 for row in others)  # they have moved
+
+
+def test_all_start_from_the_same_checkpoint_and_see_the_same_data(home: Path, whole: str) -> None:
+    out = home / whole
+    for folder in sorted((out / "runs").iterdir()):
+        plan = json.loads((folder / "node.json").read_text())["commands"]
+        train, evaluate = (next((c for k, c in plan if k == kind), None) for kind in ("train", "evaluate"))
+        assert evaluate is not None and evaluate["reference"] == f"{out}/sft/model"
+        if folder.name.startswith("sft-"):
+            assert train is None and evaluate["run"] == f"{out}/sft/model"
+            continue
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        assert saved["model"]["path"] == f"{out}/sft/model"
+        assert saved["training"]["seed"] == int(folder.name[-1])
+        assert saved["data"]["path"] == {
+            "dpo": f"{out}/pairs/groups.jsonl",
+            "rejection_sampling": f"{out}/data/prompts.jsonl",
+        }.get(folder.name.rsplit("-seed", 1)[0])
+    pairs = [json.loads(line) for line in (out / "pairs/groups.jsonl").read_text().splitlines()]
+    assert len(pairs) == 4 * 8 * 2  # prompts, copies, rounds
+
+
+def test_budgets_are_kept(home: Path, whole: str) -> None:
+    """The step that reaches the budget is the last: at most one batch over."""
+    for name, responses in (("dpo", 2), ("rejection_sampling", 1)):
+        for seed in (0, 1):
+            folder = home / whole / f"runs/{name}-seed{seed}"
+            tokens = json.loads((folder / "result.json").read_text())["trained_tokens"]
+            assert BUDGET <= tokens < BUDGET + BATCH * responses * LONGEST
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert lines[-2]["trained_tokens"] < BUDGET <= lines[-1]["trained_tokens"] == tokens
+            row = rows(home, whole)[name]
+            assert row["trained_tokens"] == pytest.approx(
+                statistics.mean(
+                    json.loads((home / whole / f"runs/{name}-seed{s}/result.json").read_text())["trained_tokens"]
+                    for s in (0, 1)
+                )
+            )
+
+
+# ------------------------------------------------------------------ again
+
+
+def test_repeating_the_command_runs_nothing(home: Path, whole: str) -> None:
+    before = board(home, whole)
+    assert compare(home, whole) == (0, [])
+    assert board(home, whole) == before
+
+
+def test_the_report_can_be_rebuilt(home: Path, whole: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p.name: p.read_bytes() for p in (home / whole).glob("leaderboard.*")}
+    for path in [*(home / whole).glob("leaderboard.*"), home / whole / "report.html"]:
+        path.unlink()
+    assert main(["report", str(home / whole)]) == 0
+    assert {p.name: p.read_bytes() for p in (home / whole).glob("leaderboard.*")} == before
+    assert (home / whole / "report.html").exists()
+    assert "rejection_sampling" in capsys.readouterr().out
+
+
+def test_a_changed_algorithm_runs_again_and_no_other(home: Path, whole: str) -> None:
+    shutil.copytree(home / whole, home / "copied")
+    before = rows(home, whole)
+    algorithms = EXPERIMENT["comparison"]["algorithms"]
+    other = [w.replace("beta=0.25", "beta=4") for w in algorithms["dpo"]]
+    write(home, "other-beta", changed(algorithms=algorithms | {"dpo": other}))
+    # The folder is part of what a run computes (its paths), so the copy goes where the original was.
+    shutil.rmtree(home / whole)
+    try:
+        shutil.copytree(home / "copied", home / whole)
+        assert compare(home, whole, experiment="other-beta") == (0, ["runs/dpo-seed0", "runs/dpo-seed1"])
+        after = rows(home, whole)
+        assert after["rejection_sampling"] == before["rejection_sampling"]
+        assert after["dpo"]["kl"] < before["dpo"]["kl"]  # a stronger constraint
+        # One seed fewer: nothing to run, and the runs of the other seed are no longer part of it.
+        assert compare(home, whole, "comparison.seeds=[0]", experiment="other-beta") == (0, [])
+        assert {tuple(row.get("seeds", [row.get("seed")])) for row in board(home, whole)["rows"]} == {(0,)}
+    finally:
+        shutil.rmtree(home / whole)
+        (home / "copied").rename(home / whole)
+
+
+@pytest.mark.parametrize("moment", ["sft/metrics.jsonl", "runs/*/metrics.jsonl"])
+def test_interrupted_and_repeated_it_ends_as_if_undisturbed(home: Path, whole: str, moment: str) -> None:
+    """In the very folder of the undisturbed one: whatever might depend on a path is then the same."""
+    before = rows(home, whole)
+    (home / whole).rename(home / "kept")
+    try:
+        child = forks.fork(forks.command(command(home, whole)), home / "interrupted.log")
+        deadline = time.monotonic() + 120
+        while not list((home / whole).glob(moment)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(child, signal.SIGTERM)
+        said = (home / "interrupted.log").read_text
+        assert forks.wait(child) == 143, said()
+        assert "alignlab: stopped by SIGTERM; the same command goes on with what is not done" in said()
+        assert not (home / whole / "leaderboard.json").exists()
+        done = {str(p.parent.relative_to(home / whole)) for p in (home / whole).rglob("done.json")}
+        assert done < {*PARTS, *RUNS}
+        status, again = compare(home, whole)
+        assert status == 0, log_of(home, whole)
+        assert sorted([*done, *again]) == sorted([*PARTS, *RUNS])  # what was done is not done again
+        assert rows(home, whole) == before
+    finally:
+        shutil.rmtree(home / whole, ignore_errors=True)
+        (home / "kept").rename(home / whole)
+
+
+# ------------------------------------------------------------------ failures
+
+
+def test_one_failing_algorithm_leaves_the_rest(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its data vanished after the comparison had been planned: nothing that could have been known."""
+    algorithms = {
+        "dpo": EXPERIMENT["comparison"]["algorithms"]["dpo"],
+        "lost": ["algorithm=sft", "data.path={data}/vanished.jsonl"],
+    }
+    write(home, "failing", changed(algorithms=algorithms, reward_model=None, seeds=[0]))
+    status, _ = compare(home, "failing", experiment="failing")
+    assert status == 1
+    assert set(rows(home, "failing")) == {"sft", "dpo"}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"failed: runs/lost-seed0: {home}/failing/data/vanished.jsonl: no such file or folder")
+    assert f"(log: {home}/failing/runs/lost-seed0/log.txt)" in said[0]
+    # Mended, it alone is run, and all is well.
+    shutil.copy(home / "failing/data/demonstrations.jsonl", home / "failing/data/vanished.jsonl")
+    assert compare(home, "failing", experiment="failing") == (0, ["runs/lost-seed0"])
+    assert set(rows(home, "failing")) == {"sft", "dpo", "lost"}
+
+
+def test_when_what_all_wait_for_fails_it_is_named(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write(home, "hopeless", changed(sft=["algorithm=sft", "data.path={data}/vanished.jsonl"]))
+    status, parts = compare(home, "hopeless", experiment="hopeless")
+    assert (status, parts) == (2, ["data", "sft"])
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("alignlab: no run finished; the first failure: sft: ")
+    assert "vanished.jsonl: no such file or folder" in last
+    assert not (home / "hopeless/leaderboard.json").exists()
+
+
+def test_a_killed_node_is_a_failure_with_its_signal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignlab.comparison import node
+
+    monkeypatch.setattr(node, "run_command", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    nodes = [execute.Node("data", home / "killed/data", [("data", {})])]
+    failed = execute.execute(nodes, workers=1, threads=1)
+    assert failed == {"data": f"ended by signal 9 (log: {home}/killed/data/log.txt)"}
+
+
+# ------------------------------------------------------------------ what is shipped
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in config_folder().glob("experiment/*.yaml")))
+def test_every_run_of_the_shipped_experiments_can_be(
+    experiment: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """All that can be known beforehand is right, in every stage and for every algorithm."""
+    from alignlab.benchmarks.exact.benchmark import ExactBenchmark
+    from alignlab.comparison import compare as module
+
+    if "stories" in experiment:
+        request.getfixturevalue("shared")
+        monkeypatch.chdir(runs.REPOSITORY)
+    base = home / "any-base"
+    if not base.exists():
+        tiny.save(base)
+    monkeypatch.setattr(ExactBenchmark, "base_model", lambda self: str(base))
+    planned: list[list[Any]] = []
+    monkeypatch.setattr(
+        module, "execute", lambda nodes, *_: planned.append(nodes) or {n.name: "not run" for n in nodes}
+    )
+    words = ["compare", f"experiment={experiment}", f"out={home}/shipped-{experiment}"]
+    assert main([*words, *(["model.path=" + str(base)] if experiment != "demo" else [])]) == 2  # nothing finished
+    names = [n.name for n in planned[0]]
+    assert len(names) == len(set(names))
+    assert any(name.startswith("runs/") for name in names)
+    for part in planned[0]:
+        assert {p.name for p in part.parents} <= set(names[: names.index(part.name)])
+
+
+def test_the_embedded_default_is_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--cfg"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["compare", "experiment=demo", "--cfg"]) == 0
+    assert capsys.readouterr().out == plain
+    assert yaml.safe_load(plain)["out"] == "runs/demo"
