@@ -33,17 +33,23 @@ def fork(action: Callable[[], object], log: Path | None = None) -> int:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        action()
-        status = 0
-    except SystemExit as error:
-        status = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        status = _status(action)
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:  # whatever happens, a child must never go on with the tests
         os._exit(status)
+
+
+def _status(action: Callable[[], object]) -> int:
+    try:
+        action()
+    except SystemExit as error:
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def wait(pid: int) -> int:
