@@ -51,7 +51,7 @@ class StoriesBenchmark(Benchmark):
         texts: str,
         opening_words: int = 12,
         train_stories: int = 2048,
-        test_stories: int = 256,
+        test_stories: int = 1024,
         samples_shown: int = 6,
     ) -> None:
         require(opening_words >= 1, "benchmark.opening_words", opening_words, "must be at least 1")

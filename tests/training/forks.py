@@ -33,7 +33,7 @@ def fork(action: Callable[[], object], log: Path | None = None) -> int:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         status = _status(action)
         sys.stdout.flush()
         sys.stderr.flush()
