@@ -20,7 +20,7 @@ lint: $(VENV)/.test
 install: $(VENV)/.install
 
 $(VENV)/.install: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("alignlab needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("alignlab needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
