@@ -117,7 +117,9 @@ def plan(
         folder = out / name
         filled = [_filled(word, places, name) for word in [*settings.common, *words]]
         try:
-            words = [*_as_words(shared), *filled, f"model.path={_quoted(start)}"]
+            chosen = {word.partition("=")[0] for word in filled}  # a stage's `adapter=none` replaces the shared section
+            common = {k: v for k, v in shared.items() if k not in chosen}
+            words = [*_as_words(common), *filled, f"model.path={_quoted(start)}"]
             composed = resolve(compose("train", words, own)) | {"name": name, "out": str(folder)}
             check(composed)
         except ConfigError as error:

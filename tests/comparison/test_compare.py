@@ -359,3 +359,17 @@ def test_the_embedded_default_is_the_demo(capsys: pytest.CaptureFixture[str]) ->
     assert main(["compare", "experiment=demo", "--cfg"]) == 0
     assert capsys.readouterr().out == plain
     assert yaml.safe_load(plain)["out"] == "runs/demo"
+
+
+def test_a_stage_may_choose_another_adapter_than_the_comparison(tmp_path: Path) -> None:
+    """`adapter=none` in a stage's words is not undone by the comparison's own `adapter=lora`."""
+    from alignlab.benchmarks.evaluate import build_benchmark
+    from alignlab.comparison.compare import ComparisonSettings, plan
+    from alignlab.config import compose, resolve, section
+
+    config = resolve(compose("compare", ["experiment=demo", "adapter=lora", "model.path=base", "comparison.seeds=[0]"]))
+    config["comparison"]["reward_model"].append("adapter=none")
+    settings = section(ComparisonSettings, config["comparison"], "comparison")
+    nodes = {n.name: n for n in plan(config, settings, build_benchmark(config["benchmark"]), tmp_path)}
+    kinds = {name: nodes[name].commands[0][1]["adapter"]["kind"] for name in ("sft", "reward_model", "runs/dpo-seed0")}
+    assert kinds == {"sft": "lora", "reward_model": "none", "runs/dpo-seed0": "lora"}
