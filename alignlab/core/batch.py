@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignlab.core.errors import AlignlabError
 from alignlab.core.group import Group
+from alignlab.core.order import best_response, compared
 from alignlab.core.ragged import segments
 
 Unit = Literal["token", "response", "pair", "group"]
@@ -124,34 +125,60 @@ class Batch:
                 f"see `scoring` in the config."
             ) from None
 
+    def fill(self, name: str, values: Tensor) -> None:
+        """Write a column back to the groups or responses: `batch.fill("advantage_T", advantage_T)`."""
+        column, axis = self._parse(name)
+        found = values.detach().tolist()
+        if axis == "T":
+            start = 0
+            for response in self.responses:
+                response.columns[column] = found[start : start + response.loss_tokens]
+                start += response.loss_tokens
+        else:
+            held = [g.columns for g in self.groups] if axis == "G" else [r.columns for r in self.responses]
+            for columns, value in zip(held, found, strict=True):
+                columns[column] = value  # type: ignore[index]
+        self._columns.pop(name, None)
+
     @cached_property
     def pairs(self) -> Pairs:
         """All ordered pairs of one group in which one response is preferred to the other.
 
-        The order is that of the column `score` (higher is better; ties make no pair). Where groups of two carry
-        `preference`, the probability that a response is preferred to its sibling, it gives the order and the
-        certainty instead; one of exactly 1/2 makes a pair too, since it says that the margin should be zero.
+        The first of these columns that a group's responses have decides:
+
+        * `lost_to`: the index within the group of the response that beat it in a tournament, -1 where none did; the
+          pairs are those of the tournament, one less than there are responses;
+        * `preference`, in groups of two: the probability that a response is preferred to its sibling; it gives order
+          and certainty, and one of exactly 1/2 makes a pair too, since it says that the margin should be zero;
+        * `score`, or else `reward`: higher is better; ties make no pair.
+
+        A record's own response that was not compared with the sampled ones beside it takes no part.
         """
         winner, loser, probability, margin = [], [], [], []
         start = 0
         for group in self.groups:
-            k = len(group.responses)
-            for i in range(k):
-                for j in range(i + 1, k):
-                    pair = _compare(group, i, j)
-                    if pair is not None:
-                        first, p, gap = pair
-                        winner.append(start + (i if first else j))
-                        loser.append(start + (j if first else i))
-                        probability.append(p)
-                        margin.append(gap)
-            start += k
+            for first, second, p, gap in compared(group):
+                winner.append(start + first)
+                loser.append(start + second)
+                probability.append(p)
+                margin.append(gap)
+            start += len(group.responses)
         return Pairs(
             torch.tensor(winner, dtype=torch.int64, device=self.device),
             torch.tensor(loser, dtype=torch.int64, device=self.device),
             torch.tensor(probability, dtype=torch.float32, device=self.device),
             torch.tensor(margin, dtype=torch.float32, device=self.device),
         )
+
+    @cached_property
+    def best_G(self) -> Tensor:
+        """The best response of each group by the columns of `pairs`, as indices on axis N, int64, shape (G,); the
+        first wins a tie."""
+        found, start = [], 0
+        for group in self.groups:
+            found.append(start + best_response(group))
+            start += len(group.responses)
+        return torch.tensor(found, dtype=torch.int64, device=self.device)
 
     def count(self, unit: Unit) -> int:
         """How many of the unit this batch holds; what the global mean of a loss divides by (summed over ranks)."""
@@ -160,28 +187,3 @@ class Batch:
         if unit == "response":
             return self.N
         return len(self.pairs) if unit == "pair" else self.G
-
-
-def _compare(group: Group, i: int, j: int) -> tuple[bool, float, float] | None:
-    """(whether i beats j, the probability of it, by how much), or None for a tie."""
-    a, b = group.responses[i].columns, group.responses[j].columns
-    if "preference" in a and "preference" in b:
-        if len(group.responses) != 2:
-            raise AlignlabError(f"{group.origin}: 'preference' is for groups of two responses; use 'score' for more")
-        p, q = float(a["preference"]), float(b["preference"])  # type: ignore[arg-type]
-        if abs(p + q - 1) > 1e-6:
-            raise AlignlabError(f"{group.origin}: the preferences of a pair must sum to 1, got {p} and {q}")
-        first = p >= q
-        return first, max(p, q), _gap(a, b) if first else _gap(b, a)
-    if "score" in a and "score" in b:
-        gap = _gap(a, b)
-        return None if gap == 0 else (gap > 0, 1.0, abs(gap))
-    raise AlignlabError(
-        f"{group.origin or 'a group'}: preference pairs need a 'score' (or 'preference') for each response: "
-        "data with chosen and rejected, or a scorer that labels"
-    )
-
-
-def _gap(a: dict, b: dict) -> float:
-    key = "score" if "score" in a and "score" in b else "preference"
-    return float(a[key]) - float(b[key])

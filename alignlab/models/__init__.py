@@ -1,5 +1,6 @@
 """Models: base, adapters, heads, and the one forward pass."""
 
+from alignlab.models.heads import add_value_head
 from alignlab.models.load import load_model, load_tokenizer
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.reference import Reference
@@ -11,6 +12,7 @@ __all__ = [
     "ModelSettings",
     "PackedModel",
     "Reference",
+    "add_value_head",
     "evaluating",
     "load_model",
     "load_tokenizer",

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
+from alignlab.models.heads import add_language_head
 from alignlab.models.packed_model import PackedModel
 from alignlab.models.probe import probe
 from alignlab.models.settings import AdapterSettings, ModelSettings
@@ -28,6 +29,7 @@ def load_model(
     *,
     trainable: bool = True,
     labels: int = 1,
+    language_head: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> PackedModel:
@@ -41,6 +43,7 @@ def load_model(
             the model has none) or "step" (token classifier with `labels` outputs).
         trainable: whether weights get gradients.
         labels: outputs of a step head.
+        language_head: keep the language head of the model beside a new score head, held fixed.
         device: where to put it.
         seed: of new heads and adapters.
 
@@ -60,6 +63,7 @@ def load_model(
     elif adapter.kind == "lora" and trainable:
         network = _new_adapter(network, adapter, kind)
     model = PackedModel(network, tokenizer, kind).to(device)
+    model.source = settings.path
     if not trainable:
         model.requires_grad_(False)
     elif adapter.kind == "none":
@@ -76,6 +80,8 @@ def load_model(
         probe(model)
     else:
         model.layout = settings.layout
+    if language_head:
+        add_language_head(model, _load_network(settings, saved_adapter, "policy", 1, False))
     return model
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignlab.core import Group, ModelKind
+from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
+from alignlab.models.adapters import adapter_in_use
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
+
+CRITIC = "critic"
+"""The name of a critic's own adapter, beside "default"."""
+
+Entropy = Literal["no", "value", "gradient"]
+"""Whether entropies are computed, and whether they have a gradient."""
 
 
 class PackedModel(nn.Module):
@@ -28,6 +35,9 @@ class PackedModel(nn.Module):
         whole_logits: use the model's own forward for logits; set by the probe where its head is more than a linear
             map with the usual scalings. Slower, needs memory for [R, L, V].
         notes: what the probe found, for the log.
+        value_head, critic, critic_decoder: a policy's critic; see `heads.add_value_head`.
+        language_head: a score model's; see `heads.add_language_head`.
+        source: the folder or Hub id it was loaded from.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -38,6 +48,11 @@ class PackedModel(nn.Module):
         self.layout: Layout = "packed"
         self.whole_logits = False
         self.notes: list[str] = []
+        self.value_head: nn.Linear | None = None
+        self.critic: Literal["shared", "own"] = "shared"
+        self.critic_decoder: Any = None
+        self.language_head: nn.Module | None = None
+        self.source = ""
 
     @property
     def base(self) -> Any:
@@ -96,29 +111,44 @@ class PackedModel(nn.Module):
 
         Args:
             rows: from `lay_out`.
-            reads: which outputs to compute: "logp", "entropy" (policies), "score", "step".
+            reads: which outputs to compute: "logp", "entropy" (with "entropy_grad", differentiable), "value", "score",
+                "step".
             temperature: log-probs are of softmax(logits / temperature): what was sampled from, when sampling.
         """
         reads = set(reads)
         values: dict[str, Tensor] = {}
-        if self.whole_logits and self.kind == "policy":
+        entropy: Entropy = "gradient" if "entropy_grad" in reads else "value" if "entropy" in reads else "no"
+        speaks = bool(reads & {"logp", "entropy"})
+        logp: tuple[Tensor, Tensor] | None = None
+        hidden = torch.empty(0)
+        if self.whole_logits and self.kind == "policy" and speaks:
             logits = self._run(self.network, rows).logits.flatten(0, 1)
-            pieces = _from_logits(logits[rows.predict_T], rows.target_T, temperature, "entropy" in reads)
-            values["logp_T"] = pieces[0]
-            if "entropy" in reads:
-                values["entropy_T"] = pieces[1]
-            return values
-        hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
-        if "logp" in reads or "entropy" in reads:
-            logp, entropy = self._log_probs(hidden[rows.predict_T], rows.target_T, temperature, "entropy" in reads)
-            values["logp_T"] = logp
-            if "entropy" in reads:
-                values["entropy_T"] = entropy
+            logp = _from_logits(logits[rows.predict_T], rows.target_T, temperature, entropy)
+        if logp is None or reads & {"value", "score", "step"}:
+            hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
+        if speaks:
+            logp = logp or self._log_probs(hidden[rows.predict_T], rows.target_T, temperature, entropy)
+            values["logp_T"] = logp[0]
+            if entropy != "no":
+                values["entropy_T"] = logp[1]
+        if "value" in reads:
+            values["value_T"] = self._values(hidden, rows)
         if "score" in reads:
-            values["score_N"] = self._apply_head(hidden[rows.last_N]).squeeze(-1)
+            values["score_N"] = self._apply_head(self.head, hidden[rows.last_N]).squeeze(-1)
         if "step" in reads:
-            values["step_TL"] = self._apply_head(hidden[rows.place_T])
+            values["step_TL"] = self._apply_head(self.head, hidden[rows.place_T])
         return values
+
+    def _values(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """The critic's values where a token is about to be chosen, shape (T,)."""
+        if self.value_head is None:
+            raise AlignlabError("this model has no value head: see `add_value_head`")
+        if self.critic_decoder is not None:
+            hidden = self._run(self.critic_decoder, rows).last_hidden_state.flatten(0, 1)
+        elif self.critic == "own":
+            with adapter_in_use(self.network, CRITIC):
+                hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
+        return self._apply_head(self.value_head, hidden[rows.predict_T]).squeeze(-1)
 
     def _run(self, module: Any, rows: Rows) -> Any:
         """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
@@ -150,14 +180,22 @@ class PackedModel(nn.Module):
             return build(window)
         return {kind: build(window if kind == "sliding_attention" else None) for kind in kinds}
 
-    def _apply_head(self, hidden: Tensor) -> Tensor:
-        weight = next(self.head.parameters())
-        return self.head(hidden.to(weight.dtype)).float()
+    @staticmethod
+    def _apply_head(head: Any, hidden: Tensor) -> Tensor:
+        weight = next(head.parameters())
+        return head(hidden.to(weight.dtype)).float()
 
-    def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+    @property
+    def _vocabulary_head(self) -> Any:
+        """The map to the vocabulary: a policy's own head, or the language head of a score model."""
+        if self.kind != "policy" and self.language_head is None:
+            raise AlignlabError(f"a {self.kind} model has log-probs only beside a language head")
+        return self.head if self.kind == "policy" else self.language_head
+
+    def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """Log-probs of `target` (T,) from hidden states (T, D), in chunks whose logits are recomputed in the
         backward pass: memory does not grow with T times the vocabulary."""
-        vocabulary = self.head.weight.shape[0]
+        vocabulary = self._vocabulary_head.weight.shape[0]
         size = max(1, CHUNK_ELEMENTS // vocabulary)
         pieces: list[Sequence[Tensor]] = []
         for start in range(0, len(target), size):
@@ -171,8 +209,8 @@ class PackedModel(nn.Module):
             return empty, empty.detach()
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
-    def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        return _from_logits(self._scaled(self.head(hidden)), target, temperature, entropy)
+    def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
+        return _from_logits(self._scaled(self._vocabulary_head(hidden)), target, temperature, entropy)
 
     def _scaled(self, logits: Tensor) -> Tensor:
         """What architectures do to logits after the linear map: Cohere and Granite scale, Gemma caps softly."""
@@ -213,18 +251,18 @@ class PackedModel(nn.Module):
         return found
 
 
-def _from_logits(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+def _from_logits(logits: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
     """(log-prob of target, entropy or zeros) from logits (T, V), computed in float32 or better."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if temperature != 1.0:
         logits = logits / temperature
     normaliser = logits.logsumexp(-1)
     logp = logits.gather(-1, target[:, None]).squeeze(-1) - normaliser
-    with torch.no_grad():
-        if entropy:
-            log_p = logits - normaliser[:, None]
-            return logp, -(log_p.exp() * log_p).sum(-1)
-        return logp, torch.zeros_like(normaliser)
+    if entropy == "no":
+        return logp, torch.zeros_like(normaliser).detach()
+    with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
+        log_p = logits - normaliser[:, None]
+        return logp, -(log_p.exp() * log_p).sum(-1)
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import nn
 
+from alignlab.models.adapters import adapter_in_use, copy_adapter
 from alignlab.models.packed_model import PackedModel
 
 NAME = "reference"
@@ -16,7 +17,7 @@ NAME = "reference"
 
 
 class Reference:
-    """The policy as it was when training started.
+    """The policy as it was when training started, or when it was last refreshed.
 
     * A new adapter: off in the reference, at no cost in memory.
     * An adapter that is trained further: a frozen copy of the adapter on the same base.
@@ -31,17 +32,11 @@ class Reference:
         self._policy = policy
         self._copy: PackedModel | None = None
         self._fresh = fresh_adapter
-        network = policy.network
-        if not hasattr(network, "peft_config"):
+        self.refreshed = False
+        if not hasattr(policy.network, "peft_config"):
             self._copy = copy.deepcopy(policy).requires_grad_(False).eval()
         elif not fresh_adapter:
-            network.add_adapter(NAME, copy.deepcopy(network.peft_config["default"]))
-            mine = dict(network.named_parameters())
-            with torch.no_grad():
-                for name, parameter in mine.items():
-                    if f".{NAME}." in name:
-                        parameter.copy_(mine[name.replace(f".{NAME}.", ".default.")])
-            _use(network, "default")
+            copy_adapter(policy.network, NAME, trained=False)
 
     @property
     def shares_weights(self) -> bool:
@@ -51,23 +46,52 @@ class Reference:
     @contextmanager
     def model(self) -> Iterator[PackedModel]:
         """The reference as a model, for as long as the context lasts. Not for training inside it."""
-        network = self._policy.network
         if self._copy is not None:
             yield self._copy.to(self._policy.device)
-        elif self._fresh:
-            with network.disable_adapter():
-                yield self._policy
         else:
-            _use(network, NAME)
-            try:
+            with adapter_in_use(self._policy.network, None if self._fresh else NAME):
                 yield self._policy
-            finally:
-                _use(network, "default")
 
+    @torch.no_grad()
+    def refresh(self, weight: float = 1.0) -> None:
+        """Move it to the policy as it is now: π_ref ← weight · π + (1 − weight) · π_ref, in the weights (TR-DPO,
+        Gorbatovski et al. 2024, arXiv:2404.09656: its soft update, its hard one where weight is 1).
 
-def _use(network: Any, adapter: str) -> None:
-    """Switch adapters; only the one that is trained gets gradients."""
-    network.set_adapter(adapter, inference_mode=adapter == NAME)
-    for name, parameter in network.named_parameters():
-        if f".{NAME}." in name:
-            parameter.requires_grad_(False)
+        A new adapter's reference is the base: from then on it is an adapter of its own. In between, weights of
+        low-rank factors are mixed, not their product; both agree where weight is 1.
+        """
+        self.refreshed = True
+        if self._copy is None and self._fresh:
+            copy_adapter(self._policy.network, NAME, trained=False)
+            self._fresh = False
+            for name, old in self._weights().items():  # the base is the adapter whose second factor is zero
+                if ".lora_B." in name or ".lora_embedding_B." in name:
+                    old.zero_()
+        new = self._current()
+        for name, old in self._weights().items():
+            old.lerp_(new[name].to(old), weight)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Its weights, where they are no longer those the run started from; else nothing."""
+        return {n: p.detach().cpu().clone() for n, p in self._weights().items()} if self.refreshed else {}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        if not state:
+            return
+        self.refresh()
+        mine = self._weights()
+        if mine.keys() != state.keys():
+            raise ValueError(f"its reference holds {len(state)} tensors, the run's has {len(mine)}")
+        for name, value in state.items():
+            mine[name].copy_(value)
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """What sets it apart from the policy, by the policy's names."""
+        if self._copy is not None:
+            return dict(self._copy.network.named_parameters())
+        named = self._policy.network.named_parameters()
+        return {n.replace(f".{NAME}.", ".default."): p for n, p in named if f".{NAME}." in n}
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        return dict(self._policy.network.named_parameters())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alignlab.models.heads import save_value_head
 from alignlab.models.packed_model import PackedModel
 
 
@@ -33,6 +34,7 @@ def save_model(
         network.save_pretrained(temporary, selected_adapters=["default"], **options)
     else:
         network.save_pretrained(temporary, **options)
+    save_value_head(model, temporary)
     model.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -2,7 +2,7 @@
 
 from alignlab.scoring.function import FunctionScorer
 from alignlab.scoring.labels import BradleyTerryLabels
-from alignlab.scoring.log_probs import fill_log_probs
+from alignlab.scoring.log_probs import fill_log_probs, fill_outputs
 from alignlab.scoring.reward_model import RewardModelScorer
 
-__all__ = ["BradleyTerryLabels", "FunctionScorer", "RewardModelScorer", "fill_log_probs"]
+__all__ = ["BradleyTerryLabels", "FunctionScorer", "RewardModelScorer", "fill_log_probs", "fill_outputs"]

@@ -1,8 +1,8 @@
-"""Columns of log-probs: the reference's, or the policy's own before an update."""
+"""Columns of what a model says of responses: log-probs of the reference, the policy's own before an update, values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from alignlab.core import Group
 from alignlab.models import PackedModel
@@ -16,8 +16,21 @@ def fill_log_probs(
     Groups that have the column in every response are left alone, so a frozen model is asked once per group.
     """
     missing = [g for g in groups if not all(column in r.columns for r in g.responses)]
-    if not missing:
+    fill_outputs(model, missing, {"logp": column}, token_budget, temperature)
+
+
+def fill_outputs(
+    model: PackedModel, groups: Sequence[Group], columns: Mapping[str, str], token_budget: int, temperature: float = 1.0
+) -> None:
+    """Set columns to per-token outputs of one pass of `model` over the groups, whether they have them already or not.
+
+    Args:
+        columns: output → column: `{"logp": "old_logp", "value": "old_value"}`.
+    """
+    if not groups or not columns:
         return
-    values = model.outputs(missing, ("logp",), token_budget, temperature)["logp"]
-    for response, logp in zip((r for g in missing for r in g.responses), values, strict=True):
-        response.columns[column] = logp.tolist()
+    found = model.outputs(groups, columns, token_budget, temperature)
+    responses = [r for g in groups for r in g.responses]
+    for output, column in columns.items():
+        for response, values in zip(responses, found[output], strict=True):
+            response.columns[column] = values.tolist()

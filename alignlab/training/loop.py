@@ -6,19 +6,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from alignlab.core import Algorithm, AlignlabError, Group, Interrupted, NonFiniteError, Sampler, Scorer
 from alignlab.models import PackedModel, Reference
-from alignlab.scoring import fill_log_probs
 from alignlab.training.checkpoints import Checkpoints
+from alignlab.training.iteration import Collector
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.schedule import learning_rate_factor
 from alignlab.training.settings import SourceSettings, TrainingSettings
 from alignlab.training.signals import StopRequest
-from alignlab.training.sources import Order, iteration_seed, shares
+from alignlab.training.sources import Order, iteration_seed
 from alignlab.training.state import State, load_state, register, save_state
 from alignlab.training.step import Pass, run_batch
 from alignlab.training.tracking import Tracker
@@ -70,6 +71,17 @@ class Trainer:
         prepare = self.processes.accelerator.prepare
         self.engine, self.optimizer = prepare(self.model, self.optimizer)
         self.state = State()
+        self.collector = Collector(
+            algorithm=self.algorithm,
+            model=self.model,
+            processes=self.processes,
+            source=self.source,
+            scorers=self.scorers,
+            reference=self.reference,
+            sampler=self.sampler,
+            token_budget=self.settings.token_budget,
+            temperature=self.temperature,
+        )
         self.evaluation: dict[str, float] = {}
         self._tokens, self._logged_at = 0, 0.0
 
@@ -99,7 +111,7 @@ class Trainer:
                         )
                     continue
                 passed, lr, norm = self._step(self._minibatch())
-                self._advance()
+                self._advance(enough=self.algorithm.enough(passed.metrics))
                 self.state.seconds = time.monotonic() - started
                 self._log(passed, lr, norm)
                 stopping = next((s for s in self.processes.gather(stop.signal) if s), None)
@@ -156,54 +168,29 @@ class Trainer:
 
     def _next_iteration(self) -> list[Group]:
         """Draw, sample, score and prepare the next iteration's groups; the same list on every process."""
-        index = self.state.iteration
-        self.state.iteration += 1
+        index, state = self.state.iteration, self.state
+        state.iteration += 1
+        if index and self.source.refresh and index % self.source.refresh == 0:
+            self._refresh_reference()
         groups = [self.train[i] for i in self.order.batch(index)]
-        return self._collect(groups, iteration_seed(self.settings.seed, index), keep=True)
-
-    def _collect(self, groups: list[Group], seed: int, keep: bool = False) -> list[Group]:
-        """Each process samples for and scores its share; all get everything, in the original order."""
-        share = shares(groups, self.processes.world)
-        mine = [groups[i] for i in share[self.processes.rank]]
+        found = self.collector.collect(groups, iteration_seed(self.settings.seed, index))
+        state.report, state.algorithm = dict(self.algorithm.report), dict(self.algorithm.state)
         if self.source.kind == "rollout":
-            mine = self._sample(mine, seed)
-        for scorer in self.scorers:
-            scorer.score(mine)
-        self._fill_log_probs(mine)
-        found: list[Group] = list(groups)
-        for indices, part in zip(share, self.processes.gather(mine), strict=True):
-            for i, group in zip(indices, part, strict=True):
-                found[i] = group
-        if self.source.kind == "rollout":
-            sampled = sum(len(r.token_ids) for g in found for r in g.responses)
-            self.state.generated_tokens += sampled
-            self.state.sampled = sampled if keep else self.state.sampled
-            rewards = [r.columns["reward"] for g in found for r in g.responses if "reward" in r.columns]
-            self.state.reward = sum(rewards) / len(rewards) if rewards else None  # type: ignore[arg-type]
-            if keep and self.keep_samples is not None and self.processes.is_main:
-                self.keep_samples(self.state.iteration, self.state.step, found)
-        return self.algorithm.prepare(found)
+            state.sampled = found.generated_tokens
+            state.generated_tokens += found.generated_tokens
+            state.reward = found.reward
+            if self.keep_samples is not None and self.processes.is_main:
+                self.keep_samples(state.iteration, state.step, found.sampled)
+        return found.groups
 
-    def _sample(self, groups: Sequence[Group], seed: int) -> list[Group]:
-        if self.sampler is None:
-            raise AlignlabError("source.kind=rollout needs a sampler")
-        if self.source.policy == "current":
-            return self.sampler(self.model).sample(groups, self.source.samples, seed)
-        with self._reference().model() as reference:
-            return self.sampler(reference).sample(groups, self.source.samples, seed)
-
-    def _fill_log_probs(self, groups: Sequence[Group]) -> None:
-        budget = self.settings.token_budget
-        if "ref_logp" in self.algorithm.needs:
-            with self._reference().model() as reference:
-                fill_log_probs(reference, groups, "ref_logp", budget, self.temperature)
-        if "old_logp" in self.algorithm.needs:
-            fill_log_probs(self.model, groups, "old_logp", budget, self.temperature)
-
-    def _reference(self) -> Reference:
+    def _refresh_reference(self) -> None:
+        """Move the reference to the policy; what it said of records before no longer holds."""
         if self.reference is None:
-            raise AlignlabError(f"{type(self.algorithm).__name__} needs a reference policy and the run has none")
-        return self.reference
+            raise AlignlabError(f"source.refresh: {type(self.algorithm).__name__} uses no reference policy")
+        self.reference.refresh(self.source.refresh_weight)
+        for group in [*self.train, *self.validation]:
+            for response in group.responses:
+                response.columns.pop("ref_logp", None)
 
     def _minibatch(self) -> list[Group]:
         """The groups of the next step: minibatches in a fresh order for each pass over the iteration."""
@@ -219,10 +206,10 @@ class Trainer:
     def passes(self) -> int:
         return self.source.passes if self.source.kind == "rollout" else 1
 
-    def _advance(self) -> None:
+    def _advance(self, enough: bool) -> None:
         self.state.step += 1
         self.state.position += 1
-        if self.state.position >= self.passes * math.ceil(len(self.state.pending) / self.settings.batch_size):
+        if enough or self.state.position >= self.passes * math.ceil(len(self.state.pending) / self.settings.batch_size):
             self.state.pending = []
 
     # ------------------------------------------------------------------ limits
@@ -266,6 +253,7 @@ class Trainer:
         self._tokens, self._logged_at = 0, self.state.seconds
         metrics = {
             **passed.metrics,
+            **self.state.report,
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_second": speed,
@@ -283,11 +271,11 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics on the validation records, under `eval/` names."""
-        sampled = self.state.generated_tokens
-        groups = self._collect(list(self.validation), iteration_seed(self.settings.seed, 2**31))
-        self.state.generated_tokens = sampled  # what it takes to watch a run is not what it takes to train
+        state, report = self.algorithm.state, self.algorithm.report
+        found = self.collector.collect(list(self.validation), iteration_seed(self.settings.seed, 2**31))
+        self.algorithm.state, self.algorithm.report = state, report  # watching a run does not steer it
         self.model.eval()
-        passed = self._run(groups, train=False)
+        passed = self._run(found.groups, train=False)
         return {f"eval/{name}": value for name, value in passed.metrics.items()}
 
     def _evaluate_if_due(self) -> tuple[float | None, bool]:
@@ -313,7 +301,13 @@ class Trainer:
 
     def _checkpoint(self, metric: float | None = None) -> None:
         with self.checkpoints.write(self.state.step, metric) as folder:
-            save_state(folder, self.state, self.processes)
+            save_state(folder, self.state, self.processes, self.reference)
+
+    def _load(self, folder: Path) -> State:
+        state = load_state(folder, self.processes, self.reference)
+        if state.algorithm:
+            self.algorithm.state = state.algorithm
+        return state
 
     def _resume(self) -> None:
         found = self.checkpoints.latest() if self.settings.resume == "auto" and self.processes.is_main else None
@@ -325,7 +319,7 @@ class Trainer:
                 "Start anew with training.resume=never"
             )
         if folder is not None:
-            self.state = load_state(folder, self.processes)
+            self.state = self._load(folder)
             self.checkpoints.discard_after(self.state.step)
         self.tracker.resume(self.state.step)
         if self.keep_samples is not None and self.processes.is_main:
@@ -338,4 +332,4 @@ class Trainer:
             self.tracker.log(self.state.step, self.evaluation)
         best = self.checkpoints.best() if self.settings.final == "best" else None
         if best is not None:
-            load_state(best, self.processes)
+            self._load(best)

@@ -18,7 +18,7 @@ from alignlab.config import build, section
 from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer, require
 from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
-from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model, save_model
+from alignlab.models import AdapterSettings, ModelSettings, Reference, add_value_head, load_model, save_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.training import provenance
 from alignlab.training.checkpoints import Checkpoints
@@ -62,7 +62,16 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if processes.is_main:
         _claim(out, config, settings)
     processes.barrier()
-    model = load_model(checked.model, checked.adapter, algorithm.model, device=processes.device, seed=settings.seed)
+    model = load_model(
+        checked.model,
+        checked.adapter,
+        algorithm.model,
+        labels=algorithm.labels,
+        language_head=algorithm.model == "score" and "logp" in algorithm.reads,
+        device=processes.device,
+        seed=settings.seed,
+    )
+    algorithm.setup(model.tokenizer)
     torch.manual_seed(settings.seed)
     for note in model.notes if processes.is_main else ():
         print(f"note: {note}", file=sys.stderr)
@@ -81,8 +90,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         raise ConfigError("training.eval_every: there are no validation records: see data.validation")
 
     fresh = checked.adapter.kind == "lora" and not (Path(checked.model.path) / "adapter_config.json").exists()
-    wants_reference = "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
-    reference = Reference(model, fresh) if wants_reference else None
+    reference = Reference(model, fresh) if _wants_reference(algorithm, source) else None
+    if "value" in algorithm.reads:
+        add_value_head(model, algorithm.critic, settings.seed)
     optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
     tracker = Tracker(out, checked.tracker, config, processes.is_main)
     trainer = Trainer(
@@ -175,6 +185,8 @@ def check(config: dict[str, Any]) -> Checked:
         temperature = checked.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
     _check_columns(checked.algorithm, checked.source, checked.scorers)
+    if checked.source.refresh and not _wants_reference(checked.algorithm, checked.source):
+        raise ConfigError(f"source.refresh: {type(checked.algorithm).__name__} uses no reference policy")
     return checked
 
 
@@ -226,11 +238,15 @@ def _check_limits(settings: TrainingSettings) -> None:
             raise ConfigError(f"training.{name}: needs evaluations: give training.eval_every, in steps")
 
 
+def _wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
+    return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
+
+
 def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:
     """Find out before anything is loaded that nobody fills in what the algorithm needs."""
     if source.kind == "data":
         return  # records bring columns of their own; a missing one is reported with the record
-    filled = {"ref_logp", "old_logp", "behaviour_logp", *(c for s in scorers for c in s.fills)}
+    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in scorers for c in s.fills)}
     for column in algorithm.needs:
         if column not in filled:
             raise ConfigError(

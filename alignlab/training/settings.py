@@ -54,3 +54,6 @@ class SourceSettings(Settings):
     samples: int = Field(4, ge=1)
     policy: Literal["current", "reference"] = "current"
     passes: int = Field(1, ge=1)
+    keep: bool = False
+    refresh: int | None = Field(None, ge=1)
+    refresh_weight: float = Field(1.0, gt=0, le=1)

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from alignlab.core import AlignlabError, Group, Response
+from alignlab.models import Reference
 from alignlab.training.processes import Processes
+
+REFERENCE = "reference.pt"
+"""The reference's weights, where it has been refreshed."""
 
 
 @dataclass
@@ -28,6 +32,8 @@ class State:
         best: the best value of the watched metric so far.
         bad_evaluations: evaluations since then.
         reward: mean reward of the current iteration's samples.
+        report: the algorithm's figures of the current iteration.
+        algorithm: what the algorithm wants to keep.
     """
 
     step: int = 0
@@ -40,21 +46,27 @@ class State:
     best: float | None = None
     bad_evaluations: int = 0
     reward: float | None = None
+    report: dict[str, float] = field(default_factory=dict)
+    algorithm: dict[str, float] = field(default_factory=dict)
     pending: list[Group] = field(default_factory=list)
 
 
-def save_state(folder: Path, state: State, processes: Processes) -> None:
+def save_state(folder: Path, state: State, processes: Processes, reference: Reference | None = None) -> None:
     """Write everything a run needs to go on bit-identically. Called by all processes."""
     processes.accelerator.save_state(str(folder), safe_serialization=True)
     if processes.is_main:
         torch.save(asdict(state), folder / "state.pt")
+        if reference is not None and (weights := reference.state()):
+            torch.save(weights, folder / REFERENCE)
 
 
-def load_state(folder: Path, processes: Processes) -> State:
+def load_state(folder: Path, processes: Processes, reference: Reference | None = None) -> State:
     """Read it back, into what was given to `register`."""
     try:
         processes.accelerator.load_state(str(folder))
         raw: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
+        if reference is not None and (folder / REFERENCE).exists():
+            reference.load_state(torch.load(folder / REFERENCE, weights_only=True))
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise AlignlabError(f"{folder}: this checkpoint does not fit the run: {error}") from error
     pending = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in raw.pop("pending")]

@@ -84,7 +84,7 @@ def run_batch(
         hold = nullcontext() if last or not train else processes.accelerator.no_sync(engine)
         with hold, torch.set_grad_enabled(train):
             outputs = Outputs(**engine(rows, algorithm.reads, temperature))
-            loss, metrics = algorithm.loss(outputs, batch)
+            loss, measured = algorithm.loss(outputs, batch)
             if train:
                 value = aggregate(loss, units, processes.world)
                 if not value.requires_grad:  # every item was dropped by the loss
@@ -94,7 +94,7 @@ def run_batch(
             continue
         tokens += rows.tokens
         means.add("loss", loss)
-        for name, values in metrics.items():
+        for name, values in measured.items():
             means.add(name, values)
         if not bool(torch.isfinite(loss.detach()).all()):
             bad.extend(_culprits(outputs, loss, batch, algorithm))
@@ -106,7 +106,10 @@ def run_batch(
             "Look at them, lower the learning rate, or use a wider precision"
         )
     totals = processes.gather((tokens, sum(b.T for b in batches)))
-    return Pass(means.means(processes), sum(t for t, _ in totals), sum(t for _, t in totals), units)
+    metrics = means.means(processes)
+    metrics |= algorithm.derive(metrics) if metrics else {}
+    shown = {name: value for name, value in metrics.items() if not name.startswith("_")}
+    return Pass(shown, sum(t for t, _ in totals), sum(t for _, t in totals), units)
 
 
 def _culprits(outputs: Outputs, loss: Tensor, batch: Batch, algorithm: Algorithm) -> list[str]:
