@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import exists  # unlike Path's, False for what may not be looked at
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ValidationError
 
+from alignlab.build import build, locate, section, shorten
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
-from alignlab.core.settings import Settings
 
-S = TypeVar("S", bound=Settings)
+__all__ = [
+    "as_yaml",
+    "build",
+    "compose",
+    "config_folder",
+    "explain",
+    "locate",
+    "read_saved",
+    "resolve",
+    "section",
+    "sweep_words",
+]
 
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
-
-BY_NAME = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
-"""Targets that stand for the object named by `path` itself."""
 
 
 def config_folder() -> Path:
@@ -108,157 +112,6 @@ def as_yaml(config: DictConfig) -> str:
         return OmegaConf.to_yaml(config)
 
 
-def section(kind: type[S], values: Any, key: str) -> S:
-    """A section of the config as a settings object.
-
-    Args:
-        key: where it stands in the config; "" for the config itself.
-
-    Raises:
-        ConfigError: for an unknown key or an impossible value, with the key as it is written on the command line.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{key}={_shown(values)}: a section with keys is wanted: {', '.join(kind.model_fields)}")
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise _invalid(error, values, key, kind) from error
-
-
-def build(values: Any, key: str, *arguments: Any) -> Any:
-    """The object that `_target_` names, made with the other values; those that have a `_target_` themselves are
-    built first. None for None.
-
-    Raises:
-        ConfigError: where there is no such object, or it refuses its values.
-    """
-    if values is None:
-        return None
-    if not isinstance(values, dict) or not values.get("_target_"):
-        raise ConfigError(f"{key}._target_: must name a class, as in {key}._target_=my_module.MyClass")
-    name, target = str(values["_target_"]), locate(values["_target_"], f"{key}._target_")
-    made = {k: _built(v, f"{key}.{k}") for k, v in values.items() if k != "_target_"}
-    if name in BY_NAME and isinstance(made.get("path"), str):
-        return locate(made["path"], f"{key}.path")
-    made = _checked(target, made, key, len(arguments))
-    try:
-        return target(*arguments, **made)
-    except AlignlabError:
-        raise
-    except ValidationError as error:
-        # Of settings that a constructor makes of a dictionary: find the one that it was.
-        place = next((k for k, v in made.items() if isinstance(v, dict) and error.errors()[0]["loc"][0] in v), None)
-        nested, where = (made[place], f"{key}.{place}") if place else (made, key)
-        raise _invalid(error, nested, where) from error
-    except Exception as error:  # the target may be the user's own: say where it failed
-        raise ConfigError(f"{key}._target_={name}: {_failure(error)}") from error
-
-
-def locate(name: Any, key: str) -> Any:
-    """The object that a dotted name stands for.
-
-    Raises:
-        ConfigError: there is none, or importing its module fails.
-    """
-    parts = str(name).split(".")
-    where = f"{key}={name}"
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{where}: must be written MODULE.NAME")
-    found: Any = None
-    for i, part in enumerate(parts):
-        if found is not None and hasattr(found, part):
-            found = getattr(found, part)
-            continue
-        module = ".".join(parts[: i + 1])
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module and not str(error).endswith("is not a package"):
-                raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
-            if i == 0:
-                raise ConfigError(f"{where}: there is no module '{part}': is its folder on PYTHONPATH?") from error
-            there = [n for n, v in vars(found).items() if n[0] != "_" and (inspect.isclass(v) or inspect.isroutine(v))]
-            near = did_you_mean(part, there)
-            near = "" if near.startswith("; known") and len(there) > 10 else near
-            raise ConfigError(f"{where}: {'.'.join(parts[:i])} has no '{part}'{near}") from error
-        except Exception as error:  # the user's module
-            raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
-    return found
-
-
-def _built(value: Any, key: str) -> Any:
-    if isinstance(value, dict):
-        return build(value, key) if "_target_" in value else {k: _built(v, f"{key}.{k}") for k, v in value.items()}
-    return [_built(v, f"{key}.{i}") for i, v in enumerate(value)] if isinstance(value, list) else value
-
-
-def _checked(target: Any, values: dict[str, Any], key: str, given: int) -> dict[str, Any]:
-    """The keywords for a call of `target`, held against its signature and its type hints."""
-    from pydantic import ConfigDict, TypeAdapter
-
-    try:
-        parameters = list(inspect.signature(target).parameters.values())[given:]
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (TypeError, ValueError, NameError):  # built in, or its hints cannot be understood
-        return values
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    for name in values:
-        if name not in named and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ConfigError(f"{key}.{name}: unknown key{did_you_mean(name, named)}")
-    for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in values:
-            raise ConfigError(f"{key}.{name}: must be given, as in {key}.{name}=VALUE")
-    checked = dict(values)
-    for name in values.keys() & hints.keys():
-        try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-        except Exception:  # not a type that pydantic can check: what is wrong will show in the call
-            continue
-        try:
-            checked[name] = adapter.validate_python(values[name])
-        except ValidationError as error:
-            raise _invalid(error, values[name], f"{key}.{name}") from error
-    return checked
-
-
-def _invalid(error: Any, values: Any, key: str, kind: type[BaseModel] | None = None) -> ConfigError:
-    """What pydantic found wrong with `values`, which stand at `key`, as one line."""
-    problems = error.errors()
-    first, path, value = problems[0], [], values
-    for part in first["loc"]:
-        if not (isinstance(value, dict) and part in value) and not (isinstance(value, list) and isinstance(part, int)):
-            break  # the rest says which member of a union, or is the name of what is missing
-        value = value[part]
-        path.append(part)
-    place = ".".join(str(part) for part in [*([key] if key else []), *path])
-    if first["type"] == "extra_forbidden":
-        for part in path[:-1]:
-            inner = kind.model_fields[part].annotation if kind and part in kind.model_fields else None
-            kind = inner if inspect.isclass(inner) and issubclass(inner, BaseModel) else None
-        return ConfigError(f"{place}: unknown key{did_you_mean(path[-1], kind.model_fields if kind else ())}")
-    if first["type"] == "missing":
-        place = f"{place}.{first['loc'][-1]}" if place else str(first["loc"][-1])
-        return ConfigError(f"{place}: must be given, as in {place}=VALUE")
-    # Of a union's members each has its own complaint.
-    alike = [p for p in problems if list(p["loc"][: len(path)]) == path]
-    told = [p["msg"] for p in alike if p["type"] != "is_instance_of"] or [first["msg"]]
-    said = list(dict.fromkeys(m.removeprefix("Value error, ").removeprefix("Input ") for m in told))
-    text = ", or ".join([said[0][0].lower() + said[0][1:], *said[1:]])
-    return ConfigError(f"{place}={_shown(value)}: {text}" if place else text)
-
-
-def _shown(value: Any) -> str:
-    """As one would write it on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _failure(error: BaseException) -> str:
-    """An error of someone else's code in one line, with the place it comes from."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
-    return f"{type(error).__name__}: {_shorten(error)} ({Path(file or '?').name}:{line})"
-
-
 def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     """`model=PATH` → `model.path=PATH`, unless there is an option of that name; `~/` is the home folder.
 
@@ -296,7 +149,7 @@ def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence
         mark = error.problem_mark
         return ConfigError(f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}")
     if isinstance(error, YAMLError):
-        return ConfigError(f"a config is not YAML: {_shorten(error)}")
+        return ConfigError(f"a config is not YAML: {shorten(error)}")
     if "Config group override must be" in text:
         for word in words:
             group, _, value = word.partition("=")
@@ -309,12 +162,14 @@ def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence
         exact = re.search(r"full_key: (\S+)", text)
         key = exact[1] if exact else unknown[1] or unknown[2]
         parent, _, leaf = key.rpartition(".")
+        if option := _option_with(parent, leaf, folders):
+            return ConfigError(f"{key}: is a key of {option}: add {option}")
         return ConfigError(f"{key}: unknown key{did_you_mean(leaf, _siblings(name, parent, words))}")
     if there := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"+{there[1]}: there is such a key already: leave out the +")
     if several := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return ConfigError(f"{several[1]}: a list is written [1,2]; to run with each value in turn, add -m")
-    return ConfigError(_shorten(error))
+    return ConfigError(shorten(error))
 
 
 def _unreadable(word: str) -> str:
@@ -327,6 +182,14 @@ def _unreadable(word: str) -> str:
     if any(value.count(a) != value.count(b) for a, b in ("[]", "{}", "()")) or any(value.count(q) % 2 for q in "'\""):
         return "a bracket or quote in it is not closed"
     return "cannot be understood: put what holds spaces, brackets, commas or = in quotes, as in key=['a=1','b c']"
+
+
+def _option_with(group: str, key: str, folders: Sequence[Path]) -> str:
+    """An option of a group, as `group=option`, that has a key which the one chosen lacks; "" where none has."""
+    for path in sorted(p for folder in folders for p in (folder / group).glob("*.yaml")) if group else ():
+        if re.search(rf"^{re.escape(key)}:", path.read_text(), re.MULTILINE):
+            return f"{group}={path.stem}"
+    return ""
 
 
 def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
@@ -347,11 +210,6 @@ def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
 
 def _full_key(error: Any) -> str:
     return str(getattr(error, "full_key", "") or "")
-
-
-def _shorten(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:2]) if lines else type(error).__name__
 
 
 def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:

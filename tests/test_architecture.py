@@ -25,8 +25,8 @@ LAYERS = (
 )
 """From the top down."""
 
-BESIDE = {"config": ("core",)}
-"""Not a layer: what it may import itself. Everything from training up may import it."""
+BESIDE = {"config": ("build", "core"), "build": ("core",)}
+"""Not layers: what they may import themselves. Everything from training up may import them."""
 
 EXCEPTIONS = {
     "alignlab.rollout.produce": {"config"},  # a command's work: it reads its own config

@@ -54,16 +54,20 @@ class LocalEngine:
     two occurrences with n samples are one with 2n. (In another process it would start from 0 again, so records need
     origins of their own.)
 
+    Args:
+        progress: show a bar, on a terminal, for what takes over two seconds.
+
     Attributes:
         generated_tokens: response tokens drawn so far.
     """
 
-    def __init__(self, model: PackedModel, settings: RolloutSettings) -> None:
+    def __init__(self, model: PackedModel, settings: RolloutSettings, progress: bool = True) -> None:
         if model.kind != "policy":
             raise ConfigError(f"rollout: responses come from a language model, this is a {model.kind} model")
         self.model = model
         self.settings = settings
         self.generated_tokens = 0
+        self._progress = progress
         self._stopping = Stopping(model, settings)
 
     def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
@@ -90,7 +94,7 @@ class LocalEngine:
         rows = self._rows(groups, n, seed)
         with torch.no_grad(), evaluating(self.model):
             ended = self._draw(rows, settings)
-            for _ in progress(ended, "generating", len(rows)) if settings.progress else ended:
+            for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
                 pass
         self.generated_tokens += sum(len(row.tokens) for row in rows)
         return [g.with_responses([r.response() for r in rows[i * n : (i + 1) * n]]) for i, g in enumerate(groups)]

@@ -25,7 +25,6 @@ class RolloutSettings(Settings):
     stop_tokens: list[int | str] = Field(default_factory=list)
     suppress_tokens: list[int | str] = Field(default_factory=list)
     token_budget: int = Field(16384, ge=1)
-    progress: bool = True
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:

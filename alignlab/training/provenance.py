@@ -20,27 +20,14 @@ from typing import Any
 import alignlab
 from alignlab.core import AlignlabError, DataError
 from alignlab.core.files import write_json
+from alignlab.core.secrets import HIDDEN, SECRET_KEY, SECRET_VALUE
 from alignlab.training.hashing import files_below, sha256_each
 from alignlab.training.storage import storage_errors
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "numpy")
-HIDDEN = "<secret>"
-
-SECRET_KEY = re.compile(
-    r"(?:^|[./+-])token$"
-    r"|(?:^|[._/+-])(?:(?:hf|hub|auth|access|api|bearer|secret|wandb|github|openai)[_-]?token"
-    r"|(?:api|access|private|secret)[_-]?key|secret|passw(?:or)?d|credentials?|authorization)$",
-    re.IGNORECASE,
-)
-"""Names whose values are secrets: `api_key`, `hf_token`, `--token`; not `eos_token`, `max_tokens` or `tokenizer`."""
 INLINE = re.compile(r"(?P<key>[\w./+-]+)(?P<is>['\"]?\s*[:=]\s*)(?P<value>[^,{}\[\]]+)")
 """A key and its value inside an argument, as in `judge={url:URL,api_key:KEY}`."""
-SECRET_VALUE = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|pk|rk)-[A-Za-z0-9_\-]{16,}|wandb_v1_\w{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
-    r"|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
-)
-"""Values that are secrets wherever they stand: keys of well-known services, user and password in an address."""
 
 
 def collect(

@@ -106,7 +106,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         validation=splits.validation,
         scorers=scorers,
         reference=reference,
-        sampler=lambda policy: LocalEngine(policy, rollout),
+        sampler=lambda policy: LocalEngine(policy, rollout, progress=settings.progress != "off"),
         temperature=rollout.temperature if source.kind == "rollout" else 1.0,
         checkpoints=Checkpoints(
             out / "checkpoints",

@@ -42,10 +42,8 @@ class TrackerSettings(Settings):
     mode: Annotated[Literal["online", "offline", "off"], BeforeValidator(_off)] = "off"
     project: str = Field("alignlab", min_length=1)
     group: str | None = None
-    job_type: str | None = None
     name: str | None = None
     tags: list[str] = Field(default_factory=list)
-    dir: str | None = None
 
 
 class Tracker:
@@ -157,13 +155,13 @@ class Tracker:
             known = wandb.Settings.model_fields
             # Its capture of the console would record every redrawing of the progress line.
             options = {"console": "off", "finish_timeout": FINISH_WITHIN}
-            folder = Path(self.settings.dir or self.folder)
+            folder = Path(os.environ.get("WANDB_DIR") or self.folder)
             folder.mkdir(parents=True, exist_ok=True)
             with _no_questions():
                 self._wandb = wandb.init(
                     project=self.settings.project,
                     group=self.settings.group,
-                    job_type=self.settings.job_type,
+                    job_type="train",
                     name=self.settings.name,
                     tags=self.settings.tags,
                     dir=str(folder),

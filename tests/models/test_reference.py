@@ -142,3 +142,70 @@ def test_an_adapter_on_top_of_a_real_model(stories: Path) -> None:
     train(model, 1)
     with reference.model() as reference_model:
         assert torch.equal(logp(reference_model), expected)
+
+
+def of(reference: Reference) -> Tensor:
+    with reference.model() as model:
+        return logp(model)
+
+
+@pytest.fixture(params=["new adapter", "trained adapter", "full"])
+def kinds(request: pytest.FixtureRequest, base: ModelSettings) -> Callable[[], tuple[PackedModel, Reference]]:
+    settings, adapter, fresh = base, LORA, request.param == "new adapter"
+    if request.param == "trained adapter":
+        settings = request.getfixturevalue("trained_adapter")
+    if request.param == "full":
+        adapter = AdapterSettings()
+
+    def make() -> tuple[PackedModel, Reference]:
+        model = load_model(settings, adapter)
+        return model, Reference(model, fresh)
+
+    return make
+
+
+def test_refreshed_it_is_the_policy_of_that_moment(kinds: Callable[[], tuple[PackedModel, Reference]]) -> None:
+    model, reference = kinds()
+    first = of(reference)
+    assert not reference.state()
+    train(model)
+    gradients = {n: p.requires_grad for n, p in model.named_parameters()}
+    policy = logp(model)
+    reference.refresh()
+    assert torch.allclose(of(reference), policy, atol=1e-6)
+    assert not torch.allclose(policy, first, atol=0.05)
+    after = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: after[n] for n in gradients} == gradients
+    assert not any(wanted for n, wanted in after.items() if n not in gradients)
+    train(model)
+    assert torch.allclose(of(reference), policy, atol=1e-6), "it stays where it was put"
+    assert not torch.allclose(logp(model), policy, atol=0.05)
+
+
+def test_it_survives_a_resume(kinds: Callable[[], tuple[PackedModel, Reference]]) -> None:
+    model, reference = kinds()
+    train(model)
+    reference.refresh()
+    expected, state = of(reference), reference.state()
+    _, again = kinds()
+    again.load_state({})
+    assert not torch.allclose(of(again), expected, atol=0.05)
+    again.load_state(state)
+    assert torch.equal(of(again), expected)
+
+
+def test_part_of_the_way_is_a_mixture_of_weights(kinds: Callable[[], tuple[PackedModel, Reference]]) -> None:
+    """Twice three quarters of the way: a sixteenth of the start is left."""
+    model, reference = kinds()
+    before = {n: p.clone() for n, p in reference._weights().items()}
+    train(model)
+    for _ in range(2):
+        reference.refresh(0.75)
+    policy = dict(model.network.named_parameters())
+    assert reference._weights()
+    for name, value in reference._weights().items():
+        start = before.get(name)
+        if start is None:  # the base as an adapter: the same first factor, a second one of zero
+            start = torch.zeros_like(value) if ".lora_B." in name else None
+        if start is not None:
+            torch.testing.assert_close(value, start / 16 + policy[name] * 15 / 16, atol=1e-6, rtol=1e-5)

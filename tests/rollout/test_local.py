@@ -21,8 +21,8 @@ def llama() -> PackedModel:
     return model("llama")
 
 
-def engine(packed: PackedModel, **settings: object) -> LocalEngine:
-    return LocalEngine(packed, RolloutSettings(**{"max_new_tokens": 8, **settings}))  # type: ignore[arg-type]
+def engine(packed: PackedModel, progress: bool = True, **settings: object) -> LocalEngine:
+    return LocalEngine(packed, RolloutSettings(**{"max_new_tokens": 8, **settings}), progress)  # type: ignore[arg-type]
 
 
 def tokens(groups: Sequence[Group]) -> list[list[list[int]]]:

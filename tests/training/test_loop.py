@@ -70,7 +70,7 @@ def test_resumed_run_is_bit_identical(
     folder: Path, algorithm: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the middle of an iteration with several minibatches and passes; dropout uses the random state."""
-    more = [f"adapter={adapter}", "optimizer=adamw", "training.batch_size=2", "source.prompts=5", "source.passes=2"]
+    more = [f"adapter={adapter}", "optimizer=adamw", "training.batch_size=2", "++source.prompts=5", "++source.passes=2"]
     more += ["adapter.dropout=0.2"] if adapter == "lora" else []
     runs.train(folder, algorithm, f"{algorithm}-{adapter}-whole", *more)
     out = f"{algorithm}-{adapter}-parts"

@@ -137,7 +137,7 @@ def test_the_configs_hold_every_setting_with_its_meaning(name: str, mode: str) -
     values = yaml.safe_load(text)
     settings = TrackerSettings(**values)
     assert settings.mode == mode
-    assert list(values) == list(TrackerSettings.model_fields)
+    assert list(values) == (["mode"] if mode == "off" else list(TrackerSettings.model_fields))
     assert settings.model_copy(update={"mode": "off"}) == OFF  # they differ from the defaults in nothing else
     assert all(" # " in line for line in text.splitlines()[1:])
 
@@ -213,9 +213,7 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 def test_wandb_offline_gets_the_metrics_and_a_resumed_run_goes_on(
     tmp_path: Path, wandb_here: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = TrackerSettings(
-        mode="offline", project="tales", group="comparison", job_type="train", name="dpo-1", tags=["a", "b"]
-    )
+    settings = TrackerSettings(mode="offline", project="tales", group="comparison", name="dpo-1", tags=["a", "b"])
     config = {"algorithm": {"beta": 0.1}, "judge": {"api_key": "abracadabra"}}
     with Tracker(tmp_path / "run", settings, config) as tracker:
         tracker.log(1, {"loss": 0.5})

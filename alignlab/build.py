@@ -1,0 +1,176 @@
+"""Settings and objects from a config's sections: checked, and what is wrong said in one line with its key."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import traceback
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ValidationError
+
+from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+BY_NAME = ("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.get_object")
+"""Targets that stand for the object named by `path` itself."""
+
+
+def section(kind: type[S], values: Any, key: str) -> S:
+    """A section of the config as a settings object.
+
+    Args:
+        key: where it stands in the config; "" for the config itself.
+
+    Raises:
+        ConfigError: for an unknown key or an impossible value, with the key as it is written on the command line.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}={_shown(values)}: a section with keys is wanted: {', '.join(kind.model_fields)}")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise _invalid(error, values, key, kind) from error
+
+
+def build(values: Any, key: str, *arguments: Any) -> Any:
+    """The object that `_target_` names, made with the other values; those that have a `_target_` themselves are
+    built first. None for None.
+
+    Raises:
+        ConfigError: where there is no such object, or it refuses its values.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not values.get("_target_"):
+        raise ConfigError(f"{key}._target_: must name a class, as in {key}._target_=my_module.MyClass")
+    name, target = str(values["_target_"]), locate(values["_target_"], f"{key}._target_")
+    made = {k: _built(v, f"{key}.{k}") for k, v in values.items() if k != "_target_"}
+    if name in BY_NAME and isinstance(made.get("path"), str):
+        return locate(made["path"], f"{key}.path")
+    made = _checked(target, made, key, len(arguments))
+    try:
+        return target(*arguments, **made)
+    except AlignlabError:
+        raise
+    except ValidationError as error:
+        # Of settings that a constructor makes of a dictionary: find the one that it was.
+        place = next((k for k, v in made.items() if isinstance(v, dict) and error.errors()[0]["loc"][0] in v), None)
+        nested, where = (made[place], f"{key}.{place}") if place else (made, key)
+        raise _invalid(error, nested, where) from error
+    except Exception as error:  # the target may be the user's own: say where it failed
+        raise ConfigError(f"{key}._target_={name}: {_failure(error)}") from error
+
+
+def locate(name: Any, key: str) -> Any:
+    """The object that a dotted name stands for.
+
+    Raises:
+        ConfigError: there is none, or importing its module fails.
+    """
+    parts = str(name).split(".")
+    where = f"{key}={name}"
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{where}: must be written MODULE.NAME")
+    found: Any = None
+    for i, part in enumerate(parts):
+        if found is not None and hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        module = ".".join(parts[: i + 1])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module and not str(error).endswith("is not a package"):
+                raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
+            if i == 0:
+                raise ConfigError(f"{where}: there is no module '{part}': is its folder on PYTHONPATH?") from error
+            there = [n for n, v in vars(found).items() if n[0] != "_" and (inspect.isclass(v) or inspect.isroutine(v))]
+            near = did_you_mean(part, there)
+            near = "" if near.startswith("; known") and len(there) > 10 else near
+            raise ConfigError(f"{where}: {'.'.join(parts[:i])} has no '{part}'{near}") from error
+        except Exception as error:  # the user's module
+            raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
+    return found
+
+
+def _built(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return build(value, key) if "_target_" in value else {k: _built(v, f"{key}.{k}") for k, v in value.items()}
+    return [_built(v, f"{key}.{i}") for i, v in enumerate(value)] if isinstance(value, list) else value
+
+
+def _checked(target: Any, values: dict[str, Any], key: str, given: int) -> dict[str, Any]:
+    """The keywords for a call of `target`, held against its signature and its type hints."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[given:]
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (TypeError, ValueError, NameError):  # built in, or its hints cannot be understood
+        return values
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for name in values:
+        if name not in named and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ConfigError(f"{key}.{name}: unknown key{did_you_mean(name, named)}")
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in values:
+            raise ConfigError(f"{key}.{name}: must be given, as in {key}.{name}=VALUE")
+    checked = dict(values)
+    for name in values.keys() & hints.keys():
+        try:
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+        except Exception:  # not a type that pydantic can check: what is wrong will show in the call
+            continue
+        try:
+            checked[name] = adapter.validate_python(values[name])
+        except ValidationError as error:
+            raise _invalid(error, values[name], f"{key}.{name}") from error
+    return checked
+
+
+def _invalid(error: Any, values: Any, key: str, kind: type[BaseModel] | None = None) -> ConfigError:
+    """What pydantic found wrong with `values`, which stand at `key`, as one line."""
+    problems = error.errors()
+    first, path, value = problems[0], [], values
+    for part in first["loc"]:
+        if not (isinstance(value, dict) and part in value) and not (isinstance(value, list) and isinstance(part, int)):
+            break  # the rest says which member of a union, or is the name of what is missing
+        value = value[part]
+        path.append(part)
+    place = ".".join(str(part) for part in [*([key] if key else []), *path])
+    if first["type"] == "extra_forbidden":
+        for part in path[:-1]:
+            inner = kind.model_fields[part].annotation if kind and part in kind.model_fields else None
+            kind = inner if inspect.isclass(inner) and issubclass(inner, BaseModel) else None
+        return ConfigError(f"{place}: unknown key{did_you_mean(path[-1], kind.model_fields if kind else ())}")
+    if first["type"] == "missing":
+        place = f"{place}.{first['loc'][-1]}" if place else str(first["loc"][-1])
+        return ConfigError(f"{place}: must be given, as in {place}=VALUE")
+    # Of a union's members each has its own complaint.
+    alike = [p for p in problems if list(p["loc"][: len(path)]) == path]
+    told = [p["msg"] for p in alike if p["type"] != "is_instance_of"] or [first["msg"]]
+    said = list(dict.fromkeys(m.removeprefix("Value error, ").removeprefix("Input ") for m in told))
+    text = ", or ".join([said[0][0].lower() + said[0][1:], *said[1:]])
+    return ConfigError(f"{place}={_shown(value)}: {text}" if place else text)
+
+
+def _shown(value: Any) -> str:
+    """As one would write it on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _failure(error: BaseException) -> str:
+    """An error of someone else's code in one line, with the place it comes from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
+    return f"{type(error).__name__}: {shorten(error)} ({Path(file or '?').name}:{line})"
+
+
+def shorten(error: BaseException) -> str:
+    """An error's first two lines in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:2]) if lines else type(error).__name__
