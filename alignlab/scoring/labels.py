@@ -22,7 +22,8 @@ class BradleyTerryLabels:
         reward: the scorer that fills `reward`.
         temperature: τ, in units of reward, > 0.
         certain: draw labels; false: give probabilities.
-        seed: of the draws. A label depends on the seed, the group's origin and the responses alone.
+        seed: of the draws. A label depends on the seed, the record (file name and line, not its folder, so that moving
+            the data changes no label) and the responses alone.
     """
 
     def __init__(self, reward: Scorer, temperature: float, certain: bool = True, seed: int = 0) -> None:
@@ -46,5 +47,6 @@ class BradleyTerryLabels:
                     response.columns["preference"] = value
 
     def _generator(self, group: Group) -> np.random.Generator:
-        key = repr((self.seed, group.origin, group.prompt_ids, [r.token_ids for r in group.responses]))
+        record = group.origin.rpartition("/")[2]
+        key = repr((self.seed, record, group.prompt_ids, [r.token_ids for r in group.responses]))
         return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))

@@ -8,17 +8,15 @@ from alignlab.core import AlignlabError, Group
 from alignlab.models import ModelSettings, PackedModel, load_model
 
 
-class RewardModelScorer:
-    """Fills `reward` with the score of a sequence classifier with one output.
+class ScoreModel:
+    """A sequence classifier with one output, loaded when it is first needed.
 
     Args:
-        path: Hub id or folder of the reward model, e.g. the `model/` folder of a run.
+        path: Hub id or folder of the model, e.g. the `model/` folder of a run.
         token_budget: tokens per forward pass.
         dtype: as in the model settings.
         device: where to put it; by default a GPU where there is one.
     """
-
-    fills = ("reward",)
 
     def __init__(self, path: str, token_budget: int = 16384, dtype: str = "auto", device: str | None = None) -> None:
         self.settings = ModelSettings(path=path, dtype=dtype)  # type: ignore[arg-type]
@@ -28,7 +26,6 @@ class RewardModelScorer:
 
     @property
     def model(self) -> PackedModel:
-        """The reward model, loaded when first needed."""
         if self._model is None:
             import torch
 
@@ -36,7 +33,12 @@ class RewardModelScorer:
             self._model = load_model(self.settings, kind="score", trainable=False, device=device)
         return self._model
 
-    def score(self, groups: Sequence[Group]) -> None:
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """One for each response, in the order of the groups.
+
+        Raises:
+            AlignlabError: a token is outside the model's vocabulary.
+        """
         vocabulary = int(self.model.config.vocab_size)
         for group in groups:
             top = max(group.prompt_ids + [t for r in group.responses for t in r.token_ids], default=0)
@@ -45,6 +47,15 @@ class RewardModelScorer:
                     f"scoring.path={self.settings.path!r}: token {top} is outside its vocabulary of {vocabulary}: "
                     "the reward model must share the policy's tokenizer"
                 )
-        scores = self.model.outputs(groups, ("score",), self.token_budget)["score"]
+        return [float(s) for s in self.model.outputs(groups, ("score",), self.token_budget).get("score", [])]
+
+
+class RewardModelScorer(ScoreModel):
+    """Fills `reward` with the score of a sequence classifier with one output; arguments as those of `ScoreModel`."""
+
+    fills = ("reward",)
+
+    def score(self, groups: Sequence[Group]) -> None:
+        scores = self.scores(groups)
         for response, score in zip((r for g in groups for r in g.responses), scores, strict=True):
-            response.columns["reward"] = float(score)
+            response.columns["reward"] = score

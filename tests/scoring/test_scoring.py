@@ -166,6 +166,26 @@ def test_a_label_depends_on_seed_and_record_alone() -> None:
     assert len(set(scores(first))) == 20, "each record has draws of its own"
 
 
+@pytest.mark.parametrize(
+    ("origin", "same"),
+    [
+        ("runs/b/data.jsonl:3", True),
+        ("data.jsonl:3", True),
+        ("runs/a/data.jsonl:4", False),
+        ("runs/a/other.jsonl:3", False),
+    ],
+)
+def test_a_label_does_not_depend_on_the_folder(origin: str, same: bool) -> None:
+    """Another `out=DIR` changes no label; another record of the same text has its own."""
+    found = []
+    for place in ("runs/a/data.jsonl:3", origin):
+        made = written("a", "b")
+        made.origin = place
+        BradleyTerryLabels(TRUTH, 1.0).score([made])
+        found.append([r.columns["score"] for r in made.responses])
+    assert (found[0] == found[1]) == same
+
+
 def test_rewards_stay_as_they_are() -> None:
     (group,) = ranked("ab", 1)
     assert [r.columns["reward"] for r in group.responses] == [0.0, 1.0]

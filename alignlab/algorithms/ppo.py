@@ -1,0 +1,132 @@
+"""Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) for language models (Ziegler et al. 2019,
+arXiv:1909.08593): each token is an action, its reward the KL penalty, with the response's score at the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from alignlab.algorithms.policy_gradient import (
+    KLEstimator,
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    kl_estimate,
+    policy_metrics,
+    rollout_report,
+    shaped_reward,
+    whiten,
+)
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require
+
+HORIZON = 10_000
+"""Responses over which an adaptive KL coefficient adapts: that of Ziegler et al.'s code."""
+
+
+def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:
+    """The KL coefficient of the next iteration: β·(1 + K·e), e = clip(KL/target - 1, ±0.2) (Ziegler et al., section
+    2.2). K is 0.1 in the paper and samples / HORIZON in the authors' code and here; at most 1.
+
+    Args:
+        kl: measured over the iteration, in nats per response.
+        samples: responses in it.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * min(samples / HORIZON, 1.0))
+
+
+class PPO(Algorithm):
+    """Clipped policy gradient with a critic. Losses are means over all tokens of the minibatch, so a long response
+    weighs more than a short one. Epochs are `source.passes`, minibatches `training.batch_size` groups.
+
+    Args:
+        clip: ε: how far the ratio may count from 1, and a value from the old one, in (0, 1).
+        value_weight: of the value loss, >= 0.
+        gamma, lam: discount and GAE's λ, in [0, 1].
+        kl_coef: price of a nat of KL to the reference, in units of reward, >= 0; the first, where it adapts.
+        kl_estimator: of the penalty. The sum of k1 over a response is an unbiased KL(π‖π_ref).
+        kl_target: KL that the coefficient is adapted to, in nats per response, > 0; None: it stays.
+        rewards: what is earned besides the penalty: the column `reward` at the last token ("outcome"), the column
+            `step_reward` where each step ends ("steps"), or the sum of the two ("both").
+        whiten_rewards: bring the rewards of all tokens to variance 1, their mean kept.
+        missing_eos_score: replaces the outcome of a response that did not end by itself; None: leave it.
+        entropy_weight: of an entropy bonus, >= 0.
+        target_kl: leave out the rest of an iteration once KL(π_old‖π) is above this, in nats per token; None: never.
+        critic: the value head sits on the policy's own trunk ("shared") or on a trunk of its own ("own").
+    """
+
+    unit = "token"
+
+    def __init__(
+        self,
+        clip: float = 0.2,
+        value_weight: float = 0.1,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        kl_coef: float = 0.05,
+        kl_estimator: KLEstimator = "k1",
+        kl_target: float | None = None,
+        rewards: Literal["outcome", "steps", "both"] = "outcome",
+        whiten_rewards: bool = False,
+        missing_eos_score: float | None = None,
+        entropy_weight: float = 0.0,
+        target_kl: float | None = None,
+        critic: Literal["shared", "own"] = "shared",
+    ) -> None:
+        require(0 < clip < 1, "algorithm.clip", clip, "must be in (0, 1)")
+        for name, share in (("gamma", gamma), ("lam", lam)):
+            require(0 <= share <= 1, f"algorithm.{name}", share, "must be in [0, 1]")
+        for name, weight in (("value_weight", value_weight), ("kl_coef", kl_coef), ("entropy_weight", entropy_weight)):
+            require(weight >= 0, f"algorithm.{name}", weight, "must be >= 0")
+        for name, limit in (("kl_target", kl_target), ("target_kl", target_kl)):
+            require(limit is None or limit > 0, f"algorithm.{name}", limit, "must be > 0")
+        self.clip, self.value_weight, self.gamma, self.lam = clip, value_weight, gamma, lam
+        self.kl_coef, self.kl_estimator, self.kl_target = kl_coef, kl_estimator, kl_target
+        self.whiten_rewards, self.missing_eos_score, self.target_kl = whiten_rewards, missing_eos_score, target_kl
+        self.entropy_weight, self.critic = entropy_weight, critic
+        self.outcome, self.steps = rewards != "steps", rewards != "outcome"
+        earned = (("reward",) if self.outcome else ()) + (("step_reward",) if self.steps else ())
+        self.needs = ("ref_logp", "old_logp", "old_value", *earned)
+        self.reads = frozenset({"logp", "entropy", "value", *(("entropy_grad",) if entropy_weight else ())})
+
+    def prepare(self, groups: Sequence[Group]) -> list[Group]:
+        """Advantages and value targets of all tokens; whitened over the whole iteration, once."""
+        batch = Batch(groups)
+        if not batch.T:
+            return list(groups)
+        kl_coef = self.state.get("kl_coef", self.kl_coef)
+        old_T, value_T = batch["old_logp_T"].double(), batch["old_value_T"].double()
+        penalty_T = kl_coef * kl_estimate(old_T, batch["ref_logp_T"].double(), self.kl_estimator)
+        score_N = batch["reward_N"].double() if self.outcome else None
+        if score_N is not None and self.missing_eos_score is not None:
+            score_N = score_N.where(batch.finished_N, score_N.new_tensor(self.missing_eos_score))
+        step_T = batch["step_reward_T"].double() if self.steps else None
+        reward_T = shaped_reward(penalty_T, batch.response_T, score_N, step_T)
+        if self.whiten_rewards:
+            reward_T = whiten(reward_T, shift_mean=False)
+        advantage_T = gae(reward_T, value_T, batch.response_T, self.gamma, self.lam)
+        target_T = advantage_T + value_T
+        batch.fill("advantage_T", whiten(advantage_T))
+        batch.fill("value_target_T", target_T)
+        report = {"kl_coef": kl_coef, "explained_variance": explained_variance(value_T, target_T)}
+        self.report = rollout_report(batch) | report
+        if self.kl_target is not None:
+            self.state = {"kl_coef": adapted(kl_coef, self.report["kl"], self.kl_target, batch.N)}
+        return list(groups)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
+        ratio_T = (outputs.logp_T - batch["old_logp_T"]).exp()
+        policy_T = clipped_surrogate(ratio_T, batch["advantage_T"], self.clip)
+        value_T = clipped_value_loss(outputs.value_T, batch["old_value_T"], batch["value_target_T"], self.clip)
+        loss_T = policy_T + self.value_weight * value_T - self.entropy_weight * outputs.entropy_T
+        return loss_T, policy_metrics(outputs.logp_T, batch["old_logp_T"], self.clip) | {
+            "policy_loss": policy_T,
+            "value_loss": value_T,
+            "entropy": outputs.entropy_T,
+        }
+
+    def enough(self, metrics: Mapping[str, float]) -> bool:
+        return self.target_kl is not None and metrics["approx_kl"] > self.target_kl

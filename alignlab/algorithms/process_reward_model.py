@@ -1,0 +1,120 @@
+"""Process reward model: is each step of a solution right?
+
+Uesato et al. (2022, arXiv:2211.14275), Lightman et al. (2023, arXiv:2305.20050); soft labels as in Math-Shepherd (Wang
+et al. 2023, arXiv:2312.08935).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Response, segment_sum
+
+NEUTRAL = {"soft": 0.0, "right": 1.0, "wrong": -1.0}
+
+
+def step_loss(step_TL: Tensor, right_T: Tensor) -> Tensor:
+    """Cross-entropy of P(right), per step, in nats; with hard labels equation 2 of Math-Shepherd.
+
+    Args:
+        step_TL: logits of wrong and right, shape (T, 2).
+        right_T: probability that the step is right, in [0, 1]: 0 or 1 where it is certain.
+    """
+    logp_TL = step_TL.log_softmax(-1)
+    return -(1 - right_T) * logp_TL[:, 0] - right_T * logp_TL[:, 1]
+
+
+def first_error(wrong_T: Tensor, response_T: Tensor, count: int) -> Tensor:
+    """Which step of each response is the first wrong one, counted from 0; the number of its steps where none is.
+
+    Args:
+        wrong_T: whether each step is wrong, bool.
+        response_T: whose step it is, ascending.
+        count: number of responses.
+    """
+    before_T = wrong_T.long().cumsum(0)
+    length_N = torch.bincount(response_T, minlength=count)
+    start_N = length_N.cumsum(0) - length_N
+    earlier_N = torch.cat([before_T.new_zeros(1), before_T])[start_N]  # errors of the responses before it
+    fine_T = (before_T == earlier_N[response_T]).long()
+    return segment_sum(fine_T, response_T, count)
+
+
+class ProcessRewardModel(Algorithm):
+    """Learns P(right) for each step, from the column `step_label` in [-1, 1]: P(right) = (label + 1) / 2.
+
+    A label below 0 says that the step is wrong. Figures: `accuracy` over steps that are not neutral; `accuracy_right`
+    over solutions without a wrong step, which must have none predicted wrong, `accuracy_wrong` over the others, of
+    which the first step predicted wrong must be the first wrong one, and `f1`, their harmonic mean (ProcessBench, Zheng
+    et al. 2024, arXiv:2412.06559). Predicted wrong is P(right) < 1/2.
+
+    Args:
+        supervise: "first_error" leaves out the steps after the first wrong one (Lightman et al., section 2.6), "all"
+            learns from all of them.
+        neutral: what a label of exactly 0 says: "soft" (P(right) = 1/2), "right", "wrong", or "skip" (nothing).
+    """
+
+    unit = "token"
+    model = "step"
+    reads = frozenset({"step"})
+    needs = ("step_label",)
+    labels = 2
+
+    def __init__(
+        self,
+        supervise: Literal["first_error", "all"] = "first_error",
+        neutral: Literal["soft", "right", "wrong", "skip"] = "soft",
+    ) -> None:
+        self.supervise, self.neutral = supervise, neutral
+
+    def check(self, group: Group) -> str | None:
+        if group.responses and all(isinstance(r.columns.get("step_label"), list) for r in group.responses):
+            return None
+        return "a process reward model learns from labels of steps: see data=steps"
+
+    def prepare(self, groups: Sequence[Group]) -> list[Group]:
+        """Only the steps that are learned from bear loss: the loss is a mean over these."""
+        found = []
+        for group in groups:
+            responses = [self._supervised(r) for r in group.responses]
+            found.append(group.with_responses([r for r in responses if r.loss_tokens]))
+        return [g for g in found if g.responses]
+
+    def _supervised(self, response: Response) -> Response:
+        labels: list[float] = response.columns["step_label"]  # type: ignore[assignment]
+        if self.neutral != "skip":
+            labels = [label or NEUTRAL[self.neutral] for label in labels]
+        count = len(labels)
+        if self.supervise == "first_error":
+            count = next((i + 1 for i, label in enumerate(labels) if label < 0), count)
+        kept = [(i, x) for i, x in zip(response.predicted[:count], labels, strict=False) if x or self.neutral != "skip"]
+        ends = {i for i, _ in kept}
+        return replace(
+            response,
+            loss_mask=[i in ends for i in range(len(response.token_ids))],
+            columns={"step_label": [x for _, x in kept]},
+        )
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
+        label_T, step_TL = batch["step_label_T"], outputs.step_TL
+        guess_T = step_TL[:, 1] >= step_TL[:, 0]
+        truth_N = first_error(label_T < 0, batch.response_T, batch.N)
+        found_N = (first_error(~guess_T, batch.response_T, batch.N) == truth_N).float()
+        right_N = truth_N == batch.length_N
+        return step_loss(step_TL, (label_T + 1) / 2), {
+            "accuracy": (guess_T == (label_T > 0))[label_T != 0].float(),
+            "accuracy_right": found_N[right_N],
+            "accuracy_wrong": found_N[~right_N],
+            "predicted_right": guess_T.float(),
+        }
+
+    def derive(self, means: Mapping[str, float]) -> dict[str, float]:
+        if "accuracy_right" not in means or "accuracy_wrong" not in means:
+            return {}
+        a, b = means["accuracy_right"], means["accuracy_wrong"]
+        return {"f1": 2 * a * b / (a + b) if a + b else 0.0}
