@@ -64,6 +64,8 @@ def load_model(
         network = _new_adapter(network, adapter, kind)
     model = PackedModel(network, tokenizer, kind).to(device)
     model.source = settings.path
+    if model.max_length:  # many tokenizers name no limit
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_length)
     if not trainable:
         model.requires_grad_(False)
     elif adapter.kind == "none":
@@ -182,6 +184,8 @@ def _apply_saved_adapter(
     from peft import PeftConfig, PeftModel
 
     task = PeftConfig.from_pretrained(settings.path).task_type
+    if task == TASK["policy"] and kind != "policy" and trainable and adapter.kind == "none":
+        return _with_trunk_of(network, settings)
     if task != TASK[kind]:
         raise ConfigError(
             f"model.path={settings.path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
@@ -193,6 +197,15 @@ def _apply_saved_adapter(
         raise _cannot_load("model.path", settings.path, "the adapter cannot be loaded", error) from error
     if trainable and adapter.kind == "none":
         return network.merge_and_unload().requires_grad_(True)
+    return network
+
+
+def _with_trunk_of(network: Any, settings: ModelSettings) -> Any:
+    """A classifier whose trunk is that of a language model's adapter folded into its base. (A new adapter on it would
+    name the bare base as its own: that is why only full fine-tuning starts from such a folder.)"""
+    policy = load_model(settings.model_copy(update={"layout": "plain"}), kind="policy", trainable=True)
+    prefix = network.base_model_prefix
+    getattr(network, prefix).load_state_dict(getattr(policy.base, prefix).state_dict())
     return network
 
 

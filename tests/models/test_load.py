@@ -190,7 +190,7 @@ def test_a_saved_adapter_is_merged_or_trained_further(
 
 def test_an_adapter_of_another_kind(adapter_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model\.path=.*trained as CAUSAL_LM, a score model is wanted.*merged"):
-        load(adapter_folder, kind="score")
+        load(adapter_folder, LORA, kind="score")
 
 
 def test_an_adapter_whose_base_is_gone(adapter_folder: Path, tmp_path: Path) -> None:
@@ -391,3 +391,28 @@ def test_targets_that_are_not_there(saved: Saved, targets: Any) -> None:
     adapter = AdapterSettings(kind="lora", targets=targets)
     with pytest.raises(ConfigError, match=r"^adapter\.targets=.*quer[^\n]*$"):
         load(saved(), adapter)
+
+
+@pytest.mark.parametrize("kind", ["score", "step"])
+def test_a_classifier_starts_from_the_trunk_of_a_language_model_s_adapter(
+    kind: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its hidden states are those of the policy with its adapter, not of the bare base."""
+    base = ModelSettings(path=str(saved()))
+    policy = load_model(base, AdapterSettings(kind="lora", r=4))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.2
+    save_model(policy, tmp_path / "sft")
+    start = ModelSettings(path=str(tmp_path / "sft"))
+    model = load_model(start, kind=kind)  # type: ignore[arg-type]
+    ids = torch.tensor([[5, 9, 7, 4]])
+
+    def hidden(of: PackedModel) -> torch.Tensor:
+        return of.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    assert not torch.allclose(hidden(load_model(base)), hidden(policy), atol=1e-2)
+    torch.testing.assert_close(hidden(model), hidden(policy), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="save_model=merged"):
+        load_model(start, AdapterSettings(kind="lora"), kind)  # type: ignore[arg-type]

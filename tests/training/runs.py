@@ -19,19 +19,38 @@ from tests import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 
+ONLINE = [
+    "data=prompts",
+    "source=rollout",
+    "source.samples=3",
+    "rollout.max_new_tokens=6",
+    "scoring=function",
+    "scoring.function.path=tests.training.runs.count_of_a",
+]
+"""Three samples to each prompt, scored by a rule."""
+
 ALGORITHMS: dict[str, list[str]] = {
     "sft": ["algorithm=sft", "data=demonstrations"],
     "dpo": ["algorithm=dpo", "data=preferences", "algorithm.label_smoothing=0.1"],
-    "reward_model": ["algorithm=reward_model", "data=preferences"],
-    "rejection_sampling": [
-        "algorithm=rejection_sampling",
-        "data=prompts",
-        "source=rollout",
-        "source.samples=3",
-        "rollout.max_new_tokens=6",
-        "scoring=function",
-        "scoring.function.path=tests.training.runs.count_of_a",
+    "ipo": ["algorithm=ipo", "data=preferences"],
+    "hinge": ["algorithm=hinge", "data=preferences"],
+    "kto": ["algorithm=kto", "data=preferences"],
+    "orpo": ["algorithm=orpo", "data=preferences"],
+    "simpo": ["algorithm=simpo", "data=preferences"],
+    "rrhf": ["algorithm=rrhf", "data=rankings"],
+    "slic": ["algorithm=slic", "data=preferences"],
+    "reward_model": [
+        *("algorithm=reward_model", "data=rankings", "algorithm.center=0.01", "algorithm.lm_weight=0.1"),
+        *("algorithm.margin=0.5", "algorithm.mean_over=prompts"),
     ],
+    "pairwise_model": ["algorithm=pairwise_model", "data=preferences", "algorithm.separator=z z"],
+    "process_reward_model": ["algorithm=process_reward_model", "data=steps", "data.step_separator=' z '"],
+    "rejection_sampling": ["algorithm=rejection_sampling", *ONLINE],
+    "expert_iteration": ["algorithm=expert_iteration", "algorithm.minimum=0.02", *ONLINE],
+    "ppo": ["algorithm=ppo", *ONLINE, "source.passes=2", "source.prompts=10", "algorithm.entropy_weight=0.01"],
+    "grpo": ["algorithm=grpo", *ONLINE],
+    "rloo": ["algorithm=rloo", *ONLINE],
+    "reinforce_pp": ["algorithm=reinforce_pp", *ONLINE],
 }
 """What each algorithm needs said beyond the data's path."""
 
@@ -52,7 +71,9 @@ def prepare(folder: Path, records: int = 12) -> None:
     def words(low: int, high: int) -> str:
         return " ".join(rng.choices(tiny.WORDS, k=rng.randint(low, high)))
 
-    kinds: dict[str, list[dict[str, Any]]] = {"demonstrations": [], "preferences": [], "prompts": []}
+    kinds: dict[str, list[dict[str, Any]]] = {
+        k: [] for k in ("demonstrations", "preferences", "prompts", "rankings", "steps")
+    }
     for _ in range(records):
         prompt, chosen, rejected = words(1, 9), words(1, 7), words(1, 7)
         if chosen == rejected:
@@ -60,6 +81,10 @@ def prepare(folder: Path, records: int = 12) -> None:
         kinds["demonstrations"].append({"prompt": prompt, "completion": chosen})
         kinds["preferences"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         kinds["prompts"].append({"prompt": prompt})
+        answers = [chosen, rejected, f"{words(1, 5)} r"]
+        kinds["rankings"].append({"prompt": prompt, "responses": answers, "scores": [2.0, 0.5, rng.random()]})
+        steps = [words(1, 4).replace("z", "y") for _ in range(rng.randint(1, 4))]
+        kinds["steps"].append({"prompt": prompt, "steps": steps, "labels": [rng.choice([-1, 0, 1]) for _ in steps]})
     for kind, lines in kinds.items():
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

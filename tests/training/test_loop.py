@@ -111,7 +111,7 @@ def test_losses_that_are_not_finite_name_the_record(
         values = forward(self, rows, reads, temperature)
         if self.training:
             for name, value in values.items():
-                poison = value.new_zeros(len(value))
+                poison = value.new_zeros(len(value), *[1] * (value.dim() - 1))
                 poison[0] = float("nan")
                 values[name] = value + poison
         return values
