@@ -115,6 +115,18 @@ def train(folder: Path, algorithm: str, out: str, *more: str) -> dict[str, Any]:
     return run(config, Path(config["out"]))
 
 
+def scored_samples(folder: Path) -> Path:
+    """A file of groups: three samples of the base model to each prompt, with the rule's reward."""
+    path = folder / "samples" / "groups.jsonl"
+    if not path.exists():
+        from alignlab.rollout.produce import produce
+
+        sampling = [w for w in ONLINE if w.startswith(("data=", "rollout.", "scoring"))]
+        words = [f"model={folder}/base", *sampling, f"data.path={folder}/prompts.jsonl", "samples=3"]
+        produce(resolve(compose("sample", words)), path.parent)
+    return path
+
+
 def command(folder: Path, algorithm: str, out: str, *more: str, processes: int = 1) -> list[str]:
     """The same run as a command line."""
     start = [sys.executable, "-m", "alignlab"]

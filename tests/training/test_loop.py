@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 
 from alignlab.core import AlignlabError, ConfigError, Interrupted, NonFiniteError
 from alignlab.training.progress import ProgressDisplay
+from tests import tiny
 from tests.training import runs
 
 pytestmark = pytest.mark.parametrize("algorithm", runs.ALGORITHMS)
+
+NOT_OF_THE_MODEL = ("time", "seconds", "tokens_per_second", "grad_norm")
+"""Metrics that depend on the machine, or on which weights are trained."""
 
 ROUNDING = 1e-5
 """Float32 sums in another order, through six steps of SGD (Adam would divide rounding by small numbers)."""
@@ -146,3 +151,57 @@ def test_nothing_to_learn_is_said_not_reported_as_zero(
     monkeypatch.setattr(kind, "prepare", lambda self, groups: [])
     with pytest.raises(AlignlabError, match="3 iterations in a row left nothing to train on"):
         runs.train(folder, algorithm, f"{algorithm}-empty")
+
+
+def test_order_of_records_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -> None:
+    """The same records in another order: the same batch, the same weights. Samples belong to a record by its line, so
+    algorithms that sample are given samples, in one order and the other."""
+    kind = next(w.removeprefix("data=") for w in runs.ALGORITHMS[algorithm] if w.startswith("data="))
+    more = ["training.batch_size=12", "training.steps=3"]
+    source = folder / f"{kind}.jsonl"
+    if kind == "prompts":
+        source = runs.scored_samples(folder)
+        more += ["source.kind=data", "data=groups"]
+    lines = source.read_text().splitlines(keepends=True)
+    for name, ordered in (("one", lines), ("other", [*lines[5:], *lines[4::-1]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(ordered))
+        runs.train(folder, algorithm, f"{algorithm}-order-{name}", *more, f"data.path={tmp_path}/{name}.jsonl")
+    one, other = (runs.weights(folder, f"{algorithm}-order-{name}") for name in ("one", "other"))
+    assert runs.difference(one, other) < ROUNDING
+
+
+def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -> None:
+    """A tokenizer that pads on the other side, with another token; in rows that need padding and rows that do not.
+
+    Neither token may be sampled: Llama's embedding does not learn the row of its padding token.
+    """
+    shutil.copytree(folder / "base", tmp_path / "padded")
+    settings = json.loads((tmp_path / "padded/tokenizer_config.json").read_text())
+    settings |= {"padding_side": "left", "truncation_side": "left", "pad_token": "<unk>"}
+    (tmp_path / "padded/tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((tmp_path / "padded/config.json").read_text())
+    (tmp_path / "padded/config.json").write_text(json.dumps({**config, "pad_token_id": tiny.UNK}))
+    more = ["model.layout=plain", f"rollout.suppress_tokens=[{tiny.PAD},{tiny.UNK}]", "training.steps=4"]
+    runs.train(folder, algorithm, f"{algorithm}-unpadded", *more, "training.token_budget=1")
+    wide = f"model.path={tmp_path}/padded", "training.token_budget=100000"
+    runs.train(folder, algorithm, f"{algorithm}-padded", *more, *wide)
+    one, other = (runs.weights(folder, f"{algorithm}-{how}") for how in ("unpadded", "padded"))
+    assert runs.difference(one, other) < ROUNDING
+
+
+def test_merged_or_not_the_adapter_is_the_same_model(folder: Path, algorithm: str) -> None:
+    """Training goes on from an adapter on its base and from the two folded into one: the first losses are the same,
+    and the value head of a critic comes along."""
+    own = ["algorithm.lm_weight=0"] if algorithm == "reward_model" else []  # a merged one has no language head
+    more = ["adapter=lora", "optimizer=adamw", "optimizer.lr=1e-2", "training.steps=3", *own]
+    for how in ("adapter", "merged"):
+        runs.train(folder, algorithm, f"{algorithm}-{how}", *more, f"training.save_model={how}")
+    found = []
+    for how, adapter in (("adapter", "lora"), ("merged", "none")):
+        out, start = f"{algorithm}-from-{how}", folder / f"{algorithm}-{how}/model"
+        runs.train(folder, algorithm, out, f"model.path={start}", f"adapter={adapter}", "training.steps=1", *own)
+        found.append(runs.metrics(folder, out)[0])
+    first, second = ({k: v for k, v in m.items() if k not in NOT_OF_THE_MODEL} for m in found)
+    assert first == pytest.approx(second, rel=1e-3, abs=1e-4)
+    start = runs.metrics(folder, f"{algorithm}-{how}")[-1]
+    assert any(abs(start[k] - v) > 1e-3 for k, v in first.items()), "the guard: three steps had changed something"
