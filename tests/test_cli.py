@@ -88,6 +88,15 @@ def training(folder: Path, *words: str, algorithm: str = "sft", out: str = "mist
         ),
         (["evaluate", "run=base", "reference=base", "token_budget=0"], "token_budget=0: should be greater than or"),
         (
+            ["evaluate", "run=base", "reference=base", "best_of=4"],
+            "best_of=4: a reward model picks the best, and there is none: give reward_model",
+        ),
+        (["evaluate", "run=base", "reference=base", "best_of=0"], "best_of=0: should be greater than or equal to 1"),
+        (
+            ["evaluate", "run=base", "reference=base", "best_of=2", "reward_model=base", "rollout.temperature=0"],
+            "rollout.temperature=0.0: best_of=2 needs samples that differ: above 0",
+        ),
+        (
             ["sample", "model=base", "data.path=prompts.jsonl", "samples=0"],
             "samples=0: should be greater than or equal",
         ),
@@ -230,7 +239,10 @@ def test_mistaken_runs(folder: Path, mistake: Mistake, words: str, message: str)
             ["+comparison.algorithms.x=['optimizer.lr=abc']"],
             "comparison: runs/x-seed0: optimizer.lr='abc': should be a",
         ),
-        (["+comparison.algorithms.x=['source.samples=0']"], "comparison: runs/x-seed0: source.samples=0: should be"),
+        (
+            ["+comparison.algorithms.x=['source=rollout','source.samples=0']"],
+            "comparison: runs/x-seed0: source.samples=0: should be",
+        ),
         (
             ["+comparison.algorithms.x=['algorithm=dpo','algorithm.beta=0']"],
             "comparison: runs/x-seed0: algorithm.beta=0.0: must be > 0",
@@ -248,6 +260,14 @@ def test_mistaken_runs(folder: Path, mistake: Mistake, words: str, message: str)
         (
             ["+comparison.algorithms.sft=[]"],
             "comparison: two of its parts are called runs/sft-seed0: rename an algorithm",
+        ),
+        (
+            ["comparison.best_of=4", "comparison.reward_model=null"],
+            "comparison.best_of=4: a reward model picks the best, and there is none: give reward_model",
+        ),
+        (
+            ["+comparison.models.judge=['algorithm=reward_model','training.stepz=1']"],
+            "comparison: judge: training.stepz: unknown key; did you mean 'steps'?",
         ),
         (["comparison.pairs=null"], "comparison: reward_model: 'data.path={pairs}': {pairs} stands for nothing here"),
         (["out=/proc/x"], "/proc/x: the comparison could not be written: [Errno 2] No such file or directory"),

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.config import build, section
-from alignlab.core import ConfigError
+from alignlab.core import ConfigError, require
 from alignlab.core.files import write_json
 from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, load_model
@@ -30,6 +30,7 @@ class EvaluateSettings(Settings):
     reference: str | None = None
     base: str | None = None
     reward_model: str | None = None
+    best_of: int = Field(1, ge=1)
     token_budget: int = Field(16384, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = 0
@@ -51,7 +52,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     The reference is `reference`, or else the model that the run started from.
 
     Raises:
-        ConfigError: there is no model, or no reference can be told.
+        ConfigError: there is no model, or no reference can be told, or best-of-N sampling cannot be measured.
     """
     wanted = section(EvaluateSettings, {k: config[k] for k in EvaluateSettings.model_fields}, "")
     run = Path(wanted.run)
@@ -64,6 +65,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(wanted.threads)
     benchmark = build_benchmark(config["benchmark"])
     rollout = section(RolloutSettings, config["rollout"], "rollout")
+    check_best_of("best_of", wanted.best_of, benchmark, wanted.reward_model, rollout.temperature)
 
     def open_model(where: str, key: str) -> PackedModel:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")
@@ -82,12 +84,23 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         proxy=RewardModelScorer(wanted.reward_model) if wanted.reward_model else None,
         token_budget=wanted.token_budget,
         seed=wanted.seed,
+        best_of=wanted.best_of,
     )
-    found = {"benchmark": benchmark.name, **benchmark.evaluate(subject)}
+    found = {"benchmark": benchmark.name, "samples_per_answer": wanted.best_of, **benchmark.evaluate(subject)}
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
     return found
+
+
+def check_best_of(key: str, n: int, benchmark: Benchmark, reward_model: object, temperature: float) -> None:
+    """Raise ConfigError where the best of n samples, asked for by the setting `key`, cannot be measured."""
+    if n == 1:
+        return
+    measures = benchmark.supports_best_of
+    require(measures, key, n, f"the benchmark '{benchmark.name}' does not measure best-of-N sampling")
+    require(reward_model is not None, key, n, "a reward model picks the best, and there is none: give reward_model")
+    require(temperature > 0, "rollout.temperature", temperature, f"best_of={n} needs samples that differ: above 0")
 
 
 def _as_context(open_model: Callable[[], PackedModel]) -> Callable[[], AbstractContextManager[PackedModel]]:

@@ -8,13 +8,13 @@ model's perplexity and the diversity of the continuations show what a policy pai
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alignlab.benchmarks.base import Benchmark, Subject
+from alignlab.benchmarks.sampled import measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.models import PackedModel
@@ -45,6 +45,7 @@ class StoriesBenchmark(Benchmark):
     """
 
     name = "stories"
+    supports_best_of = True
 
     def __init__(
         self,
@@ -76,34 +77,9 @@ class StoriesBenchmark(Benchmark):
         return FunctionScorer(sentiment)
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
-        prompts = self._prompts(subject.policy)
-        mine = subject.sampler(subject.policy).sample(prompts, 1, subject.seed)
-        gold = self.gold()
-        gold.score(mine)
-        logp_N = _sums(subject.policy, mine, subject.token_budget)
-        with subject.reference() as reference:
-            theirs = subject.sampler(reference).sample(prompts, 1, subject.seed)
-            ref_logp_N = _sums(reference, mine, subject.token_budget)
-        gold.score(theirs)
-        reward, other = _column(mine, "reward"), _column(theirs, "reward")
-        tokens = [len(g.responses[0].token_ids) for g in mine]
+        found, mine = measure(subject, self._prompts(subject.policy), self.gold())
         texts = [g.responses[0].text for g in mine]
-        found: dict[str, Any] = {
-            "reward": _mean(reward),
-            "kl": _mean([a - b for a, b in zip(logp_N, ref_logp_N, strict=True)]),
-            "win_rate": _mean([(a > b) + 0.5 * (a == b) for a, b in zip(reward, other, strict=True)]),
-            "response_length": _mean([float(t) for t in tokens]),
-            "finished": _mean([float(g.responses[0].finished) for g in mine]),
-            "distinct_1": distinct(texts, 1),
-            "distinct_2": distinct(texts, 2),
-            "reward_per_prompt": reward,
-        }
-        if subject.base is not None:
-            nll = -math.fsum(_sums(subject.base(), mine, subject.token_budget)) / sum(tokens)
-            found["perplexity"] = math.exp(nll)
-        if subject.proxy is not None:
-            subject.proxy.score(mine)
-            found["proxy_reward"] = _mean(_column(mine, "reward"))
+        found |= {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
         shown = mine[: self.samples_shown]
         found["samples"] = [{"prompt": g.prompt, "answer": g.responses[0].text} for g in shown]
         return found
@@ -146,16 +122,3 @@ def distinct(texts: Sequence[str], n: int) -> float:
     there is none."""
     grams = [tuple(words[i : i + n]) for words in (t.split() for t in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _sums(model: PackedModel, groups: Sequence[Group], token_budget: int) -> list[float]:
-    """Log-prob of each response, in nats."""
-    return [float(v.double().sum()) for v in model.outputs(groups, ("logp",), token_budget)["logp"]]
-
-
-def _column(groups: Sequence[Group], name: str) -> list[float]:
-    return [float(r.columns[name]) for g in groups for r in g.responses]  # type: ignore[arg-type]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

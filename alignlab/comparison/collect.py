@@ -14,7 +14,11 @@ from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
 
 COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
-CURVES = ("loss", "reward", "kl", "accuracy", "grad_norm")
+CURVES = (
+    *("loss", "reward", "kl", "accuracy", "grad_norm"),
+    *("ratio", "clip_fraction", "explained_variance", "entropy", "response_length"),  # the health of policy gradients
+)
+"""Metrics of training that the report draws, where a run has them."""
 NOT_FIGURES = ("benchmark", "frontier", "samples")
 
 
@@ -45,9 +49,13 @@ def collect(out: Path) -> board.Leaderboard:
         raise AlignlabError(f"{out}: no finished run in it; run `alignlab compare` first")
     comparison = config["comparison"]
     budget = {k: v for k, v in comparison["budget"].items() if v is not None}
-    shared = {n: _json(out / n / "result.json") for n in ("sft", "pairs", "reward_model")}
+    stages = ("sft", "pairs", "reward_model", *comparison.get("models", {}))
+    shared = {n: _json(out / n / "result.json") for n in stages if is_result(out, out / n)}
     kept = ("trained_tokens", "generated_tokens", "seconds")
     budget["shared"] = {n: {k: r[k] for k in kept if k in r} for n, r in shared.items() if r}
+    if all(row.get("samples_per_answer", 1) == 1 for row in rows):
+        for row in rows:
+            row.pop("samples_per_answer", None)
     name = rows[0].get("benchmark") or _name(config)
     found = board.build(rows, name, budget, comparison["sort_by"])
     found.write(out)

@@ -37,6 +37,9 @@ REQUIRED = ("reward", "kl", "win_rate", "seconds", "generated_tokens", "trained_
 PROVENANCE = ("folder", "config_hash")
 """Text that a row may carry along; shown in the report."""
 
+NOTE = "note"
+"""What must be said of a run's figures; stands below every table."""
+
 PER_PROMPT = "_per_prompt"
 
 
@@ -51,7 +54,7 @@ class Leaderboard:
         rows: one per algorithm: `algorithm`, `rank` (from 1; None without the ranking figure), `seeds`,
             `indistinguishable_from_best` (None where it cannot be tested), and for each figure its mean over seeds,
             `_low` and `_high` (None where there is none), and `_seeds`, how many seeds it is a mean over, where they
-            are fewer than the row's.
+            are fewer than the row's; `note` where a run has one.
         runs: one per algorithm and seed, as given, with None for what is not finite.
         figures: names of all figures, in the order of their columns.
         comparisons: every pair of algorithms on the ranking figure.
@@ -168,6 +171,9 @@ def build(
             ranking = figures
         for row in rows_out:
             row.update(_aggregate(name, figures.get(row["algorithm"]), len(row["seeds"])))
+    for row in rows_out:
+        notes = dict.fromkeys(run[NOTE] for run in by_algorithm[row["algorithm"]].values() if run.get(NOTE))
+        row.update({NOTE: "; ".join(notes)} if notes else {})
     sign = -1 if metric(sort_by).better < 0 else 1
     rows_out.sort(key=lambda r: (r.get(sort_by) is None, -sign * (r.get(sort_by) or 0), r["algorithm"]))
     ranked = [row for row in rows_out if row["algorithm"] in ranking]
@@ -210,7 +216,7 @@ def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     for key, value in row.items():
         if key in checked or (key.endswith(PER_PROMPT) and value is None):
             continue
-        if key in PROVENANCE:
+        if key in (*PROVENANCE, NOTE):
             checked[key] = None if value is None else str(value)
         elif key.endswith(PER_PROMPT):
             if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):

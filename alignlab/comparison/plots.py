@@ -19,6 +19,7 @@ Point = tuple[float, float]
 
 COLOURS = 7
 SHAPES = 6  # prime to COLOURS: 42 combinations
+DASHES = ("", " dashed", " dotted")  # of lines, whose first COLOURS are solid
 SHAPE_OUTLINES: Sequence[Sequence[tuple[float, float]]] = (
     ((-4, -4), (4, -4), (4, 4), (-4, 4)),
     ((0, -5.5), (5, 4), (-5, 4)),
@@ -155,7 +156,7 @@ def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Po
         name: [thin(points, x_low, x_high) for points in curves[name].values()] for name in names if name in curves
     }
     y_low, y_high = _range(y for lines in thinned.values() for line in lines for _, y in line)
-    right = 20 + LETTER * max(len(_clip(name)) for name in thinned)
+    right = 32 + LETTER * max(len(_clip(name)) for name in thinned)
     axes = Axes(x_low, x_high if x_high > x_low else x_low + 1, y_low, y_high, right=right)
     parts, ends = [axes.frame("step", title)], []
     for index, name in enumerate(names):
@@ -164,21 +165,22 @@ def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Po
         lines = [line for line in thinned[name] if line]
         mean = mean_curve(lines)
         seeds = "".join(f'<path class="seed" d="{_path(axes, line)}"/>' for line in lines) if len(lines) > 1 else ""
-        dash = " dashed" if index >= COLOURS else ""
+        dash = DASHES[index // COLOURS % len(DASHES)]
         body = seeds + (f'<path class="mean{dash}" d="{_path(axes, mean)}"/>' if mean else "")
         x, y = (mean or max(lines, key=len))[-1]
         parts.append(
             _series(index, body + _marker(index, axes.x(x), axes.y(y)), f"{name}: {title} {y:.4g} at step {x:g}")
         )
-        ends.append((axes.y(y), axes.x(x), name))
+        ends.append((axes.y(y), axes.x(x), name, index))
     ends.sort()
-    for (y, x, name), at in zip(
+    for (y, x, name, index), at in zip(
         ends, _spread([e[0] for e in ends], 13, axes.top, axes.height - axes.bottom), strict=True
     ):
         start = axes.width - axes.right + 9
         if abs(at - y) > 3 or x < start - 12:
             parts.append(f'<line class="leader" x1="{x + 4:.1f}" y1="{y:.1f}" x2="{start - 1:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="halo" x="{start + 1:.1f}" y="{at + 4:.1f}">{escape(_clip(name))}</text>')
+        parts.append(f'<g class="s{index % COLOURS}">{_marker(index, start + 6, at)}</g>')  # where curves meet
+        parts.append(f'<text class="halo" x="{start + 14:.1f}" y="{at + 4:.1f}">{escape(_clip(name))}</text>')
     told = f"over training, {len(thinned)} algorithms, steps {x_low:g} to {x_high:g}"
     return _svg(axes, parts, f"{title} {told}")
 

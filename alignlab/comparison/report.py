@@ -225,7 +225,7 @@ def _costs(board: Leaderboard) -> str:
         return ""
     head = '<th scope="col" class="name">algorithm</th>'
     head += "".join(
-        f'<th scope="col">{escape(metric(c).title)}<span class="unit">{metric(c).unit} per run</span></th>'
+        f'<th scope="col">{escape(metric(c).title)}<span class="unit">{escape(_per_run(metric(c).unit))}</span></th>'
         for c in costs
     )
     largest = {c: max((row[c] for row in board.rows if row[c] is not None), default=0) for c in costs}
@@ -239,6 +239,11 @@ def _costs(board: Leaderboard) -> str:
     return (
         _table(head, rows) + '<p class="note">Mean per run with 95 % interval; the bar is the share of the largest.</p>'
     )
+
+
+def _per_run(unit: str) -> str:
+    """`s per run`, but `per answer` as it is."""
+    return unit if unit.startswith("per ") else f"{unit} per run"
 
 
 def _samples(board: Leaderboard, samples: Sequence[Mapping[str, Any]] | None) -> str:

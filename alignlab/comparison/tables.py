@@ -127,6 +127,8 @@ def _table(board: Leaderboard, figures: list[str], gap: str) -> Table:
             mean, interval = cell(board, row, figure)
             if metric(figure).cost and figure != "kl":
                 interval = ""  # in the files; here it would take the room of what matters
+            elif gap == "\n":
+                interval = interval.replace(",", ",\n")  # of a lopsided one, the bounds
             text = Text(mean, style="bold" if row["algorithm"] in board.best(figure) else "")
             cells.append(text.append(f"{gap}{interval}", style="not bold dim") if interval else text)
         table.add_row(*cells)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignlab.comparison.leaderboard import Leaderboard
+from alignlab.comparison.leaderboard import NOTE, Leaderboard
 from alignlab.comparison.metrics import format_number, metric
 from alignlab.comparison.statistics import Comparison, Estimate
 
@@ -60,14 +60,15 @@ def verdict(board: Leaderboard) -> list[str]:
 
 
 def method(board: Leaderboard) -> str:
-    """How intervals and tests were made, for the foot of a table."""
+    """How intervals and tests were made and what must be said of single rows, for the foot of a table."""
     prompts = sorted(set(board.prompts.values()))
     what = "seeds (Student's t)"
     if prompts:
         what += f" and, where there are per-prompt values, {' or '.join(map(str, prompts))} prompts (bootstrap)"
+    notes = "".join(f" {row['algorithm']}: {row[NOTE]}." for row in board.rows if row.get(NOTE))
     return (
         f"Mean and 95 % interval over {what}. ≈: not distinguishable from the best at the 5 % level, paired tests with "
-        f"Holm's correction over all pairs of algorithms on {metric(board.sort_by).title}; ?: cannot be tested."
+        f"Holm's correction over all pairs of algorithms on {metric(board.sort_by).title}; ?: cannot be tested.{notes}"
     )
 
 
@@ -91,6 +92,8 @@ def _nearest(pairs: Sequence[Comparison], board: Leaderboard) -> str:
 
 def _with_interval(found: Estimate, decimals: int | None) -> str:
     mean, low, high = (format_number(value, decimals, found.mean) for value in (found.mean, found.low, found.high))
+    if found.low is not None and found.low == found.high:
+        return f"{mean} with every seed"
     return f"{mean} (no interval)" if found.low is None else f"{mean}, 95 % interval {low} to {high}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -314,6 +315,16 @@ class TestFiles:
         assert second[0] == "2 ≈" and second[head.index("distinct-2 ↑")] == "–"
         assert "Budget: seconds 60.0 · generated tokens 1,000,000\n" in text
 
+    def test_notes(self, tmp_path):
+        rows = [{**r, **({"note": "a bound"} if r["algorithm"] == "dpo" else {})} for r in three_algorithms()]
+        found = board(rows)
+        assert by_name(found)["dpo"]["note"] == "a bound"  # once for three seeds
+        assert "note" not in by_name(found)["sft"]
+        assert to_markdown(found).rstrip().endswith("cannot be tested. dpo: a bound.")
+        found.write(tmp_path)
+        assert load(tmp_path / "leaderboard.json") == found
+        assert "note" not in found.figures
+
     def test_constants_are_no_columns(self):
         found = board([row("a", 0, reference_reward=0.3)])
         assert found.rows[0]["reference_reward"] == 0.3
@@ -328,6 +339,28 @@ class TestFiles:
         assert "0.800" in text and "±0.050" in text and "…" not in text
         assert ("0.800 ±0.050" in text) == (width == 200)
         assert ("Left out" in text) == (width < 200)
+
+    def test_many_algorithms_on_a_narrow_terminal(self):
+        """Each on a line of its own with its interval below, its name whole, and the KL still there."""
+        names, noise = [f"a_rather_long_name_{i}" for i in range(17)], np.random.default_rng(0)
+        rows = [
+            row(name, seed, reward=0.3 + i / 40, kl=0.1 * seed, objective_score=0.9 - i / 20 + noise.normal() / 30)
+            for i, name in enumerate(names)
+            for seed in range(3)
+        ]
+        out = io.StringIO()
+        board(rows).print(Console(file=out, width=80))
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        table = [line.rstrip() for line in lines if re.match(r" *\d+( ≈)? +a_rather_long_name_\d+ ", line)]
+        assert len(table) == 17
+        heading = next(line for line in lines if "algorithm" in line)
+        assert "reward" in heading and "KL" in lines[lines.index(heading) - 1] + heading
+        assert "[0.00," in out.getvalue()  # a lopsided interval's bounds stand below each other
+
+    def test_figures_that_no_seed_changes(self):
+        text = " ".join(verdict(board([row(n, s, reward=r) for n, r in (("a", 0.5), ("b", 0.25)) for s in (0, 1)])))
+        assert "0.500 with every seed (2 seeds)" in text and "+0.250 with every seed" in text
 
 
 class TestNumbers:

@@ -58,6 +58,15 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
+def shape(svg: str) -> str:
+    """What marker there is, wherever it stands."""
+    circle, polygon = re.search(r"<circle", svg), re.search(r'<polygon points="([^"]*)"', svg)
+    if circle or not polygon:
+        return "circle"
+    points = [tuple(map(float, p.split(","))) for p in polygon[1].split(" ")]
+    return str([(round(x - points[0][0]), round(y - points[0][1])) for x, y in points])
+
+
 def board(rows=None, **settings):
     return build(rows or three_algorithms(), "exact", {"seconds": 60}, **settings)
 
@@ -150,6 +159,20 @@ class TestPage:
 
 
 class TestTables:
+    def test_samples_per_answer_are_a_cost_of_the_answer(self):
+        html = render(
+            board([{**r, "samples_per_answer": 1 + 3 * (r["algorithm"] == "dpo")} for r in three_algorithms()])
+        )
+        costs = html[html.index("What it cost") :]
+        assert ">samples<" in costs and '"unit">per answer<' in costs
+        assert '"unit">s per run<' in costs
+
+    def test_notes_stand_below_the_table(self):
+        rows = [
+            {**r, **({"note": "its KL is <a bound>"} if r["algorithm"] == "dpo" else {})} for r in three_algorithms()
+        ]
+        assert "dpo: its KL is &lt;a bound&gt;." in render(board(rows))
+
     def test_cells_sort_by_their_numbers(self):
         found = re.search(r'<table class="sortable"><thead>(.*?)</thead><tbody>(.*?)</tbody>', full(), re.S)
         assert found is not None
@@ -235,6 +258,22 @@ class TestPlots:
         assert svg.count('class="seed"') == 2  # dpo's; ppo has one seed, which is its mean
         assert svg.count('class="mean"') == 2
         assert '<g class="s1">' in svg and '<g class="s2">' in svg  # the colours of their places on the leaderboard
+
+    def test_twenty_algorithms_are_told_apart(self):
+        """By colour and shape together; their curves by colour and dash; and each is named once, beside its marker."""
+        names = [f"algorithm_{i}" for i in range(20)]
+        svg = plots.learning(names, {n: {0: [(0, 0.1 * i), (9, 0.5)]} for i, n in enumerate(names)}, "reward")
+        series = re.findall(r'<g class="(s\d)"><title>(\w+): .*?</title>(.*?)</g>', svg)
+        assert [name for _, name, _ in series] == names
+        lines = {(colour, re.findall(r'class="mean( \w+)?"', body)[0]) for colour, _, body in series}
+        marks = {(colour, shape(body)) for colour, _, body in series}
+        assert len(lines) == len(marks) == 20
+        keys = re.findall(r'<g class="(s\d)">(<(?:circle|polygon)[^>]*>)</g><text class="halo"[^>]*>(\w+)<', svg)
+        assert {name: (colour, shape(body)) for colour, body, name in keys} == {
+            name: (colour, shape(body)) for colour, name, body in series
+        }
+        heights = sorted(float(y) for y in re.findall(r'class="halo" x="[\d.]+" y="([\d.]+)"', svg))
+        assert all(b - a >= 12.9 for a, b in pairwise(heights))
 
     def test_nothing_finite_no_plot(self):
         assert plots.learning(["a"], {"a": {0: [(0, float("nan"))]}}, "reward") == ""

@@ -143,7 +143,7 @@ def test_after_a_failure_nothing_new_is_asked_and_answers_are_kept(
     time.sleep(0.3)
     assert len(server.requests) == asked
     again = endpoint(server.url, tmp_path / "c")
-    for request in server.requests:
+    for request in list(server.requests):
         if request["messages"][0]["content"] != "q1":
             assert again.ask(request["messages"]).text == "ok"
     assert (again.usage.requests, len(server.requests)) == (0, asked)
@@ -307,33 +307,34 @@ def test_a_limit_is_shared_by_the_processes(serve: Callable[..., Server], monkey
 # The key
 
 
+@pytest.mark.parametrize("secret", [SECRET, "no-known-kind-of-key"])
 def test_the_key_is_sent_and_seen_nowhere(
-    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    secret: str, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Even where the server repeats it, in an answer or in its refusal, and with all logging on."""
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("MY_KEY", f" {SECRET}\n")
-    server = serve(lambda *_: f"your key is {SECRET}")
+    monkeypatch.setenv("MY_KEY", f" {secret}\n")
+    server = serve(lambda *_: f"your key is {secret}")
     made = endpoint(server.url, tmp_path / "c", key_variable="MY_KEY")
     assert made.ask(user("q")).text == "your key is <secret>"
-    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+    assert server.headers[0]["authorization"] == f"Bearer {secret}"
     made.tell()
     messages = []
     for status in (401, 500, 429):
-        refusing = serve(lambda *_, status=status: (status, {}, f'{{"error": {{"message": "bad key {SECRET}"}}}}'))
+        refusing = serve(lambda *_, status=status: (status, {}, f'{{"error": {{"message": "bad key {secret}"}}}}'))
         with pytest.raises(AlignlabError) as error:
             endpoint(refusing.url, key_variable="MY_KEY").ask(user("q"))
         messages.append(str(error.value))
     assert "bad key <secret>" in messages[0] and "MY_KEY is refused" in messages[0]
-    garbage = serve(lambda *_: (200, {}, f"not JSON {SECRET}"))
+    garbage = serve(lambda *_: (200, {}, f"not JSON {secret}"))
     with pytest.raises(AlignlabError, match="not JSON <secret>"):
         endpoint(garbage.url, key_variable="MY_KEY").ask(user("q"))
     out, err = capfd.readouterr()
     seen = [out, err, caplog.text, repr(made), repr(made.usage), *messages]
     assert caplog.text, "the client's own log is on"
-    assert not any(SECRET in text for text in seen)
-    assert SECRET.encode() not in (tmp_path / "c").read_bytes()
+    assert not any(secret in text for text in seen)
+    assert secret.encode() not in (tmp_path / "c").read_bytes()
 
 
 def test_no_key_is_needed_locally(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:

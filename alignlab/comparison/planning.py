@@ -1,0 +1,237 @@
+"""A comparison's parts: what each runs, and which others it waits for. All that can be wrong is found here.
+
+A word of an algorithm says by its placeholders what it needs: `{pairs}` stands for the path of the pairs, and whatever
+uses it waits for the part that makes them. Every training run starts from the SFT policy, where there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignlab.benchmarks.base import Benchmark
+from alignlab.benchmarks.evaluate import check_best_of
+from alignlab.comparison.graph import Node
+from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
+from alignlab.config import compose, resolve
+from alignlab.core import ConfigError
+from alignlab.training.run import check
+
+SHARED = ("model", "adapter", "rollout", "tracker")
+"""Sections of the comparison that hold for every training run."""
+
+STAGES = ("data", "sft", "pairs", "reward_model", "runs")
+"""Names within a comparison's folder that no further model may take."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a placeholder stands for, and the nodes to be waited for by those that use it."""
+
+    text: str
+    nodes: Sequence[Node] = ()
+
+
+def plan(
+    config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchmark, out: Path, own: Path | None = None
+) -> list[Node]:
+    """The comparison's nodes, parents first. Every run's config is composed and checked here, before anything runs.
+
+    Args:
+        own: a folder of the user's configs.
+
+    Raises:
+        ConfigError: a word of a run is wrong, or something that it needs is not made.
+    """
+    base = config["model"]["path"] or benchmark.base_model()
+    if not base:
+        raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
+    return _Plan(config, settings, benchmark, out, own, str(base)).nodes
+
+
+class _Plan:
+    """The nodes, and what the placeholders stand for, as they come to be known from the first part to the last."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        settings: ComparisonSettings,
+        benchmark: Benchmark,
+        out: Path,
+        own: Path | None,
+        base: str,
+    ) -> None:
+        self.config, self.settings, self.benchmark, self.out, self.own = config, settings, benchmark, out, own
+        self.nodes: list[Node] = []
+        data = self._add(Node("data", out / "data", [("data", {"benchmark": config["benchmark"], "model": base})]))
+        self.stages = [data]
+        self.start = Place(base)
+        self.places = {
+            "base": self.start,
+            "data": Place(str(out / "data"), [data]),
+            "out": Place(str(out), self.stages),  # whatever will be in it
+            "gold": Place(quoted(self._gold())),
+            **{name: Place(str(out / f"data/{name}.jsonl"), [data]) for name in benchmark.files},
+        }
+        self._shared_stages()
+        for seed in settings.seeds:
+            self._runs(seed)
+        names = [n.name for n in self.nodes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"comparison: two of its parts are called {name}: rename an algorithm or drop a seed")
+
+    def _add(self, node: Node) -> Node:
+        self.nodes.append(node)
+        return node
+
+    def _shared_stages(self) -> None:
+        """SFT, the pairs, the reward model, further models: made once."""
+        settings = self.settings
+        if settings.sft is not None:
+            self._stage("sft", self._training("sft", [*settings.sft, "training.save_model=merged"]), "model")
+            self.start = self.places["sft"]
+        self.places |= {"sft": self.start, "start": self.start}
+        if settings.pairs is not None:
+            self._stage("pairs", self._sampling(settings.pairs), "groups.jsonl")
+        if settings.reward_model is not None:
+            self._stage("reward_model", self._training("reward_model", settings.reward_model), "model")
+        for name, words in settings.models.items():
+            if name in self.places or name in STAGES:
+                raise ConfigError(f"comparison.models.{name}: this name stands for something else: choose another")
+            self._stage(name, self._training(name, words), "model")
+
+    def _stage(self, name: str, node: Node, result: str) -> None:
+        """Add a node that is part of what all algorithms start from; `{name}` then stands for its result."""
+        self.stages.append(self._add(node))
+        self.places[name] = Place(str(node.folder / result), [node])
+
+    def _runs(self, seed: int) -> None:
+        """What gets rows of the leaderboard."""
+        settings, start = self.settings, self.start
+        if settings.baseline and settings.sft is not None:
+            self._measure(f"runs/sft-seed{seed}", seed, start)
+        for n in settings.best_ofs:
+            temperature = self.config["rollout"]["temperature"]
+            check_best_of("comparison.best_of", n, self.benchmark, settings.reward_model, temperature)
+            self._measure(f"runs/best_of_{n}-seed{seed}", seed, start, n)
+        for algorithm, words in settings.algorithms.items():
+            words = [*settings.budget.words(), *words, f"training.seed={seed}"]
+            self._add(self._training(f"runs/{algorithm}-seed{seed}", words, seed))
+
+    # ------------------------------------------------------------------ nodes
+
+    def _training(self, name: str, words: Words, evaluation: int | None = None) -> Node:
+        """A training run, with its evaluation where a seed for it is given."""
+        folder = self.out / name
+        used = [self.start]
+        filled = [self._filled(word, name, used) for word in [*self.settings.common, *words]]
+        chosen = {word.partition("=")[0] for word in filled}  # a stage's `adapter=none` replaces the shared section
+        common = {k: self.config[k] for k in SHARED if k not in chosen}
+        try:
+            start = f"model.path={quoted(self.start.text)}"
+            composed = resolve(compose("train", [*as_words(common), *filled, start], self.own))
+            composed |= {"name": name, "out": str(folder)}
+            check(composed)
+        except ConfigError as error:
+            raise ConfigError(f"comparison: {name}: {error}") from error
+        commands = [("train", composed)]
+        if evaluation is not None:
+            commands.append(("evaluate", self._evaluation(folder, evaluation, used)))
+        return Node(name, folder, commands, self._in_order(used))
+
+    def _measure(self, name: str, seed: int, policy: Place, best_of: int = 1) -> None:
+        """A node that measures a policy as it is."""
+        used = [policy]
+        folder = self.out / name
+        evaluation = self._evaluation(folder, seed, used) | {"run": policy.text, "best_of": best_of}
+        self._add(Node(name, folder, [("evaluate", evaluation)], self._in_order(used)))
+
+    def _sampling(self, pairs: Pairs) -> Node:
+        """Pairs for the reward model and for DPO, labelled as a noisy annotator would."""
+        if "prompts" not in self.places:
+            raise ConfigError(f"comparison.pairs: the benchmark '{self.benchmark.name}' has no prompts: give null")
+        used = [self.places["prompts"], self.start]
+        prompts, start = (quoted(place.text) for place in used)
+        composed = resolve(compose("sample", ["data=prompts", f"data.path={prompts}", f"model.path={start}"]))
+        labels: dict[str, Any] = {"_target_": "alignlab.scoring.BradleyTerryLabels", "reward": self._gold()}
+        labels |= {"temperature": pairs.temperature, "certain": pairs.certain, "seed": pairs.seed}
+        folder = self.out / "pairs"
+        composed |= {
+            "rollout": self.config["rollout"],
+            "scoring": labels,
+            "samples": pairs.samples,
+            "rounds": pairs.rounds,
+            "seed": pairs.seed,
+            "name": "pairs",
+            "out": str(folder),
+        }
+        return Node("pairs", folder, [("sample", composed)], self._in_order(used))
+
+    def _evaluation(self, folder: Path, seed: int, used: list[Place]) -> dict[str, Any]:
+        """How the model in `folder` is measured; adds to `used` what that reads."""
+        judge = self.places.get("reward_model")
+        used += [self.places["sft"], *([judge] if judge else [])]
+        return {
+            **{key: self.config[key] for key in ("benchmark", "model", "rollout")},
+            "run": str(folder),
+            "out": str(folder),
+            "reference": self.places["sft"].text,
+            "base": self.places["base"].text,
+            "reward_model": judge.text if judge else None,
+            "best_of": 1,
+            "token_budget": 16384,
+            "threads": None,
+            "seed": seed,
+        }
+
+    def _in_order(self, used: Sequence[Place]) -> list[Node]:
+        """The nodes of these places, each once, in the order of the plan."""
+        names = {node.name for place in used for node in place.nodes}
+        return [node for node in self.nodes if node.name in names]
+
+    # ------------------------------------------------------------------ words
+
+    def _gold(self) -> dict[str, Any]:
+        return {"_target_": "alignlab.comparison.pairs.gold", "benchmark": self.config["benchmark"]}
+
+    def _filled(self, word: str, name: str, used: list[Place]) -> str:
+        """A word with `{sft}` and the like replaced, which are added to `used`; other braces, as of a dictionary, are
+        left alone."""
+
+        def text(found: re.Match[str]) -> str:
+            place = self.places.get(found[1])
+            if place is None:
+                known = ", ".join(self.places)
+                raise ConfigError(f"comparison: {name}: '{word}': {found[0]} stands for nothing here; known: {known}")
+            used.append(place)
+            return place.text
+
+        return re.sub(r"(?<!\$)\{(\w+)\}", text, word)
+
+
+def as_words(sections: dict[str, Any], prefix: str = "") -> Words:
+    """Settings as overrides; what is null in the comparison is left to the run's own default."""
+    found: Words = []
+    for key, value in sections.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found += as_words(value, f"{name}.")
+        elif value is not None:
+            found.append(f"++{name}={quoted(value)}")
+    return found
+
+
+def quoted(value: Any) -> str:
+    """A value as Hydra reads it in an override."""
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    if isinstance(value, list):
+        return f"[{','.join(quoted(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{k}: {quoted(v)}' for k, v in value.items())}}}"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
