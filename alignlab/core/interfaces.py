@@ -26,6 +26,11 @@ class Scorer(Protocol):
 class Sampler(Protocol):
     """Draws responses from a policy."""
 
+    @property
+    def generated_tokens(self) -> int:
+        """Response tokens drawn so far, those that were thrown away included."""
+        ...
+
     def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
         """For each group, a group with the same prompt and n sampled responses, in order.
 

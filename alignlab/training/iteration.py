@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from alignlab.core import Algorithm, AlignlabError, Group, Sampler, Scorer
@@ -78,12 +79,10 @@ class Collector:
         """Groups with their samples, after the record's own responses where those are kept; and the tokens drawn."""
         if self.sampler is None:
             raise AlignlabError("source.kind=rollout needs a sampler")
-        if self.source.policy == "current":
-            drawn = self.sampler(self.model).sample(groups, self.source.samples, seed)
-        else:
-            with self._reference().model() as reference:
-                drawn = self.sampler(reference).sample(groups, self.source.samples, seed)
-        tokens = sum(len(r.token_ids) for g in drawn for r in g.responses)
+        with nullcontext(self.model) if self.source.policy == "current" else self._reference().model() as policy:
+            sampler = self.sampler(policy)
+            drawn = sampler.sample(groups, self.source.samples, seed)
+        tokens = sampler.generated_tokens  # a search draws more than it returns
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]

@@ -6,7 +6,7 @@ import json
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ import torch
 import yaml
 
 from alignlab.config import build, section
-from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Scorer, require
+from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Sampler, Scorer, require
 from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
-from alignlab.models import AdapterSettings, ModelSettings, Reference, add_value_head, load_model, save_model
+from alignlab.models import (
+    AdapterSettings,
+    ModelSettings,
+    PackedModel,
+    Reference,
+    add_value_head,
+    load_model,
+    save_model,
+)
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.training import provenance
 from alignlab.training.checkpoints import Checkpoints
@@ -94,6 +102,11 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if "value" in algorithm.reads:
         add_value_head(model, algorithm.critic, settings.seed)
     optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
+
+    def sampler(policy: PackedModel) -> Sampler:
+        engine = LocalEngine(policy, rollout, progress=settings.progress != "off")
+        return checked.search(engine) if checked.search else engine
+
     tracker = Tracker(out, checked.tracker, config, processes.is_main)
     trainer = Trainer(
         algorithm=algorithm,
@@ -106,7 +119,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         validation=splits.validation,
         scorers=scorers,
         reference=reference,
-        sampler=lambda policy: LocalEngine(policy, rollout, progress=settings.progress != "off"),
+        sampler=sampler,
         temperature=rollout.temperature if source.kind == "rollout" else 1.0,
         checkpoints=Checkpoints(
             out / "checkpoints",
@@ -160,6 +173,7 @@ class Checked:
     tracker: TrackerSettings
     algorithm: Algorithm
     scorers: list[Scorer]
+    search: Callable[[LocalEngine], Sampler] | None
 
 
 def check(config: dict[str, Any]) -> Checked:
@@ -178,6 +192,7 @@ def check(config: dict[str, Any]) -> Checked:
         tracker=section(TrackerSettings, config["tracker"], "tracker"),
         algorithm=build_algorithm(config["algorithm"]),
         scorers=build_scorers(config["scoring"]),
+        search=build(config.get("search"), "search"),
     )
     _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
     _check_limits(checked.training)
@@ -185,6 +200,8 @@ def check(config: dict[str, Any]) -> Checked:
         temperature = checked.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
     _check_columns(checked.algorithm, checked.source, checked.scorers)
+    if checked.search and checked.source.kind != "rollout":
+        raise ConfigError("search: responses are searched for only with source=rollout")
     if checked.source.refresh and not _wants_reference(checked.algorithm, checked.source):
         raise ConfigError(f"source.refresh: {type(checked.algorithm).__name__} uses no reference policy")
     return checked
