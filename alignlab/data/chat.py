@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from alignlab.core.errors import ConfigError
-from alignlab.data.formats import BadRecord, Messages
+from alignlab.data.example import BadRecord, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from alignlab.core.errors import ConfigError, DataError
 from alignlab.core.group import Group, Response
 from alignlab.data.chat import ChatTemplate, Segment
-from alignlab.data.formats import BadRecord, Example, Messages
+from alignlab.data.example import BadRecord, Example, Messages
 from alignlab.data.lengths import cut_prompt, fit, pieces
 from alignlab.data.progress import progress
 from alignlab.data.report import DataReport
 from alignlab.data.settings import DataSettings, Format
+from alignlab.data.steps import Steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,12 +83,18 @@ class Encoder:
     def template(self) -> ChatTemplate:
         return ChatTemplate.choose(self.tokenizer, self.settings.chat_template)
 
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps(self.tokenizer, self.settings.step_separator, self.settings.step_token)
+
     def draft(self, example: Example) -> Draft:
         """The texts of an example.
 
         Raises:
-            BadRecord: the chat template cannot render it.
+            BadRecord: the chat template cannot render it, or a step holds what parts the steps.
         """
+        if example.steps:
+            example.responses = [self.steps.join(steps) for steps in example.steps]
         if example.group is not None:
             return Draft(example, str(example.prompt), True, [[(str(text), True)] for text in example.responses])
         if example.format == "text":
@@ -132,7 +139,7 @@ class Encoder:
             prompts = dict.fromkeys((d.prompt, d.complete) for d in written)
             prompt_ids = dict(zip(prompts, self.prompt_ids(list(prompts)), strict=True))
             texts = dict.fromkeys(text for d in written for response in d.responses for text, _ in response)
-            segment_ids = dict(zip(texts, self._continuations(list(texts)), strict=True))
+            segment_ids = dict(zip(texts, self.continuations(list(texts)), strict=True))
             documents = [d for d in batch if d.example.format == "text"]
             document_ids = iter(self._documents([d.responses[0][0][0] for d in documents]))
             for draft in batch:
@@ -206,7 +213,7 @@ class Encoder:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def _continuations(self, texts: list[str]) -> list[list[int]]:
+    def continuations(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts that stand behind others."""
         if self._anchor is None:
             return self._tokenize(texts)
@@ -262,13 +269,26 @@ class Encoder:
         if not isinstance(example.prompt, str):
             extra.setdefault("messages", example.prompt)
         group = Group(list(prompt_ids), [], example.origin, draft.prompt, extra=extra)
-        for response, segments, columns in zip(example.responses, draft.responses, example.columns, strict=True):
+        for k, (response, segments) in enumerate(zip(example.responses, draft.responses, strict=True)):
             ids, mask = self._joined(segments, segment_ids)
+            if example.steps:
+                mask = self._step_ends(ids, len(example.steps[k]))
             text = response if isinstance(response, str) else "".join(text for text, _ in segments)
             if not any(mask):
                 raise BadRecord("a response has no tokens: the tokenizer knows none of its characters")
-            group.responses.append(Response(ids, None if all(mask) else mask, dict(columns), text=text))
+            group.responses.append(Response(ids, None if all(mask) else mask, dict(example.columns[k]), text=text))
         return group
+
+    def _step_ends(self, ids: list[int], count: int) -> list[bool]:
+        """Which tokens bear loss, where the model judges steps: the ends of these."""
+        ends = self.steps.ends(ids)
+        if len(ends) != count:
+            raise BadRecord(
+                f"it has {count} steps, but its tokens show {len(ends)}: the tokenizer does not know their characters, "
+                "or does not keep what parts them (data.step_separator, data.step_token)"
+            )
+        chosen = set(ends)
+        return [i in chosen for i in range(len(ids))]
 
     def _joined(self, segments: list[Segment], segment_ids: dict[str, list[int]]) -> tuple[list[int], list[bool]]:
         """The pieces of a response as one, ending with the end token. After the end token of an answer the assistant

@@ -1,4 +1,7 @@
-"""Groups on disk: what was sampled, as it was sampled, token ids and all: text would not tokenise back exactly."""
+"""Groups on disk: what was sampled, as it was sampled, token ids and all: text would not tokenise back exactly.
+
+Of the columns that have a value for each token only the labels of steps are kept: log-probs belong to a policy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignlab.core import Group, Response
+from alignlab.core.group import Column
+
+KEPT = ("step_label",)
+"""Lists that are written: one value for each loss-bearing token."""
 
 
 def group_to_record(group: Group) -> dict[str, Any]:
@@ -20,7 +27,7 @@ def group_to_record(group: Group) -> dict[str, Any]:
                 "finished": r.finished,
                 "source": r.source,
                 **({} if r.loss_mask is None else {"loss_mask": r.loss_mask}),
-                "columns": {k: v for k, v in r.columns.items() if not isinstance(v, list)},
+                "columns": {k: v for k, v in r.columns.items() if not isinstance(v, list) or k in KEPT},
             }
             for r in group.responses
         ],
@@ -40,7 +47,7 @@ def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
             Response(
                 list(map(int, r["token_ids"])),
                 r.get("loss_mask"),
-                {k: float(v) for k, v in r.get("columns", {}).items()},
+                {k: _column(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
                 r.get("text", ""),
                 r.get("source", "data"),
@@ -55,5 +62,12 @@ def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
     for response in responses:
         if response.loss_mask is not None and len(response.loss_mask) != len(response.token_ids):
             raise ValueError("loss_mask and token_ids differ in length")
+        for name, values in response.columns.items():
+            if isinstance(values, list) and len(values) != response.loss_tokens:
+                raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
     return Group(prompt_ids, responses, origin, record.get("prompt") or "", dict(columns), dict(extra))
+
+
+def _column(value: Any) -> Column:
+    return [float(v) for v in value] if isinstance(value, list) else float(value)

@@ -71,6 +71,10 @@ def _cut_response(response: Response, limit: int) -> None:
     response.token_ids = response.token_ids[:limit]
     if response.loss_mask is not None:
         response.loss_mask = response.loss_mask[:limit]
+    response.columns = {
+        name: value[: response.loss_tokens] if isinstance(value, list) else value
+        for name, value in response.columns.items()
+    }
     response.finished = False
 
 

@@ -23,6 +23,8 @@ class DataReport:
         used: groups made of them, over all splits; a long text makes several.
         formats: of the good records, by format.
         bad: that could not be used; `bad_records` lists the first, "file:line: reason".
+        merged: that went into the group of an earlier one with the same prompt (`data.merge`).
+        step_labels: steps of the split "train" that are labelled wrong, neither, right; a soft label by its sign.
         duplicates: equal to an earlier one of the same file or path; they are kept.
         cut: by length limits, what was done → how many records it was done to.
         unfinished: responses that lost their end token to a length limit; marked as `finished=False`.
@@ -41,6 +43,8 @@ class DataReport:
     bad: int = 0
     bad_records: list[str] = field(default_factory=list)
     duplicates: int = 0
+    merged: int = 0
+    step_labels: tuple[int, int, int] = (0, 0, 0)
     cut: Counter[str] = field(default_factory=Counter)
     unfinished: int = 0
     splits: dict[str, int] = field(default_factory=dict)
@@ -73,6 +77,12 @@ class DataReport:
         self.splits = {name: len(part) for name, part in splits.items()}
         self.prompt_tokens = (median(prompts), max(prompts)) if prompts else (0, 0)
         self.response_tokens = (median(responses), max(responses)) if responses else (0, 0)
+        labels: list[float] = []
+        for group in splits.get("train", []):
+            for response in group.responses:
+                column = response.columns.get("step_label")
+                labels += column if isinstance(column, list) else []
+        self.step_labels = (sum(x < 0 for x in labels), sum(x == 0 for x in labels), sum(x > 0 for x in labels))
         self.loss_tokens = sum(r.loss_tokens for group in splits.get("train", []) for r in group.responses)
 
     def lines(self) -> list[str]:
@@ -86,6 +96,11 @@ class DataReport:
             f"responses median {self.response_tokens[0]:g}, longest {self.response_tokens[1]:,}; "
             f"{self.loss_tokens:,} bear loss in train",
         ]
+        if any(self.step_labels):
+            wrong, neutral, right = self.step_labels
+            lines.append(f"steps in train: {right:,} right, {wrong:,} wrong, {neutral:,} neither")
+        if self.merged:
+            lines.append(f"merged: {self.merged:,} records went into the group of an earlier one with the same prompt")
         if self.duplicates:
             lines.append(f"duplicates: {self.duplicates:,} records equal an earlier one (kept)")
         lines += [f"length: {what}: {count:,} records" for what, count in self.cut.items()]

@@ -9,11 +9,15 @@ from pydantic import Field, field_validator, model_validator
 from alignlab.core.errors import did_you_mean
 from alignlab.core.settings import Settings
 
-Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "prompts", "groups"]
+Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "unpaired", "steps", "prompts", "groups"]
 
 FIELDS = frozenset(
-    ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output")
-) | frozenset(("messages", "conversations", "chosen", "rejected", "margin", "preference", "responses", "scores"))
+    (
+        *("text", "prompt", "completion", "question", "answer", "instruction", "input", "output"),
+        *("messages", "conversations", "chosen", "rejected", "margin", "preference", "responses", "scores", "label"),
+        *("steps", "labels", "soft_labels", "mistake_index"),
+    )
+)
 """The field names the formats know; `data.fields` maps one of them to the name a user's records have for it."""
 
 
@@ -27,6 +31,7 @@ class DataSettings(Settings):
     format: Literal["auto"] | Format = "auto"
     fields: dict[str, str] = Field(default_factory=dict)
     max_records: int | None = Field(None, ge=1)
+    merge: bool = False
     on_bad_record: Literal["stop", "skip"] = "stop"
 
     validation: float | str = 0.0
@@ -39,6 +44,8 @@ class DataSettings(Settings):
     response_separator: str = ""
     add_bos: bool | Literal["auto"] = "auto"
     append_eos: bool = True
+    step_separator: str = "\n"
+    step_token: str | None = Field(None, min_length=1)
 
     max_prompt_length: int | None = Field(None, ge=1)
     max_response_length: int | None = Field(None, ge=1)

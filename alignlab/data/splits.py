@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from alignlab.core.errors import ConfigError, DataError
 from alignlab.core.group import Group
 from alignlab.data.encode import Draft, Encoder
-from alignlab.data.formats import BadRecord, Example, Format, detect, parse, rename
+from alignlab.data.example import BadRecord, Example
+from alignlab.data.formats import detect, parse, rename
+from alignlab.data.merge import merge
 from alignlab.data.progress import progress
 from alignlab.data.readers import SPLITS as SPLIT_NAMES
 from alignlab.data.readers import Record, read
 from alignlab.data.report import DataReport
-from alignlab.data.settings import DataSettings
+from alignlab.data.settings import DataSettings, Format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +67,10 @@ def load(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Splits:
             drafts[name] = []
     _move(drafts, shares, settings.seed)
     report.leaks = _leaks(drafts)
+    if settings.merge:
+        for name in SPLITS:
+            drafts[name], gone = merge(drafts[name])
+            report.merged += gone
     groups = {name: encoder.groups(drafts[name], report, f"tokenising {name}") for name in SPLITS}
     sample = drafts["train"][:PROBED]
     if lost := encoder.unwritable(sample):

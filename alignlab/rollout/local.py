@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -22,8 +22,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Row:
-    """A response being drawn."""
+class Row:
+    """A response being drawn; one with tokens is gone on with.
+
+    Attributes:
+        key, sample: which random numbers are its own.
+        limit: the most tokens it may have.
+        begun: how many tokens it had when drawing was last begun.
+    """
 
     prompt: list[int]
     origin: str
@@ -34,6 +40,12 @@ class _Row:
     logp: list[float] = field(default_factory=list)
     text: str = ""
     finished: bool = False
+    begun: int = 0
+
+    @property
+    def context(self) -> list[int]:
+        """What the next token is predicted from."""
+        return self.prompt + self.tokens if self.tokens else self.prompt
 
     @property
     def final_length(self) -> int:
@@ -89,21 +101,36 @@ class LocalEngine:
         return self._sample(groups, 1, 0, self.settings.model_copy(update={"temperature": 0.0}))
 
     def _sample(self, groups: Sequence[Group], n: int, seed: int, settings: RolloutSettings) -> list[Group]:
-        if n < 1:
-            raise ConfigError(f"rollout: n={n} responses per prompt; at least 1 is needed")
-        rows = self._rows(groups, n, seed)
-        with torch.no_grad(), evaluating(self.model):
-            ended = self._draw(rows, settings)
-            for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
-                pass
-        self.generated_tokens += sum(len(row.tokens) for row in rows)
+        rows = self.rows(groups, n, seed)
+        self.draw(rows, settings=settings)
         return [g.with_responses([r.response() for r in rows[i * n : (i + 1) * n]]) for i, g in enumerate(groups)]
 
-    def _rows(self, groups: Sequence[Group], n: int, seed: int) -> list[_Row]:
-        """n rows for each group, in order."""
+    def draw(
+        self, rows: Sequence[Row], until: Callable[[Row], bool] | None = None, settings: RolloutSettings | None = None
+    ) -> None:
+        """Go on with rows, in place, each until it ends, or until `until` is true of it after another token.
+
+        Drawn in one go or in several, a row gets the same tokens.
+        """
+        for row in rows:
+            row.begun = len(row.tokens)
+        with torch.no_grad(), evaluating(self.model):
+            ended = self._draw(rows, settings or self.settings, until)
+            for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
+                pass
+        self.generated_tokens += sum(len(row.tokens) - row.begun for row in rows)
+
+    def rows(self, groups: Sequence[Group], n: int, seed: int) -> list[Row]:
+        """n rows for each group, in order, without tokens yet.
+
+        Raises:
+            DataError: as `sample` does.
+        """
+        if n < 1:
+            raise ConfigError(f"rollout: n={n} responses per prompt; at least 1 is needed")
         most, positions = self.settings.max_new_tokens, self.model.max_length
         occurrences: Counter[bytes] = Counter()
-        rows: list[_Row] = []
+        rows: list[Row] = []
         shortened = 0
         for group in groups:
             length = len(group.prompt_ids)
@@ -119,7 +146,7 @@ class LocalEngine:
             key = stream_key(seed, group.origin, group.prompt_ids)
             first = n * occurrences[key]
             occurrences[key] += 1
-            rows += [_Row(group.prompt_ids, group.origin, key, first + k, room) for k in range(n)]
+            rows += [Row(group.prompt_ids, group.origin, key, first + k, room) for k in range(n)]
         if shortened:
             log.warning(
                 "%d of %d prompts leave less room than max_new_tokens=%d in the model's %d positions: "
@@ -128,28 +155,31 @@ class LocalEngine:
             )
         return rows
 
-    def _draw(self, rows: Sequence[_Row], settings: RolloutSettings) -> Iterator[_Row]:
-        """Fill the rows in; yields each when it has ended."""
+    def _draw(
+        self, rows: Sequence[Row], settings: RolloutSettings, until: Callable[[Row], bool] | None
+    ) -> Iterator[Row]:
+        """Fill the rows in; yields each when it has ended or pauses."""
         mode = decoding_mode(self.model)
         for batch in self._batches(rows, mode.padded):
-            yield from self._decode(batch, settings, mode.cached)
+            yield from self._decode(batch, settings, mode.cached, until)
 
-    def _batches(self, rows: Sequence[_Row], padded: bool) -> Iterator[list[_Row]]:
+    def _batches(self, rows: Sequence[Row], padded: bool) -> Iterator[list[Row]]:
         """Rows in batches of at most `token_budget` tokens when all reach their limit, or of one row.
 
         Like lengths together, the longest first; the rows of one prompt are parted only where a batch cannot hold
         them all.
         """
-        ordered = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
-        batch: list[_Row] = []
-        room = 0
-        for prompt, same in groupby(ordered, key=lambda row: row.prompt):
-            unit = list(same)
-            mixed = bool(batch) and len(prompt) != len(batch[0].prompt)
+        contexts = sorted(((row.context, i) for i, row in enumerate(rows)), key=lambda c: (-len(c[0]), c[0]))
+        batch: list[Row] = []
+        room = length = 0
+        for context, same in groupby(contexts, key=lambda c: c[0]):
+            unit = [rows[i] for _, i in same]
+            mixed = bool(batch) and len(context) != length
             if batch and (len(unit) > room or (mixed and not padded)):
                 yield batch
                 batch = []
             if not batch:
+                length = len(context)
                 room = most = max(1, self.settings.token_budget // unit[0].final_length)
                 while len(unit) > most:
                     yield unit[:most]
@@ -159,16 +189,20 @@ class LocalEngine:
         if batch:
             yield batch
 
-    def _decode(self, rows: list[_Row], settings: RolloutSettings, cached: bool) -> Iterator[_Row]:
-        """Draw a batch of rows, those of one prompt adjacent, to their ends."""
+    def _decode(
+        self, rows: list[Row], settings: RolloutSettings, cached: bool, until: Callable[[Row], bool] | None
+    ) -> Iterator[Row]:
+        """Draw a batch of rows, those of one context adjacent, to their ends."""
         stopping = self._stopping
-        repeats = [(prompt, len(list(same))) for prompt, same in groupby(row.prompt for row in rows)]
-        decoding = Decoding(self.model, [prompt for prompt, _ in repeats], cached)
+        repeats = [(context, len(list(same))) for context, same in groupby(row.context for row in rows)]
+        decoding = Decoding(self.model, [context for context, _ in repeats], cached)
         decoding.select([i for i, (_, count) in enumerate(repeats) for _ in range(count)])
-        longest = max(row.limit for row in rows)
-        uniform_RT = torch.stack([uniforms(row.key, row.sample, longest) for row in rows]).to(self.model.device)
+        longest = max(row.limit - len(row.tokens) for row in rows)
+        uniform_RT = torch.stack(
+            [uniforms(row.key, row.sample, len(row.tokens) + longest)[len(row.tokens) :] for row in rows]
+        ).to(self.model.device)
         for step in range(longest):
-            logits_RV = stopping.ban(decoding.logits_RV, step)
+            logits_RV = self._ban(decoding.logits_RV, rows)
             logp_RV = filtered_log_probs(logits_RV, settings)
             token_R = draw(logp_RV, uniform_RT[:, step])
             logp_R = logp_RV.gather(-1, token_R[:, None]).squeeze(-1)
@@ -179,7 +213,8 @@ class LocalEngine:
                 row.logp.append(logp)
                 text = stopping.ended(row.tokens)
                 row.finished = text is not None
-                if text is None and len(row.tokens) < row.limit:
+                paused = text is None and until is not None and until(row)
+                if text is None and not paused and len(row.tokens) < row.limit:
                     going.append(i)
                 else:
                     row.text = stopping.text(row.tokens) if text is None else text
@@ -192,8 +227,16 @@ class LocalEngine:
                 token_R, uniform_RT = token_R[going], uniform_RT[going]
             decoding.append(token_R)
 
+    def _ban(self, logits_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Without the tokens that may not come next; rows that are gone on with may be of different lengths."""
+        lengths = [len(row.tokens) for row in rows]
+        if min(lengths) == max(lengths) or min(lengths) >= self.settings.min_new_tokens:
+            return self._stopping.ban(logits_RV, min(lengths))
+        each = [self._stopping.ban(logits_RV[i : i + 1], length) for i, length in enumerate(lengths)]
+        return torch.cat(each)
+
     @staticmethod
-    def _check_finite(logits_RV: torch.Tensor, rows: Sequence[_Row]) -> None:
+    def _check_finite(logits_RV: torch.Tensor, rows: Sequence[Row]) -> None:
         finite = logits_RV.amax(-1).isfinite()
         if not finite.all():
             origins = {row.origin or "a group" for row, good in zip(rows, finite.tolist(), strict=True) if not good}

@@ -16,6 +16,7 @@ from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, load_model
 from alignlab.rollout.local import LocalEngine
+from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.settings import RolloutSettings
 
 
@@ -49,6 +50,9 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
     started = time.monotonic()
     engine = LocalEngine(model, rollout)
+    for scorer in scorers:
+        if isinstance(scorer, MonteCarloLabels):
+            scorer.attach(engine, model.tokenizer)
     found: list[Group] = []
     for round_ in range(wanted.rounds):
         groups = engine.sample(prompts, wanted.samples, wanted.seed + round_)

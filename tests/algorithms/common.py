@@ -31,7 +31,7 @@ def means(algorithm: Algorithm, groups: list[Group], splits: list[int], **output
         batch = Batch(groups[start : start + count])
         values = {}
         for name, value in outputs.items():
-            first, size = (token, batch.T) if name.endswith("_T") else (place, batch.N)
+            first, size = (token, batch.T) if name.endswith(("_T", "_TL")) else (place, batch.N)
             values[name] = torch.tensor(value[first : first + size])
         found, metrics = algorithm.loss(Outputs(**values), batch)
         total += float(aggregate(found, units))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from alignlab.data import DataSettings
 
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
-VARIANTS = ["text", "demonstrations", "chat", "preferences", "rankings", "prompts", "groups"]
+VARIANTS = ["text", "demonstrations", "chat", "preferences", "rankings", "unpaired", "steps", "prompts", "groups"]
 
 
 def composed(*overrides):

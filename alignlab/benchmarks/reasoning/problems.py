@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 MODULUS = 10
 OPERATIONS = "+-*"
 SEPARATOR = "\n"
-END = "<end>"
-VOCABULARY = [*"0123456789", *OPERATIONS, "=", SEPARATOR, END]
+END, UNKNOWN = "<end>", "<unknown>"
+VOCABULARY = [*"0123456789", *OPERATIONS, "=", SEPARATOR, END, UNKNOWN]
 PROBLEM = re.compile(r"(\d)((?:[+*-]\d)+)=")
 HELD_OUT = 8
 """One problem in so many is held out: no solution of it is ever shown in training."""
@@ -128,13 +128,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unknown>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<end>|[\s\S]"), "isolated")
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<end>|<unknown>|[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=END,
         pad_token=END,
+        unk_token=UNKNOWN,
         model_max_length=256,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

@@ -1,0 +1,135 @@
+"""Search over the steps of a solution, guided by a scorer such as a process reward model.
+
+Beam search over steps as in Snell et al. (2024, arXiv:2408.03314): keep the best few beginnings, draw several next
+steps for each, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from alignlab.core import AlignlabError, Group, Scorer, require
+from alignlab.data.steps import Steps
+from alignlab.rollout.local import LocalEngine, Row
+
+OWN_SAMPLES = 1 << 32
+"""Numbers of samples from here on are those of a search: no plain sample shares their random numbers."""
+
+
+class StepSearch:
+    """How to search; called with an engine, it is a `Sampler` whose responses were found by search.
+
+    Args:
+        scorer: fills `reward` of beginnings of solutions, as of whole ones.
+        beams: how many beginnings are kept, >= 1.
+        expand: how many next steps are drawn for each, >= 1. With one beam and one step it is plain sampling.
+        step_separator, step_token: what ends a step, see `data`.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        beams: int = 4,
+        expand: int = 4,
+        step_separator: str = "\n",
+        step_token: str | None = None,
+    ) -> None:
+        require(beams >= 1, "search.beams", beams, "must be at least 1")
+        require(expand >= 1, "search.expand", expand, "must be at least 1")
+        if "reward" not in scorer.fills:
+            raise AlignlabError(f"search.scorer: fills {', '.join(scorer.fills) or 'nothing'}, not 'reward'")
+        self.scorer, self.beams, self.expand = scorer, beams, expand
+        self.step_separator, self.step_token = step_separator, step_token
+
+    def __call__(self, engine: LocalEngine) -> SearchSampler:
+        return SearchSampler(engine, self)
+
+
+@dataclass(slots=True)
+class _Beam:
+    """A beginning of a solution, or a whole one."""
+
+    row: Row
+    score: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.row.finished or len(self.row.tokens) >= self.row.limit
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for one response."""
+
+    group: Group
+    beams: list[_Beam]
+    drawn: int = 0  # sample numbers used
+    children: list[_Beam] = field(default_factory=list)
+
+
+class SearchSampler:
+    """A `Sampler`: each of the n responses to a prompt is the best one found by a search of its own.
+
+    `behaviour_logp` holds the log-probs under the policy that drew the tokens; that the best of several was kept is
+    not in them.
+    """
+
+    def __init__(self, engine: LocalEngine, search: StepSearch) -> None:
+        self.engine, self.search = engine, search
+        self.steps = Steps(engine.model.tokenizer, search.step_separator, search.step_token)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens drawn so far, those of beginnings that were given up included."""
+        return self.engine.generated_tokens
+
+    def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
+        rows = self.engine.rows(groups, n, seed)
+        searches = [_Search(groups[i // n], [_Beam(row)]) for i, row in enumerate(rows)]
+        first = True
+        while going := [s for s in searches if not all(b.ended for b in s.beams)]:
+            for search in going:
+                self._expand(search, self.search.expand * (self.search.beams if first else 1))
+            self.engine.draw([c.row for s in going for c in s.children if not c.ended], self._step_complete)
+            self._prune(going, self.search.beams)
+            first = False
+        self._prune(searches, 1)
+        found = [s.beams[0].row.response() for s in searches]
+        return [g.with_responses(found[i * n : (i + 1) * n]) for i, g in enumerate(groups)]
+
+    def _step_complete(self, row: Row) -> bool:
+        return self.steps.completes(row.tokens, row.begun)
+
+    def _expand(self, search: _Search, count: int) -> None:
+        """Each beam that has not ended as `count` copies, to be continued; the first goes on with its own samples."""
+        search.children = []
+        for beam in search.beams:
+            if beam.ended:
+                search.children.append(beam)
+                continue
+            for copy in range(count):
+                row = replace(beam.row, tokens=list(beam.row.tokens), logp=list(beam.row.logp))
+                if copy:
+                    search.drawn += 1
+                    row.sample = (row.sample % OWN_SAMPLES) + OWN_SAMPLES * search.drawn
+                search.children.append(_Beam(row))
+
+    def _prune(self, searches: Sequence[_Search], keep: int) -> None:
+        """Keep the best that differ; the first drawn among equals. Where all are kept nothing is scored."""
+        for search in searches:
+            distinct: dict[tuple[int, ...], _Beam] = {}
+            for beam in search.children or search.beams:
+                distinct.setdefault(tuple(beam.row.tokens), beam)
+            search.beams, search.children = list(distinct.values()), []
+        crowded = [s for s in searches if len(s.beams) > keep]
+        new = [[b for b in s.beams if b.score is None] for s in crowded]
+        pairs = zip(crowded, new, strict=True)
+        scored = [s.group.with_responses([b.row.response() for b in some]) for s, some in pairs]
+        if wanted := [g for g in scored if g.responses]:
+            self.search.scorer.score(wanted)
+        for group, some in zip(scored, new, strict=True):
+            for response, beam in zip(group.responses, some, strict=True):
+                beam.score = float(response.columns["reward"])  # type: ignore[arg-type]
+        for search in crowded:
+            search.beams = sorted(search.beams, key=lambda b: -(b.score or 0.0))[:keep]
