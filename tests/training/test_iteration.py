@@ -179,3 +179,14 @@ def test_preferences_come_from_any_reward(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(runs.ALGORITHMS, "online_dpo", ["algorithm=dpo", *online])
     found = lines(folder, "online_dpo", "online-dpo", "training.steps=12", "optimizer=adamw", "optimizer.lr=1e-2")
     assert found[-1]["reward"] > found[0]["reward"]
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_ppo_starts_from_where_it_is(folder: Path, adapter: str) -> None:
+    """Step 1: the ratio is exactly 1 and the KL to the reference exactly 0, and all of it happens again."""
+    more = [f"adapter={adapter}", "source.prompts=12", "training.batch_size=12", "training.steps=3"]
+    first, second = (lines(folder, "ppo", f"ppo-{adapter}-{i}", *more) for i in (1, 2))
+    assert (first[0]["ratio"], first[0]["approx_kl"], first[0]["clip_fraction"], first[0]["kl"]) == (1, 0, 0, 0)
+    assert first[2]["kl"] != 0, "the second iteration's policy has moved"
+    figures = ("loss", "reward", "ratio", "kl", "entropy", "explained_variance", "value_loss")
+    assert [[line[f] for f in figures] for line in first] == [[line[f] for f in figures] for line in second]
