@@ -99,11 +99,10 @@ class KTO(Algorithm):
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         z_ref = baseline(groups)
         groups = [g.with_responses([r for r in g.responses if MISMATCHED not in r.columns]) for g in groups]
-        columns = [r.columns for g in groups for r in g.responses]
-        rewards: list[float] = [c["reward"] for c in columns if "reward" in c]  # type: ignore[misc]
+        rewards = [r.columns["reward"] for g in groups for r in g.responses if "reward" in r.columns]
         found = []
         for group in groups:
-            signs = desirability(group, self.threshold, fmean(rewards) if rewards else 0.0)
+            signs = desirability(group, self.threshold, fmean(rewards) if rewards else 0.0)  # type: ignore[arg-type]
             known = [(r, sign) for r, sign in zip(group.responses, signs, strict=True) if sign]
             marked = [replace(r, columns={**r.columns, "desirable": float(sign > 0)}) for r, sign in known]
             if marked:
@@ -146,5 +145,5 @@ def desirability(group: Group, threshold: float | None, mean: float) -> list[int
         )
     rewards: list[float | None] = [c.get("reward") for c in columns]  # type: ignore[misc]
     if threshold is None:
-        rewards, threshold = [None if r is None or isclose(r, mean) else r for r in rewards], mean
+        return [0 if r is None or isclose(r, mean) else 1 if r > mean else -1 for r in rewards]
     return [0 if r is None else 1 if r > threshold else -1 for r in rewards]

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -26,6 +27,13 @@ def test_the_base_holds_every_setting_with_its_default():
 def test_a_variant_is_the_base_with_a_format(name):
     settings = composed(f"+data={name}", "data.path=my.jsonl", "data.validation=0.1")
     assert DataSettings(**settings) == DataSettings(path="my.jsonl", format=name, validation=0.1)
+    assert (set(settings) == set(DataSettings.model_fields)) == (name != "prompts"), "prompts have no responses to set"
+
+
+def test_prompts_explain_what_they_have_as_the_base_does():
+    """The lines stand there twice: a key's meaning is the same, but for what responses have to do with it."""
+    base, prompts = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in ("base", "prompts"))
+    assert {k: v for k, v in prompts.items() if k != "format"} == {k: base[k] for k in prompts if k != "format"}
 
 
 def test_no_other_files():
