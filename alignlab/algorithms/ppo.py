@@ -129,4 +129,4 @@ class PPO(Algorithm):
         }
 
     def enough(self, metrics: Mapping[str, float]) -> bool:
-        return self.target_kl is not None and metrics["approx_kl"] > self.target_kl
+        return self.target_kl is not None and metrics.get("approx_kl", 0.0) > self.target_kl

@@ -52,13 +52,18 @@ def add_value_head(model: PackedModel, critic: Literal["shared", "own"] = "share
     _load_value_head(model, Path(str(model.source)))
 
 
-def save_value_head(model: PackedModel, folder: Path) -> None:
-    """Write the value head, and a critic of its own, to a model's folder."""
+def save_value_head(model: PackedModel, folder: Path, merge: bool = False) -> None:
+    """Write the value head, and a critic of its own, to a model's folder; folded into its base too where the policy
+    is, whose own base it then no longer stands on."""
     if model.value_head is None:
         return
     save_file({n: p.detach().cpu().contiguous() for n, p in model.value_head.named_parameters()}, folder / VALUE_HEAD)
     if model.critic_decoder is not None:
         model.critic_decoder.save_pretrained(folder / CRITIC)
+    elif model.critic == "own" and merge:
+        network = copy.deepcopy(model.network)
+        network.set_adapter(CRITIC)
+        network.merge_and_unload(adapter_names=[CRITIC]).get_decoder().save_pretrained(folder / CRITIC)
     elif model.critic == "own":
         model.network.save_pretrained(folder, selected_adapters=[CRITIC])
 
@@ -71,6 +76,13 @@ def _load_value_head(model: PackedModel, folder: Path) -> None:
     found = load_file(folder / VALUE_HEAD)
     if head is None or found["weight"].shape != head.weight.shape:
         raise ConfigError(f"model.path={str(folder)!r}: its {VALUE_HEAD} is not of this model's size")
+    if model.critic == "own" and (folder / CRITIC / "adapter_config.json").exists() == (
+        model.critic_decoder is not None
+    ):
+        found_as, wanted = ("a decoder", "none") if model.critic_decoder is None else ("an adapter", "lora")
+        raise ConfigError(
+            f"model.path={str(folder)!r}: its critic is {found_as}: train it further with adapter={wanted}"
+        )
     head.load_state_dict(found)
     if model.critic_decoder is not None:
         weights = load_file(folder / CRITIC / "model.safetensors")

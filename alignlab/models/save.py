@@ -34,7 +34,7 @@ def save_model(
         network.save_pretrained(temporary, selected_adapters=["default"], **options)
     else:
         network.save_pretrained(temporary, **options)
-    save_value_head(model, temporary)
+    save_value_head(model, temporary, merge)
     model.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -96,7 +96,7 @@ class Collector:
             return
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         if "ref_logp" in needs:
-            with self._reference().model() as reference:
+            with self.processes.accelerator.autocast(), self._reference().model() as reference:  # as the policy is
                 fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature)
         old = {output: column for output, column in OLD.items() if column in needs}
         fill_outputs(self.model, mine, old, self.token_budget, self.temperature)

@@ -156,3 +156,14 @@ def test_entropy_has_a_gradient_where_it_is_asked_for() -> None:
     mine, theirs = tiny.gradients(model, entropy.mean()), tiny.gradients(model, torch.cat(expected).mean())
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_critic_of_another_make_is_refused(base: ModelSettings, tmp_path: Path) -> None:
+    """One that was an adapter is not read as a decoder, nor the other way round."""
+    for trained, other, said in ((LORA, NONE, "adapter=lora"), (NONE, LORA, "adapter=none")):
+        model = load_model(base, trained)
+        add_value_head(model, "own")
+        save_model(model, tmp_path / said)
+        again = load_model(ModelSettings(path=str(tmp_path / said)), other)
+        with pytest.raises(ConfigError, match=f"train it further with {said}"):
+            add_value_head(again, "own")
