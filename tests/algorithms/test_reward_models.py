@@ -311,6 +311,9 @@ def test_a_reward_model_starts_from_any_whole_policy(folder: Path, start: str, a
     assert made[0].head.weight.shape[0] == 1
 
 
-def test_from_a_policy_s_adapter_it_says_what_to_do(folder: Path) -> None:
+def test_from_a_policy_s_adapter(folder: Path) -> None:
+    """Whole, it starts from the two folded into one; a new adapter would forget the old: it says what to do."""
+    start = f"model.path={folder}/adapter/model"
+    runs.train(folder, "reward_model", "from-adapter", start)
     with pytest.raises(ConfigError, match=r"^model\.path=.*trained as CAUSAL_LM, a score model is wanted: .*merged"):
-        runs.train(folder, "reward_model", "from-adapter", f"model.path={folder}/adapter/model")
+        runs.train(folder, "reward_model", "adapter-on-adapter", start, "adapter=lora")
