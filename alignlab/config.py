@@ -44,7 +44,7 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
     """Compose the config `name` with command-line overrides.
 
     Args:
-        own: a folder of the user's configs, laid out as ours, searched first.
+        own: a folder of the user's configs, laid out as ours, searched beside ours.
 
     Raises:
         ConfigError: an unknown key or option, with what is known and near; a config that is not YAML.
@@ -57,9 +57,7 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
     folders = [config_folder(), *([own] if own else [])]
     words = [_by_path(word, folders) for word in overrides]
     if own is not None:
-        if not own.is_dir():
-            raise ConfigError(f"--config-dir {own}: there is no such folder")
-        words.append(f"hydra.searchpath=[file://{own.resolve()}]")
+        words.append(_search_path(own))
     with _hydra():
         try:
             return hydra_compose(config_name=name, overrides=words)
@@ -84,6 +82,21 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{_full_key(error)}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
+
+
+def _search_path(own: Path) -> str:
+    """The word that has Hydra look in the user's folder too.
+
+    Raises:
+        ConfigError: there is no such folder, or one of its files has the name of one of ours, which Hydra would take.
+    """
+    if not own.is_dir():
+        raise ConfigError(f"--config-dir {own}: there is no such folder")
+    for path in sorted(own.glob("**/*.yaml")):
+        name = path.relative_to(own)
+        if (config_folder() / name).exists():
+            raise ConfigError(f"{path}: alignlab has a file {name} of its own, which would be taken instead: rename it")
+    return f"hydra.searchpath=[file://{own.resolve()}]"
 
 
 @contextmanager
@@ -240,7 +253,7 @@ def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
     found = [w for w in found if not w.startswith("out=")]
     found += [f"{k}={v}" for k, v in ours.items() if not any(w.startswith(f"{k}=") for w in found)]
     if own is not None:
-        found.append(f"hydra.searchpath=[file://{own.resolve()}]")
+        found.append(_search_path(own))
     return [*found, "out=${hydra:sweep.dir}/${hydra:sweep.subdir}"]
 
 

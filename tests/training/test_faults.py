@@ -34,8 +34,8 @@ MORE = [
     "optimizer=adamw",
     "optimizer.lr=1e-3",
     "training.batch_size=2",
-    "source.prompts=5",
-    "source.passes=2",
+    "++source.prompts=5",
+    "++source.passes=2",
     "training.checkpoint_every=1",
     "training.progress=off",
 ]

@@ -62,7 +62,7 @@ comparison:
   pairs: {rounds: 1, temperature: 0.2}
   reward_model: null
   algorithms:
-    identity: [algorithm=ipo, algorithm.tau=0.3, data=groups, "data.path={pairs}"]
+    identity: [algorithm=identity, algorithm.tau=0.3, data=groups, "data.path={pairs}"]
 """
 
 
@@ -73,20 +73,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     runs.prepare(made)
     for name, text in {
         "modules/identity_preferences.py": ALGORITHM,
-        "configs/algorithm/ipo.yaml": CONFIG,
+        "configs/algorithm/identity.yaml": CONFIG,
         "configs/experiment/mine.yaml": EXPERIMENT.lstrip(),
     }.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(made / "modules")
-        patch.setitem(runs.ALGORITHMS, "ipo", ["algorithm=ipo", "data=preferences"])
+        patch.setitem(runs.ALGORITHMS, "identity", ["algorithm=identity", "data=preferences"])
         yield made
 
 
 def words(folder: Path, out: str, *more: str) -> list[str]:
     options = ["--config-dir", str(folder / "configs")]
-    return ["train", *options, *runs.words_for(folder, "ipo", out, "training.progress=off", *more)]
+    return ["train", *options, *runs.words_for(folder, "identity", out, "training.progress=off", *more)]
 
 
 def train(folder: Path, out: str, *more: str) -> dict[str, torch.Tensor]:
@@ -158,3 +158,12 @@ def test_it_has_a_row_on_the_leaderboard(folder: Path) -> None:
     assert row["kl"] > 0  # it has learned something
     assert row["trained_tokens"] > 0
     assert "identity" in done.stdout
+
+
+def test_a_name_of_ours_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra would take ours without a word."""
+    (tmp_path / "algorithm").mkdir()
+    (tmp_path / "algorithm/dpo.yaml").write_text(CONFIG)
+    for sweep in ([], ["-m"]):
+        assert main(["train", "--config-dir", str(tmp_path), *sweep, "algorithm=dpo", "model=m"]) == 2
+        assert "alignlab has a file algorithm/dpo.yaml of its own" in capsys.readouterr().err
