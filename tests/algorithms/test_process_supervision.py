@@ -67,9 +67,10 @@ def test_gradient_of_the_loss() -> None:
 def test_the_algorithm_turns_labels_into_targets() -> None:
     """Labels -1, 0.5 and 1: P(right) is 0, 0.75 and 1."""
     batch = Batch(groups(solution(1.0, 0.5), solution(-1.0)))
-    logits = [[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+    logits = [[0.0, 1.0], [0.0, 2.0], [0.0, 1.0]]
     found, _ = ProcessRewardModel().loss(Outputs(step_TL=torch.tensor(logits)), batch)
-    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2), math.log(1 + math.exp(1))])
+    soft = 0.75 * math.log(1 + math.exp(-2)) + 0.25 * math.log(1 + math.exp(2))
+    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-1)), soft, math.log(1 + math.exp(1))])
 
 
 # What is supervised
