@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "many algorithms under one budget:  alignlab compare experiment=demo",
     "evaluate": "measure a saved model:  alignlab evaluate run=DIR benchmark=exact",
     "sample": "sample responses, score or label them, write a data set:  alignlab sample model=PATH data.path=FILE",
+    "plan": "what a run needs and where it fits, nothing loaded:  alignlab plan model=llama-65b adapter=lora gpu=48",
     "report": "leaderboard and report from runs on disk:  alignlab report DIR",
 }
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _stopped(stop)
     except AlignlabError as error:
         print(f"alignlab: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("alignlab: stopped", file=sys.stderr)
         return 130
@@ -83,10 +84,13 @@ def _train(words: list[str]) -> int:
     config = _config("train", words)
     if config is None:
         return 0
-    from alignlab.training.run import train
+    from alignlab.launch.start import Failed, train
 
-    result = train(config, _out(config))
-    if _is_main():
+    try:
+        result = train(config, _out(config))
+    except Failed as failure:  # has been told
+        return failure.status
+    if result is not None and _is_main():
         tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
         print(f"done: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {config['out']}/model")
     return 0
@@ -128,6 +132,24 @@ def _compare(words: list[str]) -> int:
     return compare(config, _out(config), _own_folder(words)[1])
 
 
+def _plan(words: list[str]) -> int:
+    config = _config("plan", ["format=json" if w == "--json" else w for w in words])
+    if config is None:
+        return 0
+    from alignlab.launch.plan import plan
+
+    found = plan(config, _own_folder(words)[0])
+    if config["format"] == "json":
+        import json
+
+        print(json.dumps(found, indent=2))
+        return 0
+    from alignlab.launch.plan.show import show
+
+    show(found)
+    return 0
+
+
 def _report(words: list[str]) -> int:
     from alignlab.comparison.collect import rebuild
     from alignlab.core.errors import ConfigError
@@ -145,6 +167,7 @@ _RUN: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "sample": _sample,
+    "plan": _plan,
     "report": _report,
 }
 
@@ -207,9 +230,10 @@ def _help(name: str) -> int:
 
     folder = config_folder()
     text = (folder / f"{name}.yaml").read_text()
+    known = text + ((folder / "train.yaml").read_text() if "- train\n" in text else "")
     print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if f"- {group.name}:" in text or f"- override /{group.name}:" in text:
+        if f"- {group.name}:" in known or f"- override /{group.name}:" in known:
             print(f"  {group.name:<12}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
     print(f"\n{folder / f'{name}.yaml'}:\n\n{text}")
     return 0
@@ -234,7 +258,7 @@ def _sweep(name: str, words: list[str]) -> int:
         plain = resolve(config)
         try:
             if name == "train":
-                from alignlab.training.run import train
+                from alignlab.launch.start import train
 
                 train(plain, _out(plain))
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.adapters import adapter_in_use
+from alignlab.models.quantization import precision
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
@@ -70,7 +71,8 @@ class PackedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self.base.dtype)
+        """What it computes in: that of its weights, or of the products with a quantised base."""
+        return precision(self.base)
 
     @property
     def decoder(self) -> Any:
@@ -173,7 +175,8 @@ class PackedModel(nn.Module):
         def build(limit: int | None) -> Tensor:
             allowed = rows.attention(limit)
             if self.config._attn_implementation == "eager":  # adds the mask to the scores
-                return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+                dtype = self.base.dtype
+                return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
             return allowed
 
         if not kinds:
@@ -195,7 +198,7 @@ class PackedModel(nn.Module):
     def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """Log-probs of `target` (T,) from hidden states (T, D), in chunks whose logits are recomputed in the
         backward pass: memory does not grow with T times the vocabulary."""
-        vocabulary = self._vocabulary_head.weight.shape[0]
+        vocabulary = int(self.config.vocab_size)  # not the head's own size: its weight may be elsewhere right now
         size = max(1, CHUNK_ELEMENTS // vocabulary)
         pieces: list[Sequence[Tensor]] = []
         for start in range(0, len(target), size):

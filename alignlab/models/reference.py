@@ -43,6 +43,11 @@ class Reference:
         """Whether it needs no second copy of the base."""
         return self._copy is None
 
+    @property
+    def held_in(self) -> PackedModel:
+        """The model that has its weights: the copy, or the policy with its adapters."""
+        return self._policy if self._copy is None else self._copy
+
     @contextmanager
     def model(self) -> Iterator[PackedModel]:
         """The reference as a model, for as long as the context lasts. Not for training inside it."""

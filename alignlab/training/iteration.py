@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from alignlab.core import Algorithm, AlignlabError, Group, Sampler, Scorer
 from alignlab.models import PackedModel, Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
-from alignlab.training.processes import Processes
+from alignlab.training.engine import Engine
 from alignlab.training.settings import SourceSettings
 from alignlab.training.sources import shares
 
@@ -39,14 +39,16 @@ class Collector:
     """Makes an iteration's groups. Each process samples, scores and reads its share; all get everything."""
 
     algorithm: Algorithm
-    model: PackedModel
-    processes: Processes
+    engine: Engine
     source: SourceSettings
     scorers: Sequence[Scorer]
     reference: Reference | None
     sampler: Callable[[PackedModel], Sampler] | None
     token_budget: int
     temperature: float
+
+    def __post_init__(self) -> None:
+        self.model, self.processes = self.engine.model, self.engine.processes
 
     def collect(self, groups: list[Group], seed: int) -> Collected:
         """From records or prompts to what the loss is computed on, in the order of the records."""
@@ -79,7 +81,8 @@ class Collector:
         """Groups with their samples, after the record's own responses where those are kept; and the tokens drawn."""
         if self.sampler is None:
             raise AlignlabError("source.kind=rollout needs a sampler")
-        with nullcontext(self.model) if self.source.policy == "current" else self._reference().model() as policy:
+        choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
+        with choice as policy, self.engine.whole(policy):
             sampler = self.sampler(policy)
             drawn = sampler.sample(groups, self.source.samples, seed)
         tokens = sampler.generated_tokens  # a search draws more than it returns
@@ -96,10 +99,13 @@ class Collector:
             return
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         if "ref_logp" in needs:
-            with self.processes.accelerator.autocast(), self._reference().model() as reference:  # as the policy is
+            autocast = self.processes.accelerator.autocast()  # as the policy is
+            with self._reference().model() as reference, self.engine.whole(reference), autocast:
                 fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature)
         old = {output: column for output, column in OLD.items() if column in needs}
-        fill_outputs(self.model, mine, old, self.token_budget, self.temperature)
+        if old:
+            with self.engine.whole(self.model):
+                fill_outputs(self.model, mine, old, self.token_budget, self.temperature)
         if self.processes.world == 1:
             return
         found = [[{c: r.columns[c] for c in columns} for r in g.responses] for g in mine]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from alignlab.core import Algorithm, AlignlabError, Group, Interrupted, NonFiniteError, Sampler, Scorer
 from alignlab.models import PackedModel, Reference
 from alignlab.training.checkpoints import Checkpoints
+from alignlab.training.engine import Engine
 from alignlab.training.iteration import Collector
-from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.schedule import learning_rate_factor
 from alignlab.training.settings import SourceSettings, TrainingSettings
 from alignlab.training.signals import StopRequest
 from alignlab.training.sources import Order, iteration_seed
-from alignlab.training.state import State, load_state, register, save_state
+from alignlab.training.state import State, load_state, save_state
 from alignlab.training.step import Pass, run_batch
 from alignlab.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 EMPTY_ITERATIONS = 20
 """Iterations in a row that may leave nothing to train on before the run is stopped."""
@@ -44,9 +45,7 @@ class Trainer:
     """
 
     algorithm: Algorithm
-    model: PackedModel
-    optimizer: torch.optim.Optimizer
-    processes: Processes
+    engine: Engine
     settings: TrainingSettings
     source: SourceSettings
     train: list[Group]
@@ -65,16 +64,11 @@ class Trainer:
         if self.source.kind == "rollout":
             per_iteration = self.source.prompts or self.settings.batch_size
         self.order = Order(len(self.train), per_iteration, self.settings.seed)
-        register(self.processes, self.model)
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        prepare = self.processes.accelerator.prepare
-        self.engine, self.optimizer = prepare(self.model, self.optimizer)
+        self.model, self.processes = self.engine.model, self.engine.processes
         self.state = State()
         self.collector = Collector(
             algorithm=self.algorithm,
-            model=self.model,
-            processes=self.processes,
+            engine=self.engine,
             source=self.source,
             scorers=self.scorers,
             reference=self.reference,
@@ -126,43 +120,47 @@ class Trainer:
         return self.state
 
     def _step(self, groups: Sequence[Group]) -> tuple[Pass, float, float]:
-        factor = learning_rate_factor(self.settings, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        lr = self.engine.scale_lr(learning_rate_factor(self.settings, self.done))
         self.model.train()
-        passed = self._run(groups, train=True)
-        norm = 0.0
-        if passed.units:
-            norm = self._clip()
-            scaled = self.processes.accelerator.scaler is not None  # float16: the scaler skips the step and scales less
-            if not math.isfinite(norm) and not scaled:
-                origins = ", ".join(g.origin for g in groups[:5])
-                raise NonFiniteError(
-                    f"the gradient of step {self.state.step + 1} is not finite; the records of its batch: {origins}"
-                    f"{' …' if len(groups) > 5 else ''}. Lower the learning rate or use a wider precision"
-                )
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.state.trained_tokens += passed.trained_tokens if passed.units else 0
-        return passed, self.optimizer.param_groups[0]["lr"], norm
+        try:
+            passed = self._run(groups, train=True)
+        except NonFiniteError as error:
+            if self.settings.non_finite == "stop":
+                raise
+            self.engine.discard()
+            return self._skip(str(error)), lr, math.inf
+        if not passed.units:
+            self.engine.discard()
+            return passed, lr, 0.0
+        norm = self.engine.step()
+        if not math.isfinite(norm) and self.processes.accelerator.scaler is None:  # float16 scales less from now on
+            origins = ", ".join(g.origin for g in groups[:5])
+            problem = (
+                f"the gradient of step {self.state.step + 1} is not finite; the records of its batch: {origins}"
+                f"{' …' if len(groups) > 5 else ''}. Lower the learning rate or use a wider precision"
+            )
+            if self.settings.non_finite == "stop":
+                raise NonFiniteError(problem)
+            return self._skip(problem), lr, norm
+        self.state.trained_tokens += passed.trained_tokens
+        return passed, lr, norm
+
+    def _skip(self, problem: str) -> Pass:
+        """Leave a step out, loudly: nothing was changed by it."""
+        self.state.skipped += 1
+        if self.processes.is_main:
+            log.warning("step %d left out (training.non_finite=skip): %s", self.state.step + 1, problem)
+        return Pass({}, 0, 0, 0)
 
     def _run(self, groups: Sequence[Group], train: bool) -> Pass:
         return run_batch(
             groups,
             algorithm=self.algorithm,
-            model=self.model,
             engine=self.engine,
-            processes=self.processes,
             token_budget=self.settings.token_budget,
             temperature=self.temperature,
             train=train,
         )
-
-    def _clip(self) -> float:
-        """The gradient's norm before clipping."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        limit = self.settings.max_grad_norm or float("inf")
-        return float(self.processes.accelerator.clip_grad_norm_(parameters, limit))
 
     # ------------------------------------------------------------------ groups
 
@@ -187,7 +185,8 @@ class Trainer:
         """Move the reference to the policy; what it said of records before no longer holds."""
         if self.reference is None:
             raise AlignlabError(f"source.refresh: {type(self.algorithm).__name__} uses no reference policy")
-        self.reference.refresh(self.source.refresh_weight)
+        with self.engine.whole(self.model), self.engine.whole(self.reference.held_in, change=True):
+            self.reference.refresh(self.source.refresh_weight)
         for group in [*self.train, *self.validation]:
             for response in group.responses:
                 response.columns.pop("ref_logp", None)
@@ -264,6 +263,8 @@ class Trainer:
         }
         if not passed.units:
             metrics["skipped"] = 1.0
+        if self.state.skipped:
+            metrics["non_finite_steps"] = float(self.state.skipped)
         if self.state.reward is not None:
             metrics["reward"] = self.state.reward
         self.tracker.log(self.state.step, metrics)
@@ -301,10 +302,10 @@ class Trainer:
 
     def _checkpoint(self, metric: float | None = None) -> None:
         with self.checkpoints.write(self.state.step, metric) as folder:
-            save_state(folder, self.state, self.processes, self.reference)
+            save_state(folder, self.state, self.engine, self.reference)
 
     def _load(self, folder: Path) -> State:
-        state = load_state(folder, self.processes, self.reference)
+        state = load_state(folder, self.engine, self.reference)
         if state.algorithm:
             self.algorithm.state = state.algorithm
         return state

@@ -22,18 +22,21 @@ from alignlab.models import (
     AdapterSettings,
     ModelSettings,
     PackedModel,
+    QuantizationSettings,
     Reference,
     add_value_head,
+    check_adapter,
     load_model,
     save_model,
 )
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.training import provenance
 from alignlab.training.checkpoints import Checkpoints
+from alignlab.training.engine import make_engine
 from alignlab.training.loop import Trainer
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
-from alignlab.training.settings import SourceSettings, TrainingSettings
+from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.tracking import Tracker, TrackerSettings
 
 RESULT = "result.json"
@@ -45,8 +48,8 @@ BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
 SAMPLES_KEPT = 2
 """Groups of each iteration that go to samples.jsonl."""
 
-MAY_CHANGE = ("tracker", "out", "name")
-MAY_CHANGE_TRAINING = ("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume")
+MAY_CHANGE = ("tracker", "out", "name", "distributed")
+MAY_CHANGE_TRAINING = ("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume", "token_budget")
 """What may differ between a run and its continuation."""
 
 
@@ -66,7 +69,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
-    processes = Processes(settings.mixed_precision)
+    processes = Processes(settings.mixed_precision, checked.distributed)
     if processes.is_main:
         _claim(out, config, settings)
     processes.barrier()
@@ -76,6 +79,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         algorithm.model,
         labels=algorithm.labels,
         language_head=algorithm.model == "score" and "logp" in algorithm.reads,
+        quantization=checked.quantization,
         device=processes.device,
         seed=settings.seed,
     )
@@ -107,12 +111,13 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         engine = LocalEngine(policy, rollout, progress=settings.progress != "off")
         return checked.search(engine) if checked.search else engine
 
+    engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
+    if reference is not None and not reference.shares_weights:
+        engine.divide(reference.held_in)
     tracker = Tracker(out, checked.tracker, config, processes.is_main)
     trainer = Trainer(
         algorithm=algorithm,
-        model=model,
-        optimizer=optimizer,
-        processes=processes,
+        engine=engine,
         settings=settings,
         source=source,
         train=groups,
@@ -139,7 +144,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         provenance.write(
             out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed
         )
-        where = f"{processes.world} process(es), {processes.engine}, {processes.device}"
+        where = f"{processes.world} process(es), {engine.name}, {processes.device}"
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
     with tracker, trainer.progress:
         state = trainer.run()
@@ -150,12 +155,16 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         "seconds": round(state.seconds, 3),
         "peak_memory_mb": round(max(processes.gather(peak_memory_mb())), 1),
         "processes": processes.world,
-        "engine": processes.engine,
+        "engine": engine.name,
         "evaluation": trainer.evaluation,
     }
-    if processes.is_main:
-        save_model(model, out / "model", merge=settings.save_model == "merged")
-        write_json(out / RESULT, result)
+    with engine.whole(model):
+        if processes.is_main:
+            texts = [g for g in groups if g.responses][:8]
+            for note in save_model(model, out / "model", merge=settings.save_model == "merged", texts=texts):
+                print(f"note: {note}", file=sys.stderr)
+            write_json(out / RESULT, result)
+        processes.barrier()
     processes.barrier()
     return result
 
@@ -165,10 +174,12 @@ class Checked:
     """The sections of a run's config, each possible in itself and with the others."""
 
     training: TrainingSettings
+    distributed: DistributedSettings
     source: SourceSettings
     rollout: RolloutSettings
     model: ModelSettings
     adapter: AdapterSettings
+    quantization: QuantizationSettings
     data: DataSettings
     tracker: TrackerSettings
     algorithm: Algorithm
@@ -184,10 +195,12 @@ def check(config: dict[str, Any]) -> Checked:
     """
     checked = Checked(
         training=section(TrainingSettings, config["training"], "training"),
+        distributed=section(DistributedSettings, config["distributed"], "distributed"),
         source=section(SourceSettings, config["source"], "source"),
         rollout=section(RolloutSettings, config["rollout"], "rollout"),
         model=section(ModelSettings, config["model"], "model"),
         adapter=section(AdapterSettings, config["adapter"], "adapter"),
+        quantization=section(QuantizationSettings, config["quantization"], "quantization"),
         data=section(DataSettings, config["data"], "data"),
         tracker=section(TrackerSettings, config["tracker"], "tracker"),
         algorithm=build_algorithm(config["algorithm"]),
@@ -195,6 +208,7 @@ def check(config: dict[str, Any]) -> Checked:
         search=build(config.get("search"), "search"),
     )
     _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
+    check_adapter(checked.quantization, checked.adapter)
     _check_limits(checked.training)
     if checked.source.kind == "rollout":
         temperature = checked.rollout.temperature

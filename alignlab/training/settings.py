@@ -1,4 +1,4 @@
-"""The `training` and `source` sections of the config."""
+"""The `training`, `distributed` and `source` sections of the config."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class TrainingSettings(Settings):
     min_lr: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    non_finite: Literal["stop", "skip"] = "stop"
     seed: int = 0
     eval_every: int | None = Field(None, ge=1)
     patience: int | None = Field(None, ge=1)
@@ -44,6 +45,14 @@ class TrainingSettings(Settings):
     def _bare_word(cls, value: object, info: ValidationInfo) -> object:
         """YAML takes a bare `no` or `off` for false."""
         return {"mixed_precision": "no", "progress": "off"}[str(info.field_name)] if value is False else value
+
+
+class DistributedSettings(Settings):
+    """Over how many processes, and what of the model each holds."""
+
+    mode: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "single"
+    processes: int | None = Field(None, ge=1)
+    timeout: float = Field(1800.0, gt=0)
 
 
 class SourceSettings(Settings):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from alignlab.core import AlignlabError, Group, Response
 from alignlab.models import Reference
-from alignlab.training.processes import Processes
+from alignlab.training.engine import Engine, Tensors, shared_sizes
 
 REFERENCE = "reference.pt"
 """The reference's weights, where it has been refreshed."""
+
+SHARDS = "trained-*-of-*.safetensors"
+"""The trained weights with their optimiser state, whole tensors in float32 or what they were trained in, named
+`weight|NAME`, `exp_avg|NAME` and so on; each process writes some of them. The same files whatever the engine, so that a
+run can go on in another mode, or on another number of processes."""
 
 
 @dataclass
@@ -31,6 +41,7 @@ class State:
         seconds: time spent, start-up not counted, over all sittings.
         best: the best value of the watched metric so far.
         bad_evaluations: evaluations since then.
+        skipped: steps left out because a loss or gradient was not finite.
         reward: mean reward of the current iteration's samples.
         report: the algorithm's figures of the current iteration.
         algorithm: what the algorithm wants to keep.
@@ -45,55 +56,113 @@ class State:
     seconds: float = 0.0
     best: float | None = None
     bad_evaluations: int = 0
+    skipped: int = 0
     reward: float | None = None
     report: dict[str, float] = field(default_factory=dict)
     algorithm: dict[str, float] = field(default_factory=dict)
     pending: list[Group] = field(default_factory=list)
 
 
-def save_state(folder: Path, state: State, processes: Processes, reference: Reference | None = None) -> None:
+def save_state(folder: Path, state: State, engine: Engine, reference: Reference | None = None) -> None:
     """Write everything a run needs to go on bit-identically. Called by all processes."""
-    processes.accelerator.save_state(str(folder), safe_serialization=True)
+    import safetensors.torch
+
+    processes = engine.processes
+    trained = engine.trained()
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in trained.values()]
+    owner = shared_sizes(trained, sizes, processes.world)
+    mine: dict[str, Tensor] = {}
+    for name, tensors in engine.tensors():
+        if owner[name] == processes.rank:
+            mine |= {f"{key}|{name}": t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
+    shard = f"trained-{processes.rank + 1:05}-of-{processes.world:05}.safetensors"
+    safetensors.torch.save_file(mine, folder / shard)
+    torch.save(_random_state(), folder / _random_name(processes.rank))
+    with _reference_weights(engine, reference):
+        weights = reference.state() if reference is not None else {}
     if processes.is_main:
-        torch.save(asdict(state), folder / "state.pt")
-        if reference is not None and (weights := reference.state()):
+        scaler = processes.accelerator.scaler
+        torch.save(asdict(state) | {"scaler": scaler.state_dict() if scaler else {}}, folder / "state.pt")
+        if weights:
             torch.save(weights, folder / REFERENCE)
 
 
-def load_state(folder: Path, processes: Processes, reference: Reference | None = None) -> State:
-    """Read it back, into what was given to `register`."""
+def load_state(folder: Path, engine: Engine, reference: Reference | None = None) -> State:
+    """Read it back, into the same engine or another. Called by all processes."""
     try:
-        processes.accelerator.load_state(str(folder))
+        saved = Saved(folder)
+        trained = engine.trained()
+        if set(saved) != set(trained):
+            raise ValueError(f"it holds {len(saved)} trained tensors, the model has {len(trained)}")
+        engine.load(saved)
+        _set_random_state(folder / _random_name(engine.processes.rank))
         raw: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
+        if scaler := raw.pop("scaler"):
+            engine.processes.accelerator.scaler.load_state_dict(scaler)
         if reference is not None and (folder / REFERENCE).exists():
-            reference.load_state(torch.load(folder / REFERENCE, weights_only=True))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            with _reference_weights(engine, reference, change=True):
+                reference.load_state(torch.load(folder / REFERENCE, weights_only=True))
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise AlignlabError(f"{folder}: this checkpoint does not fit the run: {error}") from error
     pending = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in raw.pop("pending")]
     return State(**raw, pending=pending)
 
 
-def register(processes: Processes, model: torch.nn.Module) -> None:
-    """Let Accelerate's checkpoints hold the trained weights only: a frozen base is not saved with every adapter."""
-    from safetensors.torch import load_file, save_file
+class Saved(Mapping[str, Tensors]):
+    """The trained tensors of a checkpoint by the parameter's name, read when they are asked for."""
 
-    def trained() -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, dict[str, Any]] = {}
+        paths = sorted(folder.glob(SHARDS))
+        if not paths:
+            raise FileNotFoundError(f"no {SHARDS} in it")
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                kind, _, name = key.partition("|")
+                self._files.setdefault(name, {})[kind] = file
 
-    def save(models: Sequence[Any], weights: list[Any], folder: str) -> None:
-        if processes.is_main:
-            save_file({n: p.detach().contiguous() for n, p in trained().items()}, Path(folder) / "trained.safetensors")
-        weights.clear()
+    def __getitem__(self, name: str) -> Tensors:
+        return {kind: file.get_tensor(f"{kind}|{name}") for kind, file in self._files[name].items()}
 
-    def load(models: list[Any], folder: str) -> None:
-        found = load_file(Path(folder) / "trained.safetensors")
-        mine = trained()
-        if found.keys() != mine.keys():
-            raise ValueError(f"it holds {len(found)} trained tensors, the model has {len(mine)}")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(found[name])
-        models.clear()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
 
-    processes.accelerator.register_save_state_pre_hook(save)
-    processes.accelerator.register_load_state_pre_hook(load)
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _reference_weights(engine: Engine, reference: Reference | None, change: bool = False) -> Any:
+    """The reference's weights at hand, where they are kept apart at all."""
+    if reference is None or not (reference.refreshed or change):
+        return nullcontext()
+    return engine.whole(reference.held_in, change)
+
+
+def _random_name(rank: int) -> str:
+    return f"random-{rank + 1:05}.pt"
+
+
+def _random_state() -> dict[str, Any]:
+    """Of every generator that training uses, on this process."""
+    name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), place, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(path: Path) -> None:
+    """Where this process had one: on more processes than before, the new ones keep what the seed gave them."""
+    if not path.exists():
+        return
+    found = torch.load(path, weights_only=True)
+    torch.set_rng_state(found["torch"])
+    if found["cuda"] and torch.cuda.is_available() and len(found["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(found["cuda"])
+    name, keys, *rest = found["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = found["python"]
+    random.setstate((version, tuple(numbers), gauss))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignlab.core import Algorithm, Batch, Group, NonFiniteError, Outputs, aggregate
-from alignlab.models import PackedModel
+from alignlab.core.memory import is_memory_error
+from alignlab.training.budget import OutOfMemory, Shortage
+from alignlab.training.engine import Engine
 from alignlab.training.processes import Processes
 from alignlab.training.sources import shares
 
@@ -53,9 +54,7 @@ def run_batch(
     groups: Sequence[Group],
     *,
     algorithm: Algorithm,
-    model: PackedModel,
-    engine: Any,
-    processes: Processes,
+    engine: Engine,
     token_budget: int,
     temperature: float = 1.0,
     train: bool = True,
@@ -66,50 +65,77 @@ def run_batch(
 
     Raises:
         NonFiniteError: where a loss is NaN or infinite, with the origins of the records; on every process alike.
+        OutOfMemory: there is no memory for a micro-batch; on every process alike, unless they communicate in it.
     """
+    model, processes = engine.model, engine.processes
     mine = [groups[i] for i in shares(groups, processes.world)[processes.rank]]
     plan = [[mine[i] for i in batch] for batch in model.micro_batches(mine, token_budget)]
     batches = [Batch(chosen, processes.device) for chosen in plan]
     everyone = processes.gather((sum(b.count(algorithm.unit) for b in batches), len(batches)))
-    units, rounds = sum(u for u, _ in everyone), max(r for _, r in everyone)
-    means, tokens, bad = Means(), 0, []
-    if units == 0:
-        rounds = 0
-    for i in range(rounds):
+    units, rounds = sum(u for u, _ in everyone), len(batches)
+    if engine.together:
+        rounds = max(r for _, r in everyone)
+    means, tokens, bad, short = Means(), 0, [], None
+    for i in range(rounds if units else 0):
         # A process that has run out still takes part in what the engines do in common, with a loss of weight zero.
         spare = i >= len(batches)
         batch = Batch([min(groups, key=lambda g: g.packed_length)], processes.device) if spare else batches[i]
-        rows = model.lay_out(batch.groups)
-        last = i == rounds - 1
-        hold = nullcontext() if last or not train else processes.accelerator.no_sync(engine)
-        with hold, torch.set_grad_enabled(train):
-            outputs = Outputs(**engine(rows, algorithm.reads, temperature))
-            loss, measured = algorithm.loss(outputs, batch)
-            if train:
-                value = aggregate(loss, units, processes.world)
-                if not value.requires_grad:  # every item was dropped by the loss
-                    value = value + 0.0 * sum(v.sum() for v in outputs.values.values())
-                processes.accelerator.backward(value * 0.0 if spare else value)
+        share = 0.0 if spare else 1.0 / units
+        try:
+            with engine.hold(last=i == rounds - 1) if train else nullcontext(), torch.set_grad_enabled(train):
+                outputs, loss, measured = _micro_batch(batch, algorithm, engine, temperature, share, train)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            short = Shortage.of(batch, processes.rank, error)
+        if short is not None:
+            break
         if spare:
             continue
-        tokens += rows.tokens
+        tokens += outputs.tokens
         means.add("loss", loss)
         for name, values in measured.items():
             means.add(name, values)
         if not bool(torch.isfinite(loss.detach()).all()):
             bad.extend(_culprits(outputs, loss, batch, algorithm))
+    if short is not None and engine.together:  # the others wait in the middle of a pass
+        raise OutOfMemory([short])
     means.add("response_length", torch.cat([b.length_N for b in batches]) if batches else torch.zeros(0))
-    bad = [b for some in processes.gather(bad) for b in some]
+    went = processes.gather((bad, short))
+    if shortages := [s for _, s in went if s is not None]:
+        raise OutOfMemory(shortages)
+    bad = [b for some, _ in went for b in some]
     if bad:
         raise NonFiniteError(
             f"the loss is not finite for {len(bad)} record(s): {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}. "
             "Look at them, lower the learning rate, or use a wider precision"
         )
+    if train and units:
+        engine.exchange()
     totals = processes.gather((tokens, sum(b.T for b in batches)))
     metrics = means.means(processes)
     metrics |= algorithm.derive(metrics) if metrics else {}
     shown = {name: value for name, value in metrics.items() if not name.startswith("_")}
     return Pass(shown, sum(t for t, _ in totals), sum(t for _, t in totals), units)
+
+
+def _micro_batch(
+    batch: Batch, algorithm: Algorithm, engine: Engine, temperature: float, share: float, train: bool
+) -> tuple[Outputs, Tensor, dict[str, Tensor]]:
+    """Forward, and backward where training; what the model said, the loss of each unit, what was measured.
+
+    Args:
+        share: of a unit's loss in that of the global batch; 0 for a batch that is only there for company.
+    """
+    rows = engine.model.lay_out(batch.groups)
+    outputs = Outputs(**engine(rows, algorithm.reads, temperature))
+    loss, measured = algorithm.loss(outputs, batch)
+    if train:
+        value = aggregate(loss, units, processes.world)
+        if not value.requires_grad:  # every item was dropped by the loss
+            value = value + 0.0 * sum(v.sum() for v in outputs.values.values())
+        engine.backward(value * 0.0 if spare else value)
+    return outputs, loss, measured
 
 
 def _culprits(outputs: Outputs, loss: Tensor, batch: Batch, algorithm: Algorithm) -> list[str]:

@@ -63,9 +63,9 @@ def count_of_a(prompt: str, response: str, extra: dict[str, Any]) -> float:
     return response.split().count("a") + 0.01 * len(response)
 
 
-def prepare(folder: Path, records: int = 12) -> None:
-    """A tiny Llama in `folder/base` and records of every format beside it."""
-    tiny.save(folder / "base", std=0.15)
+def prepare(folder: Path, records: int = 12, **sizes: Any) -> None:
+    """A tiny Llama in `folder/base`, of other `sizes` if given, and records of every format beside it."""
+    tiny.save(folder / "base", std=0.15, **sizes)
     rng = random.Random(5)
 
     def words(low: int, high: int) -> str:
@@ -128,7 +128,7 @@ def scored_samples(folder: Path) -> Path:
 
 
 def command(folder: Path, algorithm: str, out: str, *more: str, processes: int = 1) -> list[str]:
-    """The same run as a command line."""
+    """The same run as a command line; under torchrun where there are several processes."""
     start = [sys.executable, "-m", "alignlab"]
     if processes > 1:
         port = 20000 + os.getpid() % 20000
@@ -136,6 +136,8 @@ def command(folder: Path, algorithm: str, out: str, *more: str, processes: int =
             *(sys.executable, "-m", "torch.distributed.run"),
             *(f"--nproc-per-node={processes}", f"--master-port={port}", "-m", "alignlab"),
         ]
+        if not any(w.startswith("distributed=") for w in more):
+            more = (*more, "distributed=ddp")
     return [*start, "train", *words_for(folder, algorithm, out, *more)]
 
 

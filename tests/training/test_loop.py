@@ -62,7 +62,7 @@ def test_two_processes_equal_one(folder: Path, algorithm: str, straight: dict) -
     done = runs.spawn(runs.command(folder, algorithm, f"{algorithm}-two", processes=2))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((folder / f"{algorithm}-two/result.json").read_text())
-    assert (result["processes"], result["engine"]) == (2, "MULTI_CPU")
+    assert (result["processes"], result["engine"]) == (2, "DistributedDataParallel")
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-two")) < ROUNDING
     mine, theirs = (runs.metrics(folder, f"{algorithm}-{o}") for o in ("straight", "two"))
     for a, b in zip(mine, theirs, strict=True):

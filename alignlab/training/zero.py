@@ -1,0 +1,166 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): optimiser state, gradients and weights in shares."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.core import ConfigError
+from alignlab.training.engine import Engine, Tensors
+
+ELEMENTWISE = ("AdamW", "Adam", "SGD")
+"""Optimisers that treat every number alike: ZeRO gives them flat pieces of the weights."""
+
+
+class ZeroEngine(Engine):
+    """ZeRO in float32 throughout (`training.mixed_precision` is autocast, as in every mode), driven directly: Accelerate
+    takes the optimiser's step inside the backward pass, before anybody has seen whether the loss is finite."""
+
+    together = True
+    stage: ClassVar[int] = 1
+    offload: ClassVar[bool] = False
+
+    @staticmethod
+    def of(mode: str) -> type[ZeroEngine]:
+        stage, divided, offload = int(mode[4]), mode.startswith("zero3"), mode.endswith("offload")
+        return type("ZeroEngine", (ZeroEngine,), {"stage": stage, "divided": divided, "offload": offload})
+
+    def _wrap(self) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if type(self.optimizer).__name__ not in ELEMENTWISE:
+            raise ConfigError(
+                f"optimizer: {type(self.optimizer).__name__} does not work on the flat pieces of weights that "
+                "distributed=zero* gives it: use optimizer=adamw or sgd, or distributed=fsdp or ddp"
+            )
+        if self.processes.accelerator.scaler is not None:
+            raise ConfigError("training.mixed_precision=fp16: not with distributed=zero*: use bf16")
+        self.module, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.model, optimizer=self.optimizer, config=self._config(), dist_init_required=False
+        )
+
+    def _config(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.offload:
+            zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # only for its own reports
+            "gradient_accumulation_steps": 1,  # losses are scaled by us, boundaries set by us
+            "gradient_clipping": self.max_grad_norm or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # ours, so that offloading changes no result
+            "steps_per_print": 1 << 60,
+        }
+
+    @property
+    def name(self) -> str:
+        stage = self.module.zero_optimization_stage()
+        offload = " with offload" if self.module.zero_cpu_offload() else ""
+        return f"DeepSpeed ZeRO-{stage}{offload}"
+
+    # ------------------------------------------------------------------ a step
+
+    def hold(self, last: bool) -> AbstractContextManager[Any]:
+        self.module.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+        with self.processes.accelerator.autocast():
+            return dict(self.module(*arguments))
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss)
+
+    def step(self) -> float:
+        self.module.step()
+        norm = float(self.module.get_global_grad_norm() or 0.0)
+        return math.inf if self.optimizer.overflow else norm
+
+    def discard(self) -> None:
+        """What DeepSpeed itself does with a gradient that overflowed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for held in ("averaged_gradients", "all_grad_tensors"):
+            for key in getattr(self.optimizer, held, {}):
+                getattr(self.optimizer, held)[key] = None
+
+    # ------------------------------------------------------------------ weights
+
+    def divide(self, model: nn.Module) -> None:
+        if self.stage == 3:
+            import deepspeed
+
+            deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
+
+    @contextmanager
+    def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        # Weights gathered by us stay until we let go of them; a forward pass inside finds them there and asks nobody.
+        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0 if change else None)
+        with gathered, self._without_hooks() if model is self.model else nullcontext():
+            yield
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Sub-modules that neither fetch nor release weights: processes may call them unequally often."""
+        offload = self.optimizer.parameter_offload
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+    def _flat(self) -> list[Any]:
+        """The flat float32 weights that the optimiser works on, this process's share."""
+        if self.stage == 3:
+            return [p for p in self.optimizer.fp32_partitioned_groups_flat if p is not None]
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def tensors(self) -> Iterator[tuple[str, Tensors]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        states = self.optimizer.optimizer.state
+        first: dict[str, Any] = next((states[p] for p in self._flat() if states.get(p)), {})
+        keys = [k for k, v in first.items() if torch.is_tensor(v) and v.dim()]
+        numbers = {k: torch.as_tensor(v) for k, v in first.items() if k not in keys and v is not None}
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self.model.named_parameters()}
+        for name, parameter in self.trained().items():
+            found = {"weight": safe_get_full_fp32_param(parameter).reshape(shapes[name])}
+            for key in keys:
+                found[key] = safe_get_full_optimizer_state(parameter, key).reshape(shapes[name])
+            yield name, found | {k: v.clone() for k, v in numbers.items()}
+
+    def load(self, found: Mapping[str, Tensors]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        state = next(iter(found.values()))
+        keys = [k for k, v in state.items() if k != "weight" and v.dim()]
+        numbers = {k: v for k, v in state.items() if k != "weight" and k not in keys}
+        for flat in self._flat():
+            if keys or numbers:
+                self.optimizer.optimizer.state[flat] = {
+                    **{k: v.clone() for k, v in numbers.items()},
+                    **{k: torch.zeros_like(flat) for k in keys},
+                }
+        if self.stage < 3 and keys:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        with torch.no_grad(), self.whole(self.model, change=True):
+            for name, parameter in self.trained().items():
+                parameter.data.copy_(found[name]["weight"])
+        for name, parameter in self.trained().items():
+            safe_set_full_fp32_param(parameter, found[name]["weight"].to(self.processes.device).float())
+            for key in keys:
+                safe_set_full_optimizer_state(parameter, found[name][key].to(self.processes.device), key)
