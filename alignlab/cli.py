@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a saved model:  alignlab evaluate run=DIR benchmark=exact",
     "sample": "sample responses, score or label them, write a data set:  alignlab sample model=PATH data.path=FILE",
     "plan": "what a run needs and where it fits, nothing loaded:  alignlab plan model=llama-65b adapter=lora gpu=48",
+    "export": "a model that any tool loads, adapters merged:  alignlab export run=DIR out=DIR",
     "report": "leaderboard and report from runs on disk:  alignlab report DIR",
 }
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, and
     128 + n when stopped by signal n with a checkpoint saved."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it, and a variable too
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(HELP.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())), end="")
@@ -150,6 +152,18 @@ def _plan(words: list[str]) -> int:
     return 0
 
 
+def _export(words: list[str]) -> int:
+    config = _config("export", words)
+    if config is None:
+        return 0
+    from alignlab.config import section
+    from alignlab.training.export import ExportSettings, export
+
+    for line in export(section(ExportSettings, config, "")):
+        print(line)
+    return 0
+
+
 def _report(words: list[str]) -> int:
     from alignlab.comparison.collect import rebuild
     from alignlab.core.errors import ConfigError
@@ -168,6 +182,7 @@ _RUN: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "sample": _sample,
     "plan": _plan,
+    "export": _export,
     "report": _report,
 }
 

@@ -123,9 +123,9 @@ def test_mistaken_commands(mistake: Mistake, words: list[str], message: str) -> 
         ("algorithm=dpo +algorithm.betta=1", "algorithm.betta: unknown key; did you mean 'beta'?"),
         ("algorithm=dpoo", "algorithm=dpoo: there is no such option; did you mean 'dpo'?"),
         ("training=quick", "training=quick: there is no such option; known here: default"),
-        ("optimizer=null", "optimizer=null: is a choice between adafactor, adamw, sgd"),
+        ("optimizer=null", "optimizer=null: is a choice between adafactor, adamw, adamw_8bit, paged"),
         ("algoritm=dpo", "algoritm: unknown key; did you mean 'algorithm'?"),
-        ("wombat=1", "wombat: unknown key; known here: adapter, algorithm, data, model, name, optimizer, out, "),
+        ("wombat=1", "wombat: unknown key; known here: adapter, algorithm, data, distributed, model, name, "),
         (
             "data=nowhere.jsonl",
             "data=nowhere.jsonl: there is no such file and no such option; known here: base, chat, ",

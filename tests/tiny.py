@@ -31,6 +31,9 @@ _SIZES: dict[str, Any] = {
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
+QUANTIZABLE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+"""Sizes for 4 bits: bitsandbytes gets rows wrong on CPUs that are no multiple of its blocks of 64."""
+
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _GROUPED),
     "qwen2": ("Qwen2", _GROUPED),

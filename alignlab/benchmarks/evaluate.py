@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from alignlab.config import build, section
 from alignlab.core import ConfigError, require
 from alignlab.core.files import write_json
 from alignlab.core.settings import Settings
-from alignlab.models import ModelSettings, PackedModel, load_model
+from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.scoring import RewardModelScorer
 
@@ -66,14 +67,20 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     benchmark = build_benchmark(config["benchmark"])
     rollout = section(RolloutSettings, config["rollout"], "rollout")
     check_best_of("best_of", wanted.best_of, benchmark, wanted.reward_model, rollout.temperature)
+    quantization = section(QuantizationSettings, config["quantization"], "quantization")
 
     def open_model(where: str, key: str) -> PackedModel:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            return load_model(settings, trainable=False, device=device)
+            # What judges fluency is no part of what is measured: it stays as it is.
+            held = QuantizationSettings() if key == "base" else quantization
+            model = load_model(settings, trainable=False, quantization=held, device=device)
         except ConfigError as error:
             raise ConfigError(str(error).replace("model.path", key, 1)) from error
+        for note in model.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return model
 
     base = wanted.base
     subject = Subject(

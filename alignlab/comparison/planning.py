@@ -20,7 +20,7 @@ from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 from alignlab.training.run import check
 
-SHARED = ("model", "adapter", "rollout", "tracker")
+SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
 STAGES = ("data", "sft", "pairs", "reward_model", "runs")
@@ -161,6 +161,7 @@ class _Plan:
         labels |= {"temperature": pairs.temperature, "certain": pairs.certain, "seed": pairs.seed}
         folder = self.out / "pairs"
         composed |= {
+            "quantization": self.config["quantization"],
             "rollout": self.config["rollout"],
             "scoring": labels,
             "samples": pairs.samples,
@@ -176,7 +177,7 @@ class _Plan:
         judge = self.places.get("reward_model")
         used += [self.places["sft"], *([judge] if judge else [])]
         return {
-            **{key: self.config[key] for key in ("benchmark", "model", "rollout")},
+            **{key: self.config[key] for key in ("benchmark", "model", "quantization", "rollout")},
             "run": str(folder),
             "out": str(folder),
             "reference": self.places["sft"].text,

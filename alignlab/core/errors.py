@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class AlignlabError(Exception):
-    """Something the user can put right. The message says what was wrong, where, and what to do."""
+    """Something the user can put right. The message says what was wrong, where, and what to do.
+
+    Attributes:
+        status: what a command ends with.
+    """
+
+    status = 2
 
 
 class ConfigError(AlignlabError):
@@ -20,6 +26,18 @@ class DataError(AlignlabError):
 
 class NonFiniteError(AlignlabError):
     """A loss or a gradient became NaN or infinite. The message names the records."""
+
+
+class PeerLost(AlignlabError):
+    """Another process of the run has stopped, or does not answer: this one is not to blame."""
+
+    status = 69  # EX_UNAVAILABLE of sysexits.h
+
+
+class StartAgain(AlignlabError):
+    """The run cannot go on in these processes; the same command started again can."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class Interrupted(AlignlabError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,22 +17,27 @@ from typing import IO, Any
 
 import yaml
 
-from alignlab.core import AlignlabError, ConfigError
+from alignlab.core import AlignlabError, ConfigError, PeerLost, StartAgain
 from alignlab.core.files import write_text
+from alignlab.core.memory import ADVICE, is_memory_error, said
 from alignlab.training.processes import launched
 from alignlab.training.settings import DistributedSettings
+from alignlab.training.watchdog import LOGS, STACKS, place
 
-LOGS = "logs"
-"""In the run's folder: what the processes other than the first one said, `rank-N.log`."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to stop, with a checkpoint."""
 
 POLL = 0.1
 """Seconds between looks at the processes."""
 
+ERROR = re.compile(r"alignlab: |[\w.]*(Error|Exception)\b|terminate called|what\(\):")
+"""How a line begins that says what is wrong: one of ours, a traceback's last, or what C++ says."""
+
 PATIENCE = 5.0
 """Seconds that the others have to end by themselves once one of a run's processes has failed."""
 
-ECHO = "another process of this run has stopped"
-"""How a process says that it is not the one to blame."""
+PATIENCE_STOPPING = 60.0
+"""The same, where it ended because it was asked to."""
 
 
 @dataclass
@@ -48,13 +55,17 @@ class Member:
 
     @property
     def last_words(self) -> str:
-        """The last error it reported, or its last line."""
+        """The last error that it reported."""
         if self.log is None:
             return ""
         text = self.log.read_bytes()[self.begun :].decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith("alignlab:")), lines[-1] if lines else "")
-        return said.removeprefix("alignlab: ")
+        lines = [line.strip().removeprefix(f"[rank{self.rank}]: ") for line in text.splitlines()]
+        return next((line.removeprefix("alignlab: ") for line in reversed(lines) if ERROR.match(line)), "")
+
+    def stopped(self, forwarded: Sequence[int]) -> bool:
+        """Whether it was asked to end: with a checkpoint, or by a signal of ours before it could write one."""
+        asked = (128 + number for number in HANDLED)
+        return self.process.returncode in {*asked, *(-number for number in forwarded)}
 
     @property
     def ending(self) -> str:
@@ -77,7 +88,12 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
     if distributed.mode == "single" or launched() is not None:
         from alignlab.training.run import train as run
 
-        return run(config, out)
+        try:
+            return run(config, out)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            raise AlignlabError(f"out of memory ({said(error)}): {ADVICE}") from error
     status = start(config, out, _count(distributed))
     if status:
         raise Failed(status)
@@ -106,37 +122,116 @@ def _count(distributed: DistributedSettings) -> int:
 def start(config: dict[str, Any], out: Path, count: int) -> int:
     """Run `count` processes of one training run to their end; the exit status, 0 if all did well.
 
-    The first one has the terminal. When one fails the others end within seconds, and the one to blame is named.
+    The first one has the terminal. When one fails the others end within seconds, and the one to blame is named. Where
+    one asks for it (no memory, and a smaller token budget to go on with), all are started again.
     """
-    logs = out / LOGS
+    team = Team(out, count)
+    former = {number: signal.signal(number, team.forward) for number in HANDLED}
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-        write_text(logs / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
-    port = _free_port()
-    members = [_start(rank, count, port, logs) for rank in range(count)]
-    forwarded: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in forwarded:
-            number = signal.SIGKILL  # a second Ctrl-C
-        forwarded.append(number)
-        for member in members:
-            if member.process.poll() is None:
-                member.process.send_signal(number)
-
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    former = {number: signal.signal(number, forward) for number in handled}
-    try:
-        return _watch(members, forwarded, out)
+        status = team.run(config)
+        while status == StartAgain.status and not team.forwarded:
+            print("alignlab: all processes are started again, with the smaller budget", file=sys.stderr)
+            status = team.run(config | {"training": {**config["training"], "resume": "auto"}})
+        return status
     finally:
-        for member in members:
-            if member.process.poll() is None:
-                member.process.kill()
-                member.process.wait()
+        team.kill()
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+class Team:
+    """The processes of a run.
+
+    Attributes:
+        forwarded: the signals that we were sent and passed on, in order.
+    """
+
+    def __init__(self, out: Path, count: int) -> None:
+        self.out, self.count = out, count
+        self.members: list[Member] = []
+        self.forwarded: list[int] = []
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on to all."""
+        if number == signal.SIGINT and number in self.forwarded:
+            number = signal.SIGKILL  # a second Ctrl-C
+        self.forwarded.append(number)
+        for member in self.running():
+            member.process.send_signal(number)
+
+    def running(self) -> list[Member]:
+        return [m for m in self.members if m.process.poll() is None]
+
+    def kill(self) -> list[Member]:
+        """End those that still run; who they were."""
+        left = self.running()
+        for member in left:
+            member.process.kill()
+        for member in left:
+            member.process.wait()
+        return left
+
+    def run(self, config: dict[str, Any]) -> int:
+        """Start all, wait for all; where one fails, see the others off and say which it was."""
+        logs = self.out / LOGS
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            for stack in logs.glob(STACKS.format("*")):
+                stack.unlink()
+            write_text(logs / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise AlignlabError(f"out={self.out}: cannot be written: {error.strerror}") from error
+        port = _free_port()
+        self.members = [_start(rank, self.count, port, logs) for rank in range(self.count)]
+        failed: list[Member] = []
+        deadline = float("inf")
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(POLL)
+            failed += [m for m in self.members if m not in failed and m.process.poll()]
+            if failed and deadline == float("inf"):
+                asked = all(m.stopped(self.forwarded) for m in failed)
+                deadline = time.monotonic() + (PATIENCE_STOPPING if asked else PATIENCE)
+        killed = self.kill()
+        failed += [m for m in self.members if m not in failed and m not in killed and m.process.returncode]
+        return self._explain(failed, killed) if failed else 0
+
+    def _explain(self, failed: list[Member], killed: list[Member]) -> int:
+        """Say what happened, unless it has been said; the exit status.
+
+        Args:
+            failed: in the order in which they ended.
+            killed: had to be ended by us.
+        """
+        if all(m.stopped(self.forwarded) for m in failed):
+            status = failed[0].process.returncode
+            return 128 + self.forwarded[0] if self.forwarded else status
+        if any(m.process.returncode == StartAgain.status for m in failed):
+            return StartAgain.status
+        own = [m for m in failed if m.process.returncode != PeerLost.status]
+        logs = self.out / LOGS
+        if not own and killed:
+            blamed, where = killed[0], place(logs / STACKS.format(killed[0].rank))
+            fault = f"did not answer{f'; it was in {where}' if where else ''}"
+        else:
+            # The abort of a process may be what a library does when another one is gone.
+            blamed = min(own or failed, key=lambda m: m.process.returncode == -signal.SIGABRT)
+            if blamed.rank == 0 and blamed.process.returncode > 0:  # has told the terminal itself
+                return blamed.process.returncode
+            fault = f"{blamed.ending}{f': {blamed.last_words}' if blamed.last_words else ''}"
+        files = [blamed.log] if blamed.log is not None else []
+        if any(stack.stat().st_size for stack in logs.glob(STACKS.format("*"))):
+            files.append(logs / STACKS.format("*"))
+        see = f"; see {' and '.join(map(str, files))}" if files else ""
+        print(
+            f"alignlab: process {blamed.rank} of {self.count} {fault}; the others were stopped{see}{self.from_where}",
+            file=sys.stderr,
+        )
+        return blamed.process.returncode if blamed.process.returncode > 0 else 1
+
+    @property
+    def from_where(self) -> str:
+        there = sorted((self.out / "checkpoints").glob("step-*"))
+        return f"; the same command goes on from {there[-1].name}" if there else "; no checkpoint had been written"
 
 
 def _start(rank: int, count: int, port: int, logs: Path) -> Member:
@@ -163,48 +258,6 @@ def _start(rank: int, count: int, port: int, logs: Path) -> Member:
     if file is not None:
         file.close()
     return Member(rank, process, log, begun)
-
-
-def _watch(members: list[Member], forwarded: list[int], out: Path) -> int:
-    """Wait for all; where one fails, see the others off and say which it was."""
-    failed: list[Member] = []
-    deadline = float("inf")
-    while any(m.process.poll() is None for m in members):
-        failed += [m for m in members if m not in failed and m.process.returncode]
-        if failed and deadline == float("inf"):
-            deadline = time.monotonic() + PATIENCE
-        if time.monotonic() > deadline and not forwarded:
-            for member in members:
-                if member.process.poll() is None:
-                    member.process.kill()
-                    member.process.wait()
-            break
-        time.sleep(POLL)
-    failed += [m for m in members if m not in failed and m.process.returncode and time.monotonic() < deadline]
-    if not failed:
-        return 0
-    stopped = {128 + number for number in forwarded}
-    if stopped and all(m.process.returncode in stopped for m in failed):
-        return failed[0].process.returncode
-    blamed = _to_blame(failed)
-    if blamed.rank == 0 and blamed.process.returncode > 0:  # has told the terminal itself
-        return blamed.process.returncode
-    said = f": {blamed.last_words}" if blamed.last_words else ""
-    there = sorted((out / "checkpoints").glob("step-*"))
-    last = f"; the same command goes on from {there[-1].name}" if there else "; no checkpoint had been written"
-    print(
-        f"alignlab: process {blamed.rank} of {len(members)} {blamed.ending}{said}; the others were stopped{last}"
-        f" (log: {blamed.log or 'above'})",
-        file=sys.stderr,
-    )
-    return blamed.process.returncode if blamed.process.returncode > 0 else 1
-
-
-def _to_blame(failed: list[Member]) -> Member:
-    """Whose failure came first: not of those who only noticed that another was gone."""
-    killed = [m for m in failed if m.process.returncode < 0]
-    own = [m for m in failed if m.last_words and ECHO not in m.last_words]
-    return (killed or own or failed)[0]
 
 
 def _free_port() -> int:

@@ -1,18 +1,20 @@
 """Models: base, adapters, heads, and the one forward pass."""
 
 from alignlab.models.heads import add_value_head
-from alignlab.models.load import load_model, load_tokenizer
+from alignlab.models.load import check_adapter, load_model, load_tokenizer
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
-from alignlab.models.settings import AdapterSettings, ModelSettings
+from alignlab.models.settings import AdapterSettings, ModelSettings, QuantizationSettings
 
 __all__ = [
     "AdapterSettings",
     "ModelSettings",
     "PackedModel",
+    "QuantizationSettings",
     "Reference",
     "add_value_head",
+    "check_adapter",
     "evaluating",
     "load_model",
     "load_tokenizer",

@@ -13,6 +13,7 @@ from torch import nn
 from alignlab.core import ConfigError
 from alignlab.models.adapters import copy_adapter
 from alignlab.models.packed_model import CRITIC, PackedModel
+from alignlab.models.quantization import plain_copy
 
 VALUE_HEAD = "value_head.safetensors"
 """In a model's folder: `weight` (1, D) and `bias` (1,) of the value head. A critic of its own is beside it, in
@@ -33,7 +34,7 @@ def add_value_head(model: PackedModel, critic: Literal["shared", "own"] = "share
     if model.kind != "policy":
         raise ConfigError(f"a value head stands on a language model, this is a {model.kind} model")
     if critic == "own" and hasattr(model.network, "peft_config"):
-        if model.base.is_gradient_checkpointing:
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.base.modules()):
             raise ConfigError(
                 "model.gradient_checkpointing: recomputing would use the policy's adapter for the critic: "
                 "use algorithm.critic=shared with it"
@@ -61,7 +62,7 @@ def save_value_head(model: PackedModel, folder: Path, merge: bool = False) -> No
     if model.critic_decoder is not None:
         model.critic_decoder.save_pretrained(folder / CRITIC)
     elif model.critic == "own" and merge:
-        network = copy.deepcopy(model.network)
+        network = plain_copy(model.network)
         network.set_adapter(CRITIC)
         network.merge_and_unload(adapter_names=[CRITIC]).get_decoder().save_pretrained(folder / CRITIC)
     elif model.critic == "own":

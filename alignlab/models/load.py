@@ -15,7 +15,15 @@ from alignlab.core import ConfigError, ModelKind
 from alignlab.models.heads import add_language_head
 from alignlab.models.packed_model import PackedModel
 from alignlab.models.probe import probe
-from alignlab.models.settings import AdapterSettings, ModelSettings
+from alignlab.models.quantization import (
+    check_head,
+    check_rows,
+    difference_note,
+    loading_options,
+    quantization_of,
+    same_in_training_and_evaluation,
+)
+from alignlab.models.settings import AdapterSettings, ModelSettings, QuantizationSettings
 
 TASK = {"policy": "CAUSAL_LM", "score": "SEQ_CLS", "step": "TOKEN_CLS"}
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -30,6 +38,7 @@ def load_model(
     trainable: bool = True,
     labels: int = 1,
     language_head: bool = False,
+    quantization: QuantizationSettings | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> PackedModel:
@@ -44,17 +53,25 @@ def load_model(
         trainable: whether weights get gradients.
         labels: outputs of a step head.
         language_head: keep the language head of the model beside a new score head, held fixed.
+        quantization: how the base is held; it is trained through an adapter only.
         device: where to put it.
         seed: of new heads and adapters.
 
     Raises:
-        ConfigError: where nothing can be loaded from `path`, with what was tried.
+        ConfigError: where nothing can be loaded from `path`, with what was tried; or a quantised base would have to
+            be trained itself.
     """
     torch.manual_seed(seed)
-    adapter = adapter or AdapterSettings()
+    adapter, quantization = adapter or AdapterSettings(), quantization or QuantizationSettings()
+    if trainable:
+        check_adapter(quantization, adapter)
     tokenizer = load_tokenizer(settings)
     saved_adapter = _adapter_config(settings.path)
-    network = _load_network(settings, saved_adapter, kind, labels, trainable)
+    network = _load_network(settings, quantization, saved_adapter, kind, labels, trainable, device)
+    if trainable and adapter.kind == "none" and quantization_of(network) is not None:
+        raise ConfigError(
+            f"adapter=none: model.path={settings.path!r} is quantised and stays as it is: give adapter=lora"
+        )
     _set_pad(network, tokenizer, kind)
     if not settings.dropout:
         _remove_dropout(network)
@@ -64,6 +81,8 @@ def load_model(
         network = _new_adapter(network, adapter, kind)
     model = PackedModel(network, tokenizer, kind).to(device)
     model.source = settings.path
+    if saved_adapter is not None:
+        model.notes += _notes_on_saved_adapter(network, settings, adapter, trainable)
     if model.max_length:  # many tokenizers name no limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_length)
     if not trainable:
@@ -83,8 +102,18 @@ def load_model(
     else:
         model.layout = settings.layout
     if language_head:
-        add_language_head(model, _load_network(settings, saved_adapter, "policy", 1, False))
+        causal = _load_network(settings, quantization, saved_adapter, "policy", 1, False, device)
+        add_language_head(model, causal)
     return model
+
+
+def check_adapter(quantization: QuantizationSettings, adapter: AdapterSettings) -> None:
+    """Raise ConfigError where a quantised base would have to be trained itself."""
+    if quantization.kind != "none" and adapter.kind == "none":
+        raise ConfigError(
+            f"quantization={quantization.kind}: weights in so few bits cannot be trained: give adapter=lora, which "
+            "trains an adapter on them, or quantization=none"
+        )
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -107,7 +136,13 @@ def resolve_dtype(name: str) -> Any:
 
 
 def _load_network(
-    settings: ModelSettings, saved_adapter: dict[str, Any] | None, kind: ModelKind, labels: int, trainable: bool
+    settings: ModelSettings,
+    quantization: QuantizationSettings,
+    saved_adapter: dict[str, Any] | None,
+    kind: ModelKind,
+    labels: int,
+    trainable: bool,
+    device: torch.device | str,
 ) -> Any:
     import transformers
 
@@ -119,6 +154,7 @@ def _load_network(
         "dtype": resolve_dtype(settings.dtype),
         "attn_implementation": settings.attention,
         "trust_remote_code": settings.trust_remote_code,
+        **loading_options(settings, quantization, path, kind, device),
     }
     if kind == "policy":
         auto = transformers.AutoModelForCausalLM
@@ -126,6 +162,8 @@ def _load_network(
         auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, 1
     else:
         auto, options["num_labels"] = transformers.AutoModelForTokenClassification, labels
+    if "config" in options and "num_labels" in options:  # transformers reads it into configs that it makes itself
+        options["config"].num_labels = options.pop("num_labels")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a new head is expected, not news
     transformers.logging.disable_progress_bar()
@@ -148,7 +186,10 @@ def _load_network(
         network = network.float()  # CPUs train half precision slowly and badly
     if kind != "policy":
         head = network.score if hasattr(network, "score") else network.classifier
+        check_head(head, settings.path)
         head.to(torch.promote_types(network.dtype, torch.float32))
+    check_rows(network, settings.path)
+    same_in_training_and_evaluation(network)
     return network
 
 
@@ -197,7 +238,36 @@ def _apply_saved_adapter(
         raise _cannot_load("model.path", settings.path, "the adapter cannot be loaded", error) from error
     if trainable and adapter.kind == "none":
         return network.merge_and_unload().requires_grad_(True)
+    if trainable:
+        _set_dropout(network, adapter.dropout)
     return network
+
+
+def _set_dropout(network: Any, p: float) -> None:
+    """Dropout on the inputs of a saved adapter: a matter of this run, not of the adapter."""
+    network.peft_config["default"].lora_dropout = p
+    for module in network.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(p) if p else nn.Identity()
+
+
+def _notes_on_saved_adapter(
+    network: Any, settings: ModelSettings, adapter: AdapterSettings, trainable: bool
+) -> list[str]:
+    """Where an adapter that goes on is not what the settings say."""
+    found = [difference_note(settings.path, network)]
+    if trainable and adapter.kind == "lora":
+        saved = network.peft_config["default"]
+        given: dict[str, tuple[Any, Any]] = {
+            "r": (adapter.r, saved.r),
+            "alpha": (adapter.alpha, saved.lora_alpha),
+            "rslora": (adapter.rslora, saved.use_rslora),
+        }
+        if isinstance(adapter.targets, list):
+            given["targets"] = (sorted(adapter.targets), sorted(saved.target_modules))
+        other = ", ".join(f"adapter.{k}={theirs} (not {ours})" for k, (ours, theirs) in given.items() if ours != theirs)
+        found.append(f"the adapter in {settings.path} goes on as it was saved: {other}" if other else None)
+    return [note for note in found if note]
 
 
 def _with_trunk_of(network: Any, settings: ModelSettings) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignlab.core import AlignlabError, Group, ModelKind
+from alignlab.core.memory import in_halves
 from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.adapters import adapter_in_use
 from alignlab.models.quantization import precision
@@ -240,9 +241,13 @@ class PackedModel(nn.Module):
         offset = [sum(counts[:i]) for i in range(len(counts))]
         found: dict[str, list[Tensor]] = {}
         with evaluating(self):
-            for batch in self.micro_batches(groups, token_budget):
+            plan = self.micro_batches(groups, token_budget)
+
+            def read(batch: list[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+                yield batch, self(self.lay_out([groups[i] for i in batch]), reads, temperature)
+
+            for batch, out in in_halves(plan, read, "a scoring pass"):
                 chosen = [groups[i] for i in batch]
-                out = self(self.lay_out(chosen), reads, temperature)
                 lengths = [r.loss_tokens for g in chosen for r in g.responses]
                 slots = [offset[i] + k for i in batch for k in range(counts[i])]
                 for key, value in out.items():

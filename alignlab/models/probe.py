@@ -30,7 +30,7 @@ def probe(model: PackedModel) -> None:
 
     The yardstick is the model's own forward pass, `network(input_ids).logits`, one response at a time.
     """
-    groups = _random_groups(int(model.config.vocab_size), model.max_length)
+    groups = random_groups(int(model.config.vocab_size), model.max_length)
     absolute, relative = TOLERANCE.get(model.dtype, FULL_PRECISION)
     name = type(model.base).__name__
     with torch.no_grad(), evaluating(model), _short_window(model.config):
@@ -73,7 +73,7 @@ def _short_window(config: Any) -> Iterator[None]:
         config.sliding_window = window
 
 
-def _random_groups(vocabulary: int, limit: int | None) -> list[Group]:
+def random_groups(vocabulary: int, limit: int | None) -> list[Group]:
     """A few groups of different shapes, longer than short sliding windows, within the positions the model has."""
     generator = torch.Generator().manual_seed(0)
 

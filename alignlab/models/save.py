@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignlab.core import Group
+from alignlab.core.files import write_json
 from alignlab.models.heads import save_value_head
 from alignlab.models.packed_model import PackedModel
+from alignlab.models.probe import random_groups
+from alignlab.models.quantization import name_of, plain_copy, quantization_of, save_quantization
+
+MERGE = "merge.json"
+"""In the folder of a model that was merged into a dequantised base: how far it is from the one that was trained."""
+
+READS = {"policy": "logp", "score": "score", "step": "step"}
 
 
 def save_model(
-    model: PackedModel, folder: Path, *, merge: bool = False, state: dict[str, torch.Tensor] | None = None
-) -> None:
+    model: PackedModel,
+    folder: Path,
+    *,
+    merge: bool = False,
+    state: dict[str, torch.Tensor] | None = None,
+    texts: Sequence[Group] = (),
+) -> list[str]:
     """Write the model and its tokenizer to `folder`, atomically: a full model, or a PEFT adapter.
 
     Args:
-        merge: fold the adapter into its base and write a full model.
+        merge: fold the adapter into its base, dequantised where it is quantised, and write a full model.
         state: the network's weights where they are not in the model itself (sharded training).
+        texts: what a model merged into a dequantised base is compared on with the one that was trained; random tokens
+            where there are none.
+
+    Returns:
+        What the log should say of it.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -28,21 +48,66 @@ def save_model(
     network: Any = model.network
     is_adapter = hasattr(network, "peft_config")
     options: dict[str, Any] = {} if state is None else {"state_dict": state}
+    notes: list[str] = []
     if is_adapter and merge:
-        _merged(network, state).save_pretrained(temporary)
+        merged = _merged(network, state)
+        merged.save_pretrained(temporary)
+        if (quantization := quantization_of(network)) is not None:
+            report = {"quantization": name_of(quantization), **_difference(model, state, merged, texts)}
+            write_json(temporary / MERGE, report)
+            notes.append(
+                f"merged into the dequantised {report['quantization']} base: {report['compared']} differ by "
+                f"{report['mean_difference']:.2g} on average, {report['max_difference']:.2g} at most"
+            )
     elif is_adapter:
         network.save_pretrained(temporary, selected_adapters=["default"], **options)
+        save_quantization(network, temporary)
     else:
         network.save_pretrained(temporary, **options)
     save_value_head(model, temporary, merge)
     model.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    return notes
 
 
 def _merged(network: Any, state: dict[str, torch.Tensor] | None) -> Any:
     """A copy of the base with the adapter's weights added; the model being trained is left as it is."""
-    network = copy.deepcopy(network)
-    if state is not None:
-        network.load_state_dict(state)
-    return network.merge_and_unload()
+    return _with_weights(plain_copy(network), state).merge_and_unload()
+
+
+def _with_weights(network: Any, state: dict[str, torch.Tensor] | None) -> Any:
+    """The network, given weights from elsewhere: those that are trained, since a base under an adapter does not change,
+    and is not in `state` by the same names where it is quantised."""
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad} if state else {}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])  # type: ignore[index]
+    return network
+
+
+def _difference(
+    model: PackedModel, state: dict[str, torch.Tensor] | None, merged: Any, texts: Sequence[Group]
+) -> dict[str, Any]:
+    """How far what the merged model says is from what the trained one does, on the same texts.
+
+    They differ where the trained one computes products with its quantised base in a lower precision, or quantises
+    their inputs too: the merged one does neither.
+    """
+    groups = list(texts) or random_groups(int(model.config.vocab_size), model.max_length)
+    read = READS[model.kind]
+    trained = model.network if state is None else _with_weights(copy.deepcopy(model.network), state)
+
+    def says(network: Any) -> torch.Tensor:
+        beside = PackedModel(network, model.tokenizer, model.kind)
+        beside.layout, beside.whole_logits = model.layout, model.whole_logits
+        return torch.cat([v.flatten() for v in beside.outputs(groups, (read,))[read]])
+
+    difference = (says(trained) - says(merged)).abs()
+    return {
+        "compared": {"logp": "log-probs", "score": "scores", "step": "step logits"}[read],
+        "numbers": len(difference),
+        "texts": sum(len(g.responses) for g in groups),
+        "mean_difference": float(difference.mean()),
+        "max_difference": float(difference.max()),
+    }

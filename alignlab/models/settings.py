@@ -34,3 +34,12 @@ class AdapterSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
     rslora: bool = False
+
+
+class QuantizationSettings(Settings):
+    """How the frozen base under an adapter is held: as it is, in 4-bit NormalFloat or in 8 bits."""
+
+    kind: Literal["none", "nf4", "int8"] = "none"
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    threshold: float = Field(6.0, ge=0)

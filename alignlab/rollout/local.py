@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 
 from alignlab.core import ConfigError, DataError, Group, NonFiniteError, Response
+from alignlab.core.memory import in_halves
 from alignlab.data.progress import progress
 from alignlab.models import PackedModel, evaluating
 from alignlab.rollout.decoding import Decoding, decoding_mode
@@ -160,8 +161,16 @@ class LocalEngine:
     ) -> Iterator[Row]:
         """Fill the rows in; yields each when it has ended or pauses."""
         mode = decoding_mode(self.model)
-        for batch in self._batches(rows, mode.padded):
-            yield from self._decode(batch, settings, mode.cached, until)
+        done: set[int] = set()
+
+        def decode(batch: list[Row]) -> Iterator[Row]:
+            # Rows that had ended when memory ran out are left alone; the others go on where they are.
+            if going := [row for row in batch if id(row) not in done]:
+                for row in self._decode(going, settings, mode.cached, until):
+                    done.add(id(row))
+                    yield row
+
+        yield from in_halves(self._batches(rows, mode.padded), decode, "sampling")
 
     def _batches(self, rows: Sequence[Row], padded: bool) -> Iterator[list[Row]]:
         """Rows in batches of at most `token_budget` tokens when all reach their limit, or of one row.

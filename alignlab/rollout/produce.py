@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from alignlab.core import ConfigError, Group, Scorer
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
-from alignlab.models import ModelSettings, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.rollout.local import LocalEngine
 from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.settings import RolloutSettings
@@ -37,6 +38,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     """
     wanted = section(ProduceSettings, {k: config[k] for k in ProduceSettings.model_fields}, "")
     settings = section(ModelSettings, config["model"], "model")
+    quantization = section(QuantizationSettings, config["quantization"], "quantization")
     rollout = section(RolloutSettings, config["rollout"], "rollout")
     scorers: list[Scorer] = [build(config["scoring"], "scoring")] if config["scoring"] else []
     try:
@@ -46,7 +48,9 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(settings, trainable=False, device=device)
+    model = load_model(settings, trainable=False, quantization=quantization, device=device)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
     started = time.monotonic()
     engine = LocalEngine(model, rollout)

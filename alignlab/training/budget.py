@@ -12,7 +12,7 @@ import torch
 
 from alignlab.core import AlignlabError, Batch
 from alignlab.core.files import write_json
-from alignlab.core.memory import ADVICE
+from alignlab.core.memory import ADVICE, said
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,7 @@ class Shortage:
     def of(batch: Batch, rank: int, error: BaseException) -> Shortage:
         longest = max(batch.groups, key=lambda g: g.packed_length)
         tokens = sum(g.packed_length for g in batch.groups)
-        said = str(error).strip().splitlines()
-        return Shortage(
-            rank, tokens, longest.packed_length, len(batch.groups), longest.origin, said[0] if said else "MemoryError"
-        )
+        return Shortage(rank, tokens, longest.packed_length, len(batch.groups), longest.origin, said(error))
 
 
 class OutOfMemory(AlignlabError):
@@ -93,8 +90,8 @@ class TokenBudget:
         for short in shortages:
             if short.groups == 1:
                 raise AlignlabError(
-                    f"out of memory with a micro-batch of one group, the least there can be: {short.origin or 'a group'}, "
-                    f"{short.tokens:,} tokens ({short.said}): {ADVICE}"
+                    f"out of memory with a micro-batch of one group, the least there can be: "
+                    f"{short.origin or 'a group'}, {short.tokens:,} tokens ({short.said}): {ADVICE}"
                 )
         before = self.tokens
         self.tokens = min(max(s.longest, min(before, s.tokens) // 2) for s in shortages)
@@ -102,9 +99,9 @@ class TokenBudget:
             write_json(self.path, {"asked": self.asked, "tokens": self.tokens})
             first = shortages[0]
             log.warning(
-                "out of memory in a micro-batch of %s tokens on process %d (%s): training.token_budget is %s from now on "
-                "instead of %s",
-                *(f"{first.tokens:,}", first.rank, first.said, f"{self.tokens:,}", f"{before:,}"),
+                "out of memory in a micro-batch of %s tokens on process %d (%s): "
+                "training.token_budget goes down from %s to %s",
+                *(f"{first.tokens:,}", first.rank, first.said, f"{before:,}", f"{self.tokens:,}"),
             )
 
 

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from alignlab.core import AlignlabError, require
+from alignlab.core import AlignlabError, PeerLost, require
 from alignlab.core.files import sync, write_json
 from alignlab.training.hashing import files_below, sha256_each
 from alignlab.training.storage import storage_errors
@@ -278,12 +278,15 @@ class Checkpoints:
         except BaseException:  # Ctrl-C: the others may not come to the meeting
             self._abandon(step)
             raise
-        if self.agree(failure is None):
-            return
+        try:
+            if self.agree(failure is None):
+                return
+        except AlignlabError as silent:  # the others may be waiting for what this process failed to take part in
+            raise failure or silent from silent
         self._abandon(step)
         if failure is not None:
             raise failure
-        raise AlignlabError(f"{self.folder}: the checkpoint of step {step} failed in another process; see its message")
+        raise PeerLost(f"{self.folder}: the checkpoint of step {step} failed in another process; see its message")
 
     def _abandon(self, step: int) -> None:
         if self.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ class Engine:
 
     Attributes:
         model: the model without anything around it; its parameters keep their names.
-        divided: whether a process holds only a part of the weights, so that `whole` must bring them together.
         together: whether the processes communicate within forward and backward passes, so that all must do equally
             many, and one that fails leaves the others waiting. Otherwise they do so in `exchange` alone.
     """
@@ -201,6 +200,9 @@ def make_engine(
         raise ConfigError(f"distributed={settings.mode}: {expected} was to train, but {engine.name} is what came of it")
     return engine
 
+
+DIVIDING = ("fsdp", "zero3", "zero3_offload")
+"""Modes in which no process holds all weights."""
 
 EXPECTED = {
     "single": "single",

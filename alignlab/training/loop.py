@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignlab.core import Algorithm, AlignlabError, Group, Interrupted, NonFiniteError, Sampler, Scorer
+from alignlab.core import Algorithm, AlignlabError, Group, Interrupted, NonFiniteError, Sampler, Scorer, StartAgain
+from alignlab.core.memory import release_memory
 from alignlab.models import PackedModel, Reference
+from alignlab.training.budget import OutOfMemory, TokenBudget, random_state, set_random_state
 from alignlab.training.checkpoints import Checkpoints
 from alignlab.training.engine import Engine
 from alignlab.training.iteration import Collector
@@ -66,6 +68,7 @@ class Trainer:
         self.order = Order(len(self.train), per_iteration, self.settings.seed)
         self.model, self.processes = self.engine.model, self.engine.processes
         self.state = State()
+        self.budget = TokenBudget(self.checkpoints.folder.parent, self.settings.token_budget)
         self.collector = Collector(
             algorithm=self.algorithm,
             engine=self.engine,
@@ -110,7 +113,7 @@ class Trainer:
                 self._log(passed, lr, norm)
                 stopping = next((s for s in self.processes.gather(stop.signal) if s), None)
                 metric, better = self._evaluate_if_due()
-                keep_best = better and (self.settings.keep_best or self.settings.final == "best")
+                keep_best = better and self.settings.keeps_best
                 if stopping or keep_best or self._due(self.settings.checkpoint_every):
                     self._checkpoint(metric)
                 if stopping:
@@ -153,14 +156,32 @@ class Trainer:
         return Pass({}, 0, 0, 0)
 
     def _run(self, groups: Sequence[Group], train: bool) -> Pass:
-        return run_batch(
-            groups,
-            algorithm=self.algorithm,
-            engine=self.engine,
-            token_budget=self.settings.token_budget,
-            temperature=self.temperature,
-            train=train,
-        )
+        """As often as memory runs out, with a smaller budget each time; nothing else is other than the first time."""
+        device = self.processes.device
+        while True:
+            random = random_state(device)
+            try:
+                return run_batch(
+                    groups,
+                    algorithm=self.algorithm,
+                    engine=self.engine,
+                    token_budget=self.budget.tokens,
+                    temperature=self.temperature,
+                    train=train,
+                )
+            except OutOfMemory as error:
+                shortages = error.shortages
+            self.budget.halve(shortages, write=self.processes.is_main or self.engine.together)
+            if self.engine.together:
+                again = " (with training.resume=auto)" if self.settings.resume == "never" else ""
+                raise StartAgain(
+                    f"out of memory, after which {self.engine.name} cannot go on in these processes: the same command"
+                    f"{again} goes on from the last checkpoint, with training.token_budget={self.budget.tokens}"
+                )
+            self.engine.discard()
+            release_memory()
+            set_random_state(random, device)
+            self.collector.token_budget = self.budget.tokens
 
     # ------------------------------------------------------------------ groups
 
@@ -313,7 +334,9 @@ class Trainer:
     def _resume(self) -> None:
         found = self.checkpoints.latest() if self.settings.resume == "auto" and self.processes.is_main else None
         # The main process looks, after it has cleared away what a killed one left; all do what it found.
-        folder, problems = self.processes.gather((found, self.checkpoints.problems))[0]
+        mine = (found, self.checkpoints.problems, self.budget.found())
+        folder, problems, self.budget.tokens = self.processes.gather(mine)[0]
+        self.collector.token_budget = self.budget.tokens
         if folder is None and problems:
             raise AlignlabError(
                 f"no checkpoint in {self.checkpoints.folder} is whole: {'; '.join(problems)}. "

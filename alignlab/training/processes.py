@@ -25,7 +25,10 @@ SEVERAL = "ddp, fsdp, zero1, zero2 or zero3"
 OTHERS = {"ACCELERATE_USE_DEEPSPEED": "zero", "ACCELERATE_USE_FSDP": "fsdp"}
 """What `accelerate launch` sets where its own config names an engine → how our modes of that engine begin."""
 
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "tcpstore")
+LOST = (
+    *("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "tcpstore"),
+    *("ncclremoteerror", "communicator was aborted"),
+)
 """Part of what PyTorch's process groups say when another process is gone or does not answer."""
 
 
@@ -132,14 +135,12 @@ class Processes:
             text = str(error)
             if self.world == 1 or not any(saying in text.lower() for saying in LOST):
                 raise
-            said = text.splitlines()[0]
             if "timed out" in text.lower() or "timeout" in text.lower():
                 stacks = f"; {self.watchdog.folder / STACKS.format('*')} say where each was" if self.watchdog else ""
                 raise PeerLost(
-                    f"another process of this run has not answered for {self.timeout:g} s (distributed.timeout){stacks} "
-                    f"({said})"
+                    f"another process of this run has not answered for {self.timeout:g} s (distributed.timeout){stacks}"
                 ) from error
-            raise PeerLost(f"another process of this run has stopped: see its message ({said})") from error
+            raise PeerLost("another process of this run has stopped: see its message") from error
 
 
 def launched(environment: MutableMapping[str, str] = os.environ) -> int | None:
@@ -152,7 +153,8 @@ def launched(environment: MutableMapping[str, str] = os.environ) -> int | None:
         count = environment["SLURM_STEP_NUM_TASKS"]
         if int(count) == 1:
             return None
-        environment.setdefault("MASTER_ADDR", _first_node(environment))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_node(environment)
         job = int(environment.get("SLURM_JOB_ID", "0"))
         environment.setdefault("MASTER_PORT", str(15000 + job % 20000))
         environment.update(

@@ -31,13 +31,15 @@ from alignlab.models import (
 )
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.training import provenance
+from alignlab.training.budget import FILE as BUDGET
 from alignlab.training.checkpoints import Checkpoints
-from alignlab.training.engine import make_engine
+from alignlab.training.engine import DIVIDING, make_engine
 from alignlab.training.loop import Trainer
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.watchdog import LOGS
 
 RESULT = "result.json"
 """Written last, when a run is finished."""
@@ -73,6 +75,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if processes.is_main:
         _claim(out, config, settings)
     processes.barrier()
+    processes.watch(out / LOGS)
+    divides = checked.distributed.mode in DIVIDING
     model = load_model(
         checked.model,
         checked.adapter,
@@ -80,7 +84,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         labels=algorithm.labels,
         language_head=algorithm.model == "score" and "logp" in algorithm.reads,
         quantization=checked.quantization,
-        device=processes.device,
+        # A model that is to be divided need not fit on one device; a quantised base is made there, and is small.
+        device="cpu" if divides and checked.quantization.kind == "none" else processes.device,
         seed=settings.seed,
     )
     algorithm.setup(model.tokenizer)
@@ -111,7 +116,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         engine = LocalEngine(policy, rollout, progress=settings.progress != "off")
         return checked.search(engine) if checked.search else engine
 
-    engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
+    with processes.peers():
+        engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
     if reference is not None and not reference.shares_weights:
         engine.divide(reference.held_in)
     tracker = Tracker(out, checked.tracker, config, processes.is_main)
@@ -129,7 +135,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         checkpoints=Checkpoints(
             out / "checkpoints",
             settings.keep_last,
-            settings.keep_best or settings.final == "best",
+            settings.keeps_best,
             settings.metric_mode,
             is_main=processes.is_main,
             agree=lambda well: all(processes.gather(well)),
@@ -146,7 +152,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         )
         where = f"{processes.world} process(es), {engine.name}, {processes.device}"
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
-    with tracker, trainer.progress:
+    with tracker, trainer.progress, processes.peers():
         state = trainer.run()
     result = {
         "step": state.step,
@@ -158,14 +164,22 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         "engine": engine.name,
         "evaluation": trainer.evaluation,
     }
+    texts = [g for g in groups if g.responses][:8]
+    merge, notes = settings.save_model == "merged", []
     with engine.whole(model):
         if processes.is_main:
-            texts = [g for g in groups if g.responses][:8]
-            for note in save_model(model, out / "model", merge=settings.save_model == "merged", texts=texts):
-                print(f"note: {note}", file=sys.stderr)
-            write_json(out / RESULT, result)
+            notes = save_model(model, out / "model", merge=merge and not divides, texts=texts)
         processes.barrier()
+    if processes.is_main:
+        if merge and divides:  # the adapter is saved by now: merge it into its base anew, outside the engine
+            from alignlab.training.export import rebuild
+
+            notes = save_model(rebuild(out, None), out / "model", merge=True, texts=texts)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        write_json(out / RESULT, result)
     processes.barrier()
+    processes.unwatch()
     return result
 
 
@@ -263,7 +277,7 @@ def _check_limits(settings: TrainingSettings) -> None:
     ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
     if settings.steps is None and settings.epochs is None and not any(ends):
         raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
-    watching = {"patience": settings.patience, "keep_best": settings.keep_best, "final": settings.final == "best"}
+    watching = {"patience": settings.patience, "final": settings.final == "best"}
     for name, wanted in watching.items():
         if wanted and settings.eval_every is None:
             raise ConfigError(f"training.{name}: needs evaluations: give training.eval_every, in steps")
@@ -294,7 +308,7 @@ def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> Non
         if settings.resume == "never":
             for name in ("checkpoints", "model"):
                 shutil.rmtree(out / name, ignore_errors=True)
-            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id"):
+            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET):
                 (out / name).unlink(missing_ok=True)
         elif saved.exists() and any((out / name).exists() for name in BEGUN):
             before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)

@@ -33,12 +33,16 @@ class TrainingSettings(Settings):
     final: Literal["last", "best"] = "last"
     checkpoint_every: int | None = Field(None, ge=1)
     keep_last: int = Field(2, ge=1)
-    keep_best: bool = False
     resume: Literal["auto", "never"] = "auto"
     log_every: int = Field(1, ge=1)
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     threads: int | None = Field(None, ge=1)
     save_model: Literal["adapter", "merged"] = "adapter"
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint with the best metric is kept."""
+        return self.final == "best" or (self.eval_every is not None and self.checkpoint_every is not None)
 
     @field_validator("mixed_precision", "progress", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignlab.core import Algorithm, Batch, Group, NonFiniteError, Outputs, aggregate
+from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outputs, aggregate
 from alignlab.core.memory import is_memory_error
 from alignlab.training.budget import OutOfMemory, Shortage
 from alignlab.training.engine import Engine
@@ -80,10 +80,10 @@ def run_batch(
         # A process that has run out still takes part in what the engines do in common, with a loss of weight zero.
         spare = i >= len(batches)
         batch = Batch([min(groups, key=lambda g: g.packed_length)], processes.device) if spare else batches[i]
-        share = 0.0 if spare else 1.0 / units
+        hold = engine.hold(last=i == rounds - 1) if train else nullcontext()
         try:
-            with engine.hold(last=i == rounds - 1) if train else nullcontext(), torch.set_grad_enabled(train):
-                outputs, loss, measured = _micro_batch(batch, algorithm, engine, temperature, share, train)
+            with hold, torch.set_grad_enabled(train):
+                loss, measured, read = _micro_batch(batch, algorithm, engine, temperature, units, train, spare)
         except Exception as error:
             if not is_memory_error(error):
                 raise
@@ -92,12 +92,12 @@ def run_batch(
             break
         if spare:
             continue
-        tokens += outputs.tokens
+        tokens += read
         means.add("loss", loss)
         for name, values in measured.items():
             means.add(name, values)
-        if not bool(torch.isfinite(loss.detach()).all()):
-            bad.extend(_culprits(outputs, loss, batch, algorithm))
+        if not bool(torch.isfinite(loss).all()):
+            bad.extend(_culprits(loss, batch, algorithm))
     if short is not None and engine.together:  # the others wait in the middle of a pass
         raise OutOfMemory([short])
     means.add("response_length", torch.cat([b.length_N for b in batches]) if batches else torch.zeros(0))
@@ -120,27 +120,23 @@ def run_batch(
 
 
 def _micro_batch(
-    batch: Batch, algorithm: Algorithm, engine: Engine, temperature: float, share: float, train: bool
-) -> tuple[Outputs, Tensor, dict[str, Tensor]]:
-    """Forward, and backward where training; what the model said, the loss of each unit, what was measured.
-
-    Args:
-        share: of a unit's loss in that of the global batch; 0 for a batch that is only there for company.
-    """
+    batch: Batch, algorithm: Algorithm, engine: Engine, temperature: float, units: int, train: bool, spare: bool
+) -> tuple[Tensor, Metrics, int]:
+    """Forward, and backward where training; the loss of each unit, what was measured, tokens read."""
     rows = engine.model.lay_out(batch.groups)
     outputs = Outputs(**engine(rows, algorithm.reads, temperature))
     loss, measured = algorithm.loss(outputs, batch)
     if train:
-        value = aggregate(loss, units, processes.world)
+        value = aggregate(loss, units, engine.processes.world)
         if not value.requires_grad:  # every item was dropped by the loss
             value = value + 0.0 * sum(v.sum() for v in outputs.values.values())
         engine.backward(value * 0.0 if spare else value)
-    return outputs, loss, measured
+    return loss.detach(), measured, rows.tokens
 
 
-def _culprits(outputs: Outputs, loss: Tensor, batch: Batch, algorithm: Algorithm) -> list[str]:
+def _culprits(loss: Tensor, batch: Batch, algorithm: Algorithm) -> list[str]:
     """Origins of the records whose loss is not finite, as closely as the loss's unit tells."""
-    wrong = ~torch.isfinite(loss.detach().flatten())
+    wrong = ~torch.isfinite(loss.flatten())
     if len(wrong) == batch.T and algorithm.unit == "token":
         index = batch.group_N[batch.response_T[wrong]]
     elif len(wrong) == batch.N and algorithm.unit == "response":

@@ -7,6 +7,9 @@ import os
 import re
 from pathlib import Path
 
+LOGS = "logs"
+"""In a run's folder: what processes other than the first one said, `rank-N.log`, and their stacks."""
+
 EARLY = 0.9
 """The share of the time-out after which the stack is written: before those who wait give up and are gone."""
 

@@ -19,8 +19,11 @@ ELEMENTWISE = ("AdamW", "Adam", "SGD")
 
 
 class ZeroEngine(Engine):
-    """ZeRO in float32 throughout (`training.mixed_precision` is autocast, as in every mode), driven directly: Accelerate
-    takes the optimiser's step inside the backward pass, before anybody has seen whether the loss is finite."""
+    """ZeRO in float32 throughout: `training.mixed_precision` is autocast, as in every mode.
+
+    Driven directly: Accelerate takes the optimiser's step inside the backward pass, before anybody has seen whether
+    the loss is finite.
+    """
 
     together = True
     stage: ClassVar[int] = 1
@@ -28,13 +31,17 @@ class ZeroEngine(Engine):
 
     @staticmethod
     def of(mode: str) -> type[ZeroEngine]:
-        stage, divided, offload = int(mode[4]), mode.startswith("zero3"), mode.endswith("offload")
-        return type("ZeroEngine", (ZeroEngine,), {"stage": stage, "divided": divided, "offload": offload})
+        return type("ZeroEngine", (ZeroEngine,), {"stage": int(mode[4]), "offload": mode.endswith("offload")})
 
     def _wrap(self) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPUs it would compile collectives of its own, for a minute, and wait for ever where a process has died.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Compiled at the first start, for inference on CPU only; killed there, it leaves a lock that every later run
+        # would wait for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if type(self.optimizer).__name__ not in ELEMENTWISE:
             raise ConfigError(
                 f"optimizer: {type(self.optimizer).__name__} does not work on the flat pieces of weights that "
@@ -42,6 +49,11 @@ class ZeroEngine(Engine):
             )
         if self.processes.accelerator.scaler is not None:
             raise ConfigError("training.mixed_precision=fp16: not with distributed=zero*: use bf16")
+        if self.stage == 3:
+            # Tensor by tensor from wherever the model is to shares on the devices: it need not fit on one of them.
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=self._config())
+            for buffer in self.model.buffers():
+                buffer.data = buffer.to(self.processes.device)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, config=self._config(), dist_init_required=False
         )
@@ -98,6 +110,8 @@ class ZeroEngine(Engine):
             import deepspeed
 
             deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
+            for buffer in model.buffers():
+                buffer.data = buffer.to(self.processes.device)
 
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
@@ -118,9 +132,12 @@ class ZeroEngine(Engine):
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
+        first, hooks = offload.fwd_pre_hook.id, offload.module._forward_pre_hooks
+        start = hooks.pop(first)  # until it has seen a whole step, it compares notes with the other processes
         try:
             yield
         finally:
+            hooks[first] = start
             offload._register_deepspeed_module(offload.module)
 
     def _flat(self) -> list[Any]:
@@ -129,9 +146,17 @@ class ZeroEngine(Engine):
             return [p for p in self.optimizer.fp32_partitioned_groups_flat if p is not None]
         return list(self.optimizer.single_partition_of_fp32_groups)
 
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's piece of the optimiser state; by itself it looks once, and too early for
+        all but the first group of parameters."""
+        if self.stage < 3 and any(self.optimizer.optimizer.state.values()):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
     def tensors(self) -> Iterator[tuple[str, Tensors]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link()
         states = self.optimizer.optimizer.state
         first: dict[str, Any] = next((states[p] for p in self._flat() if states.get(p)), {})
         keys = [k for k, v in first.items() if torch.is_tensor(v) and v.dim()]
@@ -155,8 +180,7 @@ class ZeroEngine(Engine):
                     **{k: v.clone() for k, v in numbers.items()},
                     **{k: torch.zeros_like(flat) for k in keys},
                 }
-        if self.stage < 3 and keys:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         with torch.no_grad(), self.whole(self.model, change=True):
             for name, parameter in self.trained().items():
                 parameter.data.copy_(found[name]["weight"])

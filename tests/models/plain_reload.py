@@ -5,6 +5,7 @@ Run by test_save.py in a process of its own: `python plain_reload.py requests.js
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
@@ -13,7 +14,30 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
+
+AUTO = {
+    "causal": AutoModelForCausalLM,
+    "score": AutoModelForSequenceClassification,
+    "step": AutoModelForTokenClassification,
+}
+
+
+def on_quantized_base(folder: str, base: str, kind: str, labels: int | None):
+    """The adapter in `folder` on a base that is held as it was in training, by the `quantization.json` beside it.
+
+    Evaluation mode is not for comparing on a CPU: there bitsandbytes computes 4-bit products in bfloat16 where the
+    processor can, and rounds the inputs of 8-bit ones. In training mode, here without dropout, it does neither.
+    """
+    config = BitsAndBytesConfig.from_dict(json.loads((Path(folder) / "quantization.json").read_text()))
+    options = {} if kind == "causal" else {"num_labels": labels}
+    model = AUTO[kind].from_pretrained(base, quantization_config=config, dtype=torch.float32, **options)
+    model = PeftModel.from_pretrained(model, folder).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    return model
 
 
 def log_probs(model, sequences: list[list[int]], starts: list[int]) -> list[float]:
@@ -38,7 +62,10 @@ def scores(model, tokenizer, sequences: list[list[int]]) -> list[list[float]]:
 @torch.no_grad()
 def answer(request: dict) -> dict:
     folder, base, loader = request["folder"], request.get("base"), request["loader"]
-    if loader == "causal":
+    quantized = loader.endswith("on quantised base")
+    if quantized:
+        model = on_quantized_base(folder, base, loader.split()[0], request.get("labels"))
+    elif loader == "causal":
         model = AutoModelForCausalLM.from_pretrained(folder)
     elif loader == "causal on base":
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), folder)
@@ -57,7 +84,8 @@ def answer(request: dict) -> dict:
         model = PeftModel.from_pretrained(AutoModelForTokenClassification.from_pretrained(base, num_labels=3), folder)
     else:
         raise ValueError(loader)
-    model.eval()
+    if not quantized:
+        model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sequences = request["sequences"]
     if loader.startswith("causal"):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,14 +132,19 @@ def command(folder: Path, algorithm: str, out: str, *more: str, processes: int =
     """The same run as a command line; under torchrun where there are several processes."""
     start = [sys.executable, "-m", "alignlab"]
     if processes > 1:
-        port = 20000 + os.getpid() % 20000
         start = [
             *(sys.executable, "-m", "torch.distributed.run"),
-            *(f"--nproc-per-node={processes}", f"--master-port={port}", "-m", "alignlab"),
+            *(f"--nproc-per-node={processes}", f"--master-port={free_port()}", "-m", "alignlab"),
         ]
         if not any(w.startswith("distributed=") for w in more):
             more = (*more, "distributed=ddp")
     return [*start, "train", *words_for(folder, algorithm, out, *more)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -151,7 +157,10 @@ def spawn(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def weights(folder: Path, out: str) -> dict[str, torch.Tensor]:
     """The weights a run saved, full model or adapter."""
-    model = folder / out / "model"
+    return weights_of(folder / out / "model")
+
+
+def weights_of(model: Path) -> dict[str, torch.Tensor]:
     path = model / "adapter_model.safetensors"
     return load_file(path if path.exists() else model / "model.safetensors")
 

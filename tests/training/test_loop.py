@@ -58,18 +58,6 @@ def test_packing_does_not_matter(folder: Path, algorithm: str, straight: dict) -
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-plain")) < ROUNDING
 
 
-def test_two_processes_equal_one(folder: Path, algorithm: str, straight: dict) -> None:
-    done = runs.spawn(runs.command(folder, algorithm, f"{algorithm}-two", processes=2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((folder / f"{algorithm}-two/result.json").read_text())
-    assert (result["processes"], result["engine"]) == (2, "DistributedDataParallel")
-    assert runs.difference(straight, runs.weights(folder, f"{algorithm}-two")) < ROUNDING
-    mine, theirs = (runs.metrics(folder, f"{algorithm}-{o}") for o in ("straight", "two"))
-    for a, b in zip(mine, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-5)
-        assert a["trained_tokens"] == b["trained_tokens"]
-
-
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_resumed_run_is_bit_identical(
     folder: Path, algorithm: str, adapter: str, monkeypatch: pytest.MonkeyPatch

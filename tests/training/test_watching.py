@@ -183,10 +183,10 @@ def test_final_best_leaves_the_best_weights(folder: Path, evaluated_as: list[int
     assert (manifest["step"], manifest["metric"]) == (2, 2.0)
 
 
-def test_keep_best_keeps_a_checkpoint_and_leaves_the_last_weights(
+def test_the_best_checkpoint_is_kept_and_the_last_weights_are_left(
     folder: Path, evaluated_as: list[int], after: Any
 ) -> None:
-    more = ["training.keep_best=true", "training.checkpoint_every=1", "training.keep_last=1", "training.steps=4"]
+    more = ["training.checkpoint_every=1", "training.keep_last=1", "training.steps=4"]
     sft(folder, "kept", *WATCH, *more)
     assert runs.identical(runs.weights(folder, "kept"), after(4))
     kept = sorted(p.name for p in (folder / "kept/checkpoints").iterdir())

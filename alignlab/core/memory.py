@@ -1,0 +1,70 @@
+"""Running out of memory: how it is recognised, whoever says it, and work that is done in smaller portions then."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+
+from alignlab.core.errors import AlignlabError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SAYINGS = ("out of memory", "t allocate memory", "failed to allocate", "not enough memory", "_alloc_failed")
+"""Part of what PyTorch's CPU allocator, cuBLAS and the like say, as RuntimeErrors."""
+
+ADVICE = (
+    "shorten what is read (data.max_length, rollout.max_new_tokens, source.samples), train less of the model "
+    "(adapter=lora, quantization=nf4), keep fewer activations (model.gradient_checkpointing=true), or divide the model "
+    "(distributed=zero3)"
+)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(s in str(error).lower() for s in SAYINGS)
+
+
+def release_memory() -> None:
+    """Give back what PyTorch's allocator keeps for later. To be called when the exception is gone: it holds frames,
+    and these tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_halves(batches: Iterable[list[T]], work: Callable[[list[T]], Iterator[R]], what: str) -> Iterator[R]:
+    """What the work on each batch yields, in order; where memory runs out, the work is done again on the batch's
+    halves, one after the other, down to single items.
+
+    Raises:
+        AlignlabError: a single item is too much.
+    """
+    todo = deque(batches)
+    while todo:
+        batch = todo.popleft()
+        try:
+            yield from work(batch)
+            continue
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+            problem = said(error)
+        release_memory()
+        if len(batch) == 1:
+            raise AlignlabError(f"out of memory in {what}, with a single item in the batch ({problem}): {ADVICE}")
+        log.warning("out of memory in %s with a batch of %d: done in halves", what, len(batch))
+        middle = len(batch) // 2
+        todo.extendleft((batch[middle:], batch[:middle]))
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,100 @@
+"""A model that any tool loads, from a run that has ended or from any of its checkpoints, in one piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import Field
+
+from alignlab.core import ConfigError
+from alignlab.core.settings import Settings
+from alignlab.models import PackedModel, add_value_head, load_model, save_model
+from alignlab.training.checkpoints import Checkpoints, verify
+from alignlab.training.run import RESULT, check
+from alignlab.training.state import Saved
+
+
+class ExportSettings(Settings):
+    """Which weights of which run go where."""
+
+    run: str = Field(min_length=1)
+    checkpoint: str | None = None
+    merge: bool = True
+    out: str = Field(min_length=1)
+
+
+def export(settings: ExportSettings) -> list[str]:
+    """Write the model of a run to a new folder, adapters folded into their base unless told otherwise.
+
+    Whatever engine trained it: checkpoints are the same for all, each process having written some of the tensors.
+
+    Returns:
+        What there is to say of it.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or the folder is in use.
+    """
+    run, out = Path(settings.run), Path(settings.out)
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"run={run}: not the folder of a training run: it has no config.yaml")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: there is something already: choose another folder")
+    step = _checkpoint(run, settings.checkpoint)
+    model = rebuild(run, step)
+    notes = save_model(model, out, merge=settings.merge)
+    return [f"{step or run / 'model'} → {out}", *notes]
+
+
+def rebuild(run: Path, step: Path | None) -> PackedModel:
+    """The model that a run trained, in this process: from its `model/`, or from a checkpoint."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    checked = check(config)
+    algorithm, settings = checked.algorithm, checked.model
+    whole = step is None and not (run / "model" / "adapter_config.json").exists()
+    if step is None:
+        settings = settings.model_copy(update={"path": str(run / "model"), "freeze": [], "freeze_layers": 0})
+    model = load_model(
+        settings,
+        checked.adapter.model_copy(update={"kind": "none"}) if whole else checked.adapter,
+        algorithm.model,
+        labels=algorithm.labels,
+        quantization=None if whole else checked.quantization,
+        seed=checked.training.seed,
+    )
+    if "value" in algorithm.reads:
+        add_value_head(model, algorithm.critic, checked.training.seed)
+    if step is not None:
+        saved = Saved(step)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in saved:
+                parameters[name].copy_(saved[name]["weight"])
+    return model
+
+
+def _checkpoint(run: Path, wanted: str | None) -> Path | None:
+    """The folder of a checkpoint; None for the run's finished model."""
+    if wanted is None and (run / RESULT).exists():
+        return None
+    checkpoints = Checkpoints(run / "checkpoints", is_main=False)
+    names = [p.name for p in checkpoints.folders()]
+    found: Any
+    if wanted in (None, "last"):
+        found = checkpoints.latest()
+    elif wanted == "best":
+        found = checkpoints.best()
+    else:
+        digits = str(wanted).removeprefix("step-")
+        found = run / "checkpoints" / (f"step-{int(digits):08}" if digits.isdigit() else str(wanted))
+        problems = verify(found) if found.name in names else [f"there is no {found.name}"]
+        if problems:
+            there = f"; there are {', '.join(names)}" if names else "; there are none"
+            raise ConfigError(f"checkpoint={wanted}: {problems[0]}{there}")
+    if found is None:
+        raise ConfigError(
+            f"run={run}: no checkpoint to export{f': {checkpoints.problems[0]}' if checkpoints.problems else ''}"
+        )
+    return Path(found)

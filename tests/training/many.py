@@ -1,0 +1,52 @@
+"""Many runs in one set of processes, since starting those takes longer than the runs: `torchrun … many.py JOBS.json`.
+
+A job is `{"folder", "algorithm", "out", "words"}`. A run that fails leaves its error in `OUT.error`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.training import runs
+
+
+def spawn(folder: Path, jobs: list[dict[str, Any]], processes: int = 2, timeout: float = 900) -> None:
+    """Do jobs in `folder` with `processes` processes, all in one go; raises with what failed."""
+    import subprocess
+
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([{"folder": str(folder), **job} for job in jobs]))
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    words += [f"--master-port={runs.free_port()}", str(Path(__file__)), str(file)]
+    done = subprocess.run(
+        words, env=runs.environment(), cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=timeout
+    )
+    errors = [p.read_text() for j in jobs if (p := folder / f"{j['out']}.error").exists()]
+    assert done.returncode == 0 and not errors, "\n".join([*errors, done.stderr[-3000:]])
+
+
+def main(file: Path) -> None:
+    import os
+
+    import torch
+
+    from alignlab.launch.environment import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    for job in json.loads(file.read_text()):
+        folder = Path(job["folder"])
+        try:
+            runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])
+        except Exception:
+            if os.environ["RANK"] == "0":
+                (folder / f"{job['out']}.error").write_text(f"{job}: {traceback.format_exc()}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(runs.REPOSITORY))
+    main(Path(sys.argv[1]))

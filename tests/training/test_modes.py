@@ -1,0 +1,169 @@
+"""Every algorithm in every mode of distribution: the weights and figures of one process, to rounding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.training import many, runs
+
+pytestmark = pytest.mark.component
+
+ENGINES = {
+    "ddp": "DistributedDataParallel",
+    "fsdp": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "zero3_offload": "DeepSpeed ZeRO-3 with offload",
+}
+"""What each mode's engine says that it is."""
+
+ROUNDING = 1e-5
+"""Float32 sums in another order, through six steps of SGD (Adam would divide rounding by small numbers)."""
+
+KINDS = {
+    "full": ["adapter=none"],
+    "lora": ["adapter=lora"],
+    "qlora": ["adapter=lora", "quantization=nf4"],
+}
+"""What is trained. Not every pair of algorithm and mode is tried with each: they take turns, so that each algorithm
+meets each kind twice and each mode meets each kind six times."""
+
+PAIRS = [
+    (algorithm, mode, list(KINDS)[(i + j) % len(KINDS)])
+    for i, algorithm in enumerate(runs.ALGORITHMS)
+    for j, mode in enumerate(ENGINES)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("modes")
+    runs.prepare(made, **tiny.QUANTIZABLE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def distributed(folder: Path) -> Path:
+    """All the pairs, run by two processes that go through all modes, those that change PyTorch last."""
+    words = {m: [f"distributed={m}"] for m in ENGINES}
+    pairs = sorted(PAIRS, key=lambda pair: list(ENGINES).index(pair[1]))
+    many.spawn(folder, [{"algorithm": a, "out": f"{a}-{m}-{k}", "words": words[m] + KINDS[k]} for a, m, k in pairs])
+    return folder
+
+
+@pytest.mark.parametrize(("algorithm", "mode", "kind"), PAIRS)
+def test_two_processes_equal_one(distributed: Path, algorithm: str, mode: str, kind: str) -> None:
+    folder, straight, two = distributed, f"{algorithm}-{kind}", f"{algorithm}-{mode}-{kind}"
+    if not (folder / straight / "result.json").exists():
+        runs.train(folder, algorithm, straight, *KINDS[kind])
+    result = json.loads((folder / two / "result.json").read_text())
+    assert (result["processes"], result["engine"]) == (2, ENGINES[mode])
+    assert runs.difference(runs.weights(folder, straight), runs.weights(folder, two)) < ROUNDING
+    for a, b in zip(runs.metrics(folder, straight), runs.metrics(folder, two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert [a[n] for n in ("trained_tokens", "generated_tokens", "lr")] == [
+            b[n] for n in ("trained_tokens", "generated_tokens", "lr")
+        ], "a record or a sample was lost or doubled"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("algorithm", runs.ALGORITHMS)
+def test_learns_something(folder: Path, algorithm: str, kind: str) -> None:
+    """The guard of the test above: six steps change the weights far more than rounding does."""
+    straight = f"{algorithm}-{kind}"
+    if not (folder / straight / "result.json").exists():
+        runs.train(folder, algorithm, straight, *KINDS[kind])
+    weights = runs.weights(folder, straight)
+    if kind == "full":
+        base = runs.weights_of(folder / "base")
+        shared = {n for n in weights if n in base}
+        assert runs.difference({n: base[n] for n in shared}, {n: weights[n] for n in shared}) > 100 * ROUNDING
+    else:  # an adapter's second factors start at zero
+        assert max(float(w.abs().max()) for n, w in weights.items() if "lora_B" in n) > 100 * ROUNDING
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+ADAM = ["optimizer=adamw", "optimizer.lr=1e-3", "training.checkpoint_every=3", "training.keep_last=9"]
+MODES = ["single", *ENGINES]
+TRAINED = {"dpo": ["adapter=lora"], "ppo": ["adapter=none"]}
+"""One on data with an adapter, one on samples with a critic and the whole model."""
+
+
+def stopped_at_three(folder: Path, out: str, copy: str) -> None:
+    """A copy of a finished run as it was after step 3."""
+    (folder / copy / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / out / "config.yaml", folder / copy)
+    shutil.copytree(folder / out / "checkpoints/step-00000003", folder / copy / "checkpoints/step-00000003")
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path) -> Path:
+    """Runs of six steps with a checkpoint after three in every mode; and gone on with from there: in the same mode,
+    from that into one process, and from one process into it."""
+    for algorithm, more in TRAINED.items():
+        runs.train(folder, algorithm, f"{algorithm}-single", *more, *ADAM)
+    words = {(a, m): [*more, *ADAM, f"distributed={m}"] for m in ENGINES for a, more in TRAINED.items()}
+    many.spawn(folder, [{"algorithm": a, "out": f"{a}-{m}", "words": w} for (a, m), w in words.items()])
+    jobs = []
+    for (algorithm, mode), own in words.items():
+        for name, start in (("same", mode), ("from-single", "single")):
+            out = f"{algorithm}-{mode}-{name}"
+            stopped_at_three(folder, f"{algorithm}-{start}", out)
+            jobs.append({"algorithm": algorithm, "out": out, "words": own})
+    many.spawn(folder, jobs)
+    for algorithm, mode in words:
+        stopped_at_three(folder, f"{algorithm}-{mode}", f"{algorithm}-{mode}-to-single")
+        runs.train(folder, algorithm, f"{algorithm}-{mode}-to-single", *TRAINED[algorithm], *ADAM)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ENGINES)
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_resumed_in_the_same_mode_is_bit_identical(resumed: Path, algorithm: str, mode: str) -> None:
+    whole, parts = f"{algorithm}-{mode}", f"{algorithm}-{mode}-same"
+    assert runs.identical(runs.weights(resumed, whole), runs.weights(resumed, parts))
+    assert [m["loss"] for m in runs.metrics(resumed, whole)][3:] == [m["loss"] for m in runs.metrics(resumed, parts)]
+
+
+@pytest.mark.parametrize("way", ["to-single", "from-single"])
+@pytest.mark.parametrize("mode", ENGINES)
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_resumed_in_another_mode_goes_on_alike(resumed: Path, algorithm: str, mode: str, way: str) -> None:
+    """Losses to rounding, which Adam magnifies in weights that start at zero."""
+    whole = [m["loss"] for m in runs.metrics(resumed, f"{algorithm}-single")][3:]
+    parts = [m["loss"] for m in runs.metrics(resumed, f"{algorithm}-{mode}-{way}")]
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_a_checkpoint_without_the_optimizers_state_would_be_noticed(resumed: Path, algorithm: str) -> None:
+    """The guard of the tests above: Adam's running means matter by far more than the tolerance."""
+    from safetensors.torch import load_file, save_file
+
+    from alignlab.training.checkpoints import _write_manifest
+
+    out = f"{algorithm}-forgetful"
+    stopped_at_three(resumed, f"{algorithm}-single", out)
+    step = resumed / out / "checkpoints/step-00000003"
+    for path in step.glob("trained-*"):
+        save_file({n: torch.zeros_like(t) if n.startswith("exp_") else t for n, t in load_file(path).items()}, path)
+    (step / "manifest.json").unlink()
+    _write_manifest(step, 3, None)
+    runs.train(resumed, algorithm, out, *TRAINED[algorithm], *ADAM)
+    whole = [m["loss"] for m in runs.metrics(resumed, f"{algorithm}-single")][3:]
+    assert [m["loss"] for m in runs.metrics(resumed, out)] != pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ENGINES)
+def test_every_process_writes_its_share(resumed: Path, mode: str) -> None:
+    sizes = [p.stat().st_size for p in sorted((resumed / f"ppo-{mode}/checkpoints/step-00000006").glob("trained-*"))]
+    assert len(sizes) == 2 and min(sizes) > 0.4 * sum(sizes)

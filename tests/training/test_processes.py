@@ -1,0 +1,143 @@
+"""Which processes a run is one of, and that nothing else is taken for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignlab.core import ConfigError
+from alignlab.training.processes import Processes, launched
+from alignlab.training.settings import DistributedSettings
+from tests.training import runs
+
+VARIABLES = (
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "SLURM_STEP_NUM_TASKS",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+)
+
+
+@pytest.fixture(autouse=True)
+def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(**values: object) -> DistributedSettings:
+    return DistributedSettings.model_validate(values)
+
+
+def test_nobody_started_us() -> None:
+    assert launched({}) is None
+
+
+def test_torchrun_started_us() -> None:
+    assert launched({"WORLD_SIZE": "4", "RANK": "1"}) == 4
+
+
+def test_srun_started_us() -> None:
+    """The variables of a step of two nodes with two tasks each, as Slurm sets them."""
+    environment = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_JOB_ID": "77",
+        "MASTER_ADDR": "node1",
+    }
+    assert launched(environment) == 4
+    assert {k: environment[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    assert environment["MASTER_PORT"] == "15077"
+
+
+def test_a_batch_script_without_srun_is_one_process() -> None:
+    """Slurm tells it of all the job's tasks, of which it is none."""
+    assert launched({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77"}) is None
+
+
+@pytest.mark.parametrize(
+    ("started", "wanted", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, {"mode": "single"}, "distributed=single: started as one of 2 processes: choose ddp"),
+        ({}, {"mode": "ddp"}, "distributed=ddp: no processes were started: use distributed.processes=N, torchrun"),
+        ({"WORLD_SIZE": "1"}, {"mode": "fsdp"}, "distributed=fsdp: one process was started"),
+        ({"WORLD_SIZE": "2"}, {"mode": "ddp", "processes": 4}, "distributed.processes=4: the launcher started 2"),
+        (
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"},
+            {"mode": "ddp"},
+            "distributed=ddp: accelerate was told ACCELERATE_USE_DEEPSPEED=true: choose one",
+        ),
+    ],
+)
+def test_what_was_started_must_be_what_was_asked_for(
+    started: dict, wanted: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Processes("no", settings(**wanted))
+
+
+@pytest.mark.component
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "torchrun"])
+def test_joins_the_processes_of_a_launcher(tmp_path: Path, launcher: str) -> None:
+    runs.prepare(tmp_path)
+    binaries, port = Path(sys.executable).parent, runs.free_port()
+    start = {
+        "accelerate": [
+            *(str(binaries / "accelerate"), "launch", "--use_deepspeed", "--zero_stage=2", "--num_processes=2"),
+            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"),
+            *("-m", "alignlab"),
+        ],
+        "deepspeed": [str(binaries / "deepspeed"), "--num_gpus=2", f"--master_port={port}", "--module", "alignlab"],
+        "torchrun": [str(binaries / "torchrun"), "--nproc-per-node=2", f"--master-port={port}", "-m", "alignlab"],
+    }[launcher]
+    words = runs.words_for(tmp_path, "sft", launcher, "distributed=zero2", "training.steps=2")
+    environment = runs.environment() | {"DS_ACCELERATOR": "cpu", "PATH": f"{binaries}:/usr/bin:/bin"}
+    done = subprocess.run(
+        [*start, "train", *words], env=environment, cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / launcher / "result.json").read_text())
+    assert (result["processes"], result["engine"], result["step"]) == (2, "DeepSpeed ZeRO-2", 2)
+
+
+@pytest.mark.component
+def test_one_line_starts_its_own_processes_and_one_device_can_use_zero(tmp_path: Path) -> None:
+    """And says so: the engine and the number of processes, once."""
+    runs.prepare(tmp_path)
+    words = runs.words_for(tmp_path, "sft", "own", "distributed=zero3_offload", "training.steps=2")
+    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words, "distributed.processes=1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 process(es), DeepSpeed ZeRO-3 with offload, cpu") == 1
+    assert done.stdout.count("done: 2 steps") == 1
+
+
+def test_a_mode_without_a_number_of_processes_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+    words = runs.words_for(tmp_path, "sft", "none", "distributed=ddp")
+    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words])
+    assert done.returncode == 2
+    assert "distributed=ddp: there are no GPUs to count: give distributed.processes=N" in done.stderr
+
+
+@pytest.mark.component
+def test_an_optimizer_that_needs_matrices_is_refused_with_zero(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+    words = runs.words_for(tmp_path, "sft", "factored", "optimizer=adafactor", "distributed=zero1")
+    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words, "distributed.processes=1"])
+    assert done.returncode == 2
+    assert "optimizer: Adafactor does not work on the flat pieces of weights" in done.stderr
+    assert "Traceback" not in done.stderr
