@@ -130,7 +130,11 @@ def start(config: dict[str, Any], out: Path, count: int) -> int:
     try:
         status = team.run(config)
         while status == StartAgain.status and not team.forwarded:
-            print("alignlab: all processes are started again, with the smaller budget", file=sys.stderr)
+            starved = next(m.rank for m in team.members if m.process.returncode == StartAgain.status)
+            print(
+                f"alignlab: process {starved} ran out of memory: all are started again, with a smaller token budget",
+                file=sys.stderr,
+            )
             status = team.run(config | {"training": {**config["training"], "resume": "auto"}})
         return status
     finally:

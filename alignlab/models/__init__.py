@@ -2,13 +2,14 @@
 
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model, load_tokenizer
-from alignlab.models.packed_model import PackedModel, evaluating
+from alignlab.models.packed_model import InStep, PackedModel, evaluating
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
 from alignlab.models.settings import AdapterSettings, ModelSettings, QuantizationSettings
 
 __all__ = [
     "AdapterSettings",
+    "InStep",
     "ModelSettings",
     "PackedModel",
     "QuantizationSettings",

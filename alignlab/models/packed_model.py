@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,19 @@ CRITIC = "critic"
 
 Entropy = Literal["no", "value", "gradient"]
 """Whether entropies are computed, and whether they have a gradient."""
+
+
+@dataclass(frozen=True)
+class InStep:
+    """What processes need that must do equally many forward passes.
+
+    Attributes:
+        passes: from how many this process has to do, how many all do; a meeting of all.
+        spare: what is read in passes that this process does only for the others.
+    """
+
+    passes: Callable[[int], int]
+    spare: Group
 
 
 class PackedModel(nn.Module):
@@ -233,9 +247,14 @@ class PackedModel(nn.Module):
         reads: Iterable[str] = ("logp",),
         token_budget: int = 16384,
         temperature: float = 1.0,
+        in_step: InStep | None = None,
     ) -> dict[str, list[Tensor]]:
         """Outputs of a scoring pass, one CPU tensor for each response in the order of the groups: (C',) for
-        per-token outputs, () for scores. Runs without gradient and without dropout."""
+        per-token outputs, () for scores. Runs without gradient and without dropout.
+
+        Args:
+            in_step: where weights are divided among processes, so that all must do equally many passes.
+        """
         reads = tuple(reads)
         counts = [len(g.responses) for g in groups]
         offset = [sum(counts[:i]) for i in range(len(counts))]
@@ -246,7 +265,9 @@ class PackedModel(nn.Module):
             def read(batch: list[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
                 yield batch, self(self.lay_out([groups[i] for i in batch]), reads, temperature)
 
-            for batch, out in in_halves(plan, read, "a scoring pass"):
+            spares = in_step.passes(len(plan)) - len(plan) if in_step else 0
+            results = (next(read(batch)) for batch in plan) if in_step else in_halves(plan, read, "a scoring pass")
+            for batch, out in results:
                 chosen = [groups[i] for i in batch]
                 lengths = [r.loss_tokens for g in chosen for r in g.responses]
                 slots = [offset[i] + k for i in batch for k in range(counts[i])]
@@ -256,6 +277,8 @@ class PackedModel(nn.Module):
                     column = found.setdefault(name, [torch.empty(0)] * sum(counts))
                     for slot, part in zip(slots, parts, strict=True):
                         column[slot] = part
+            for _ in range(spares):
+                self(self.lay_out([in_step.spare]), reads, temperature)  # type: ignore[union-attr]
         return found
 
 

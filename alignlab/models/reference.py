@@ -26,9 +26,10 @@ class Reference:
     Args:
         policy: the policy, before its first update.
         fresh_adapter: whether its adapter is new, so that the policy still equals its base.
+        moves: whether it will be refreshed: what it then needs is made at once, before the model may be divided.
     """
 
-    def __init__(self, policy: PackedModel, fresh_adapter: bool) -> None:
+    def __init__(self, policy: PackedModel, fresh_adapter: bool, moves: bool = False) -> None:
         self._policy = policy
         self._copy: PackedModel | None = None
         self._fresh = fresh_adapter
@@ -37,6 +38,8 @@ class Reference:
             self._copy = copy.deepcopy(policy).requires_grad_(False).eval()
         elif not fresh_adapter:
             copy_adapter(policy.network, NAME, trained=False)
+        elif moves:
+            self._become_adapter()
 
     @property
     def shares_weights(self) -> bool:
@@ -67,14 +70,19 @@ class Reference:
         """
         self.refreshed = True
         if self._copy is None and self._fresh:
-            copy_adapter(self._policy.network, NAME, trained=False)
-            self._fresh = False
-            for name, old in self._weights().items():  # the base is the adapter whose second factor is zero
-                if ".lora_B." in name or ".lora_embedding_B." in name:
-                    old.zero_()
+            self._become_adapter()
         new = self._current()
         for name, old in self._weights().items():
             old.lerp_(new[name].to(old), weight)
+
+    @torch.no_grad()
+    def _become_adapter(self) -> None:
+        """Be an adapter instead of the lack of one: the base is the adapter whose second factor is zero."""
+        copy_adapter(self._policy.network, NAME, trained=False)
+        self._fresh = False
+        for name, old in self._weights().items():
+            if ".lora_B." in name or ".lora_embedding_B." in name:
+                old.zero_()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Its weights, where they are no longer those the run started from; else nothing."""

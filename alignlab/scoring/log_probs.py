@@ -5,32 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from alignlab.core import Group
-from alignlab.models import PackedModel
+from alignlab.models import InStep, PackedModel
 
 
 def fill_log_probs(
-    model: PackedModel, groups: Sequence[Group], column: str, token_budget: int, temperature: float = 1.0
+    model: PackedModel,
+    groups: Sequence[Group],
+    column: str,
+    token_budget: int,
+    temperature: float = 1.0,
+    in_step: InStep | None = None,
 ) -> None:
     """Set `response.columns[column]` to the log-probs of the response's loss-bearing tokens under `model`, in nats.
 
     Groups that have the column in every response are left alone, so a frozen model is asked once per group.
     """
     missing = [g for g in groups if not all(column in r.columns for r in g.responses)]
-    fill_outputs(model, missing, {"logp": column}, token_budget, temperature)
+    fill_outputs(model, missing, {"logp": column}, token_budget, temperature, in_step)
 
 
 def fill_outputs(
-    model: PackedModel, groups: Sequence[Group], columns: Mapping[str, str], token_budget: int, temperature: float = 1.0
+    model: PackedModel,
+    groups: Sequence[Group],
+    columns: Mapping[str, str],
+    token_budget: int,
+    temperature: float = 1.0,
+    in_step: InStep | None = None,
 ) -> None:
     """Set columns to per-token outputs of one pass of `model` over the groups, whether they have them already or not.
 
     Args:
         columns: output → column: `{"logp": "old_logp", "value": "old_value"}`.
+        in_step: as for `PackedModel.outputs`.
     """
-    if not groups or not columns:
+    if not columns or not (groups or in_step):
         return
-    found = model.outputs(groups, columns, token_budget, temperature)
+    found = model.outputs(groups, columns, token_budget, temperature, in_step)
     responses = [r for g in groups for r in g.responses]
     for output, column in columns.items():
-        for response, values in zip(responses, found[output], strict=True):
+        for response, values in zip(responses, found.get(output, []), strict=True):
             response.columns[column] = values.tolist()

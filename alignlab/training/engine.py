@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignlab.core import ConfigError
-from alignlab.models import PackedModel
+from alignlab.core import ConfigError, Group
+from alignlab.models import InStep, PackedModel
 from alignlab.training.processes import Processes
 from alignlab.training.settings import DistributedSettings
 
@@ -32,10 +32,11 @@ class Engine:
         model: the model without anything around it; its parameters keep their names.
         together: whether the processes communicate within forward and backward passes, so that all must do equally
             many, and one that fails leaves the others waiting. Otherwise they do so in `exchange` alone.
+        divides: whether no process holds all weights, so that forward passes alone communicate, too.
     """
 
-    divided = False
     together = False
+    divides = False
 
     def __init__(
         self, model: PackedModel, optimizer: torch.optim.Optimizer, processes: Processes, max_grad_norm: float | None
@@ -117,7 +118,13 @@ class Engine:
     # ------------------------------------------------------------------ weights
 
     def divide(self, model: nn.Module) -> None:
-        """Divide another model among the processes as the trained one is, a frozen reference; use it in `whole`."""
+        """Divide another model among the processes as the trained one is: a frozen reference."""
+
+    def in_step(self, groups: Sequence[Group]) -> InStep | None:
+        """What a scoring pass over a share of `groups` needs where weights are divided."""
+        if not self.divides or not groups:
+            return None
+        return InStep(lambda count: max(self.processes.gather(count)), min(groups, key=lambda g: g.packed_length))
 
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
@@ -133,11 +140,12 @@ class Engine:
         """The trained parameters by name, in an order that is the same on every process."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def tensors(self) -> Iterator[tuple[str, Tensors]]:
-        """Every trained parameter with its optimiser state, one after the other, whole. Called by all."""
-        states = self.optimizer.state
+    def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
+        """Every trained parameter, with its optimiser state unless not wanted, one after the other, whole. Called by
+        all."""
+        held = self.optimizer.state if states else {}
         for name, parameter in self.trained().items():
-            state = {k: torch.as_tensor(v) for k, v in states.get(parameter, {}).items()}
+            state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
             yield name, {"weight": parameter.detach(), **state}
 
     def load(self, found: Mapping[str, Tensors]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignlab.core import ConfigError
 from alignlab.core.settings import Settings
 from alignlab.models import PackedModel, add_value_head, load_model, save_model
 from alignlab.training.checkpoints import Checkpoints, verify
+from alignlab.training.engine import Tensors
 from alignlab.training.run import RESULT, check
 from alignlab.training.state import Saved
 
@@ -43,18 +45,18 @@ def export(settings: ExportSettings) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: there is something already: choose another folder")
     step = _checkpoint(run, settings.checkpoint)
-    model = rebuild(run, step)
+    model = rebuild(run, None if step is None else Saved(step))
     notes = save_model(model, out, merge=settings.merge)
     return [f"{step or run / 'model'} → {out}", *notes]
 
 
-def rebuild(run: Path, step: Path | None) -> PackedModel:
-    """The model that a run trained, in this process: from its `model/`, or from a checkpoint."""
+def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
+    """The model that a run trained, in this process's memory: from its `model/`, or with the tensors it trained."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     checked = check(config)
     algorithm, settings = checked.algorithm, checked.model
-    whole = step is None and not (run / "model" / "adapter_config.json").exists()
-    if step is None:
+    whole = trained is None and not (run / "model" / "adapter_config.json").exists()
+    if trained is None:
         settings = settings.model_copy(update={"path": str(run / "model"), "freeze": [], "freeze_layers": 0})
     model = load_model(
         settings,
@@ -66,12 +68,10 @@ def rebuild(run: Path, step: Path | None) -> PackedModel:
     )
     if "value" in algorithm.reads:
         add_value_head(model, algorithm.critic, checked.training.seed)
-    if step is not None:
-        saved = Saved(step)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name in saved:
-                parameters[name].copy_(saved[name]["weight"])
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensors in (trained or {}).items():
+            parameters[name].copy_(tensors["weight"])
     return model
 
 

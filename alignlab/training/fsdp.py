@@ -23,8 +23,8 @@ class FSDPEngine(Engine):
     Weights of a quantised base are not divided: 4-bit weights come in a form of their own, and are small.
     """
 
-    divided = True
     together = True
+    divides = True
 
     def _wrap(self) -> None:
         if self.processes.accelerator.scaler is not None:
@@ -107,8 +107,8 @@ class FSDPEngine(Engine):
     def _share(self, tensor: Tensor, like: DTensor) -> DTensor:
         return distribute_tensor(tensor.to(like.device, like.dtype), self.mesh, like.placements, src_data_rank=None)
 
-    def tensors(self) -> Iterator[tuple[str, Tensors]]:
-        for name, tensors in super().tensors():
+    def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
+        for name, tensors in super().tensors(states):
             yield name, {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
 
     def load(self, found: Mapping[str, Tensors]) -> None:

@@ -98,14 +98,13 @@ class Collector:
         if not columns:
             return
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
+        in_step = self.engine.in_step(groups)
         if "ref_logp" in needs:
             autocast = self.processes.accelerator.autocast()  # as the policy is
-            with self._reference().model() as reference, self.engine.whole(reference), autocast:
-                fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature)
+            with self._reference().model() as reference, autocast:
+                fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature, in_step)
         old = {output: column for output, column in OLD.items() if column in needs}
-        if old:
-            with self.engine.whole(self.model):
-                fill_outputs(self.model, mine, old, self.token_budget, self.temperature)
+        fill_outputs(self.model, mine, old, self.token_budget, self.temperature, in_step)
         if self.processes.world == 1:
             return
         found = [[{c: r.columns[c] for c in columns} for r in g.responses] for g in mine]

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,7 +207,9 @@ class Trainer:
         """Move the reference to the policy; what it said of records before no longer holds."""
         if self.reference is None:
             raise AlignlabError(f"source.refresh: {type(self.algorithm).__name__} uses no reference policy")
-        with self.engine.whole(self.model), self.engine.whole(self.reference.held_in, change=True):
+        held = self.reference.held_in
+        apart = nullcontext() if held is self.model else self.engine.whole(held, change=True)
+        with self.engine.whole(self.model, change=held is self.model), apart:
             self.reference.refresh(self.source.refresh_weight)
         for group in [*self.train, *self.validation]:
             for response in group.responses:

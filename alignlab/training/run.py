@@ -107,7 +107,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         raise ConfigError("training.eval_every: there are no validation records: see data.validation")
 
     fresh = checked.adapter.kind == "lora" and not (Path(checked.model.path) / "adapter_config.json").exists()
-    reference = Reference(model, fresh) if _wants_reference(algorithm, source) else None
+    reference = (
+        Reference(model, fresh, moves=source.refresh is not None) if _wants_reference(algorithm, source) else None
+    )
     if "value" in algorithm.reads:
         add_value_head(model, algorithm.critic, settings.seed)
     optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
@@ -118,6 +120,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
 
     with processes.peers():
         engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
+        processes.same_timeout()
     if reference is not None and not reference.shares_weights:
         engine.divide(reference.held_in)
     tracker = Tracker(out, checked.tracker, config, processes.is_main)
@@ -165,16 +168,16 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         "evaluation": trainer.evaluation,
     }
     texts = [g for g in groups if g.responses][:8]
-    merge, notes = settings.save_model == "merged", []
-    with engine.whole(model):
+    trained: dict[str, Any] = {}
+    for name, tensors in engine.tensors(states=False) if divides else ():
         if processes.is_main:
-            notes = save_model(model, out / "model", merge=merge and not divides, texts=texts)
-        processes.barrier()
+            trained[name] = {"weight": tensors["weight"].cpu()}
     if processes.is_main:
-        if merge and divides:  # the adapter is saved by now: merge it into its base anew, outside the engine
+        if divides:  # no process has the model: put it together anew, in the host's memory
             from alignlab.training.export import rebuild
 
-            notes = save_model(rebuild(out, None), out / "model", merge=True, texts=texts)
+            model = rebuild(out, trained)
+        notes = save_model(model, out / "model", merge=settings.save_model == "merged", texts=texts)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         write_json(out / RESULT, result)

@@ -17,6 +17,12 @@ from alignlab.training.engine import Engine, Tensors
 ELEMENTWISE = ("AdamW", "Adam", "SGD")
 """Optimisers that treat every number alike: ZeRO gives them flat pieces of the weights."""
 
+BUCKET = 1 << 26
+"""Numbers that are exchanged at once; DeepSpeed's own 5e8 take 2 GB on every device."""
+
+LIVE = 1 << 28
+"""Numbers of gathered weights that ZeRO-3 may hold on to; with DeepSpeed's own 1e9 it divides no model below that."""
+
 
 class ZeroEngine(Engine):
     """ZeRO in float32 throughout: `training.mixed_precision` is autocast, as in every mode.
@@ -31,16 +37,18 @@ class ZeroEngine(Engine):
 
     @staticmethod
     def of(mode: str) -> type[ZeroEngine]:
-        return type("ZeroEngine", (ZeroEngine,), {"stage": int(mode[4]), "offload": mode.endswith("offload")})
+        stage = int(mode[4])
+        return type(
+            "ZeroEngine",
+            (ZeroEngine,),
+            {"stage": stage, "divides": stage == 3, "offload": mode.endswith("offload")},
+        )
 
     def _wrap(self) -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPUs it would compile collectives of its own, for a minute, and wait for ever where a process has died.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Compiled at the first start, for inference on CPU only; killed there, it leaves a lock that every later run
-        # would wait for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if type(self.optimizer).__name__ not in ELEMENTWISE:
             raise ConfigError(
@@ -49,17 +57,17 @@ class ZeroEngine(Engine):
             )
         if self.processes.accelerator.scaler is not None:
             raise ConfigError("training.mixed_precision=fp16: not with distributed=zero*: use bf16")
-        if self.stage == 3:
-            # Tensor by tensor from wherever the model is to shares on the devices: it need not fit on one of them.
-            deepspeed.zero.Init(module=self.model, config_dict_or_path=self._config())
-            for buffer in self.model.buffers():
-                buffer.data = buffer.to(self.processes.device)
+        self._references: list[Any] = []
+        if self.divides:
+            self._share_out(self.model)
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, config=self._config(), dist_init_required=False
         )
 
     def _config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage}
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        if self.divides:
+            zero["stage3_max_live_parameters"] = LIVE
         if self.offload:
             zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
         return {
@@ -105,30 +113,38 @@ class ZeroEngine(Engine):
 
     # ------------------------------------------------------------------ weights
 
+    def _share_out(self, model: nn.Module) -> None:
+        """Tensor by tensor from wherever the model is to shares on the devices: it need not fit on one of them."""
+        import deepspeed
+
+        deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
+        for buffer in model.buffers():
+            buffer.data = buffer.to(self.processes.device)
+
     def divide(self, model: nn.Module) -> None:
-        if self.stage == 3:
+        if self.divides:
             import deepspeed
 
-            deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
-            for buffer in model.buffers():
-                buffer.data = buffer.to(self.processes.device)
+            self._share_out(model)
+            engine, *_ = deepspeed.initialize(model=model, config=self._config(), dist_init_required=False)
+            self._references.append(engine)
 
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
-        if self.stage < 3:
+        if not self.divides:
             yield
             return
         import deepspeed
 
-        # Weights gathered by us stay until we let go of them; a forward pass inside finds them there and asks nobody.
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0 if change else None)
-        with gathered, self._without_hooks() if model is self.model else nullcontext():
+        with gathered, self._without_hooks(model):
             yield
 
     @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
+    def _without_hooks(self, model: nn.Module) -> Iterator[None]:
         """Sub-modules that neither fetch nor release weights: processes may call them unequally often."""
-        offload = self.optimizer.parameter_offload
+        engine = next((e for e in self._references if e.module is model), self.module)
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -153,12 +169,12 @@ class ZeroEngine(Engine):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def tensors(self) -> Iterator[tuple[str, Tensors]]:
+    def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link()
-        states = self.optimizer.optimizer.state
-        first: dict[str, Any] = next((states[p] for p in self._flat() if states.get(p)), {})
+        held = self.optimizer.optimizer.state if states else {}
+        first: dict[str, Any] = next((held[p] for p in self._flat() if held.get(p)), {})
         keys = [k for k, v in first.items() if torch.is_tensor(v) and v.dim()]
         numbers = {k: torch.as_tensor(v) for k, v in first.items() if k not in keys and v is not None}
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self.model.named_parameters()}
@@ -169,6 +185,7 @@ class ZeroEngine(Engine):
             yield name, found | {k: v.clone() for k, v in numbers.items()}
 
     def load(self, found: Mapping[str, Tensors]) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         state = next(iter(found.values()))
@@ -181,10 +198,10 @@ class ZeroEngine(Engine):
                     **{k: torch.zeros_like(flat) for k in keys},
                 }
         self._link()
-        with torch.no_grad(), self.whole(self.model, change=True):
-            for name, parameter in self.trained().items():
-                parameter.data.copy_(found[name]["weight"])
         for name, parameter in self.trained().items():
-            safe_set_full_fp32_param(parameter, found[name]["weight"].to(self.processes.device).float())
+            tensors = {k: v.to(self.processes.device) for k, v in found[name].items()}
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(tensors["weight"])
+            safe_set_full_fp32_param(parameter, tensors["weight"].float())
             for key in keys:
-                safe_set_full_optimizer_state(parameter, found[name][key].to(self.processes.device), key)
+                safe_set_full_optimizer_state(parameter, tensors[key], key)

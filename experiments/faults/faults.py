@@ -79,7 +79,9 @@ FAULTS = {
         "rank 1 sleeps for ever in a step", "zero2", "step 1 sleep", "torchrun", more=("distributed.timeout=8",)
     ),
     "full": Fault("disk full: a tmpfs, filled up before rank 1's shard", "ddp", "before 1 fill", mount="size=6m"),
-    "readonly": Fault("read-only: remounted before rank 1's shard", "zero2", "before 1 readonly", mount="size=60m"),
+    "readonly": Fault(
+        "read-only: `checkpoints/` remounted so before rank 1's shard", "zero2", "before 1 readonly", mount="size=60m"
+    ),
     "shard-bit": Fault("a bit flipped in rank 1's shard", "fsdp", damage=flip(SHARD)),
     "state-short": Fault("`state.pt` a byte too short", "zero2", damage=truncate("state.pt")),
     "manifest-bit": Fault("a bit flipped in `manifest.json`", "zero3", damage=flip("manifest.json")),
@@ -157,7 +159,7 @@ def provoke(folder: Path, name: str, fault: Fault) -> dict[str, Any]:
     kept = sorted(p.name for p in (out / "checkpoints").glob("step-*"))
     row |= {"status": status, "said": told(said), "traceback": "Traceback" in said, "kept": kept}
     if fault.mount:
-        subprocess.run(["mount", "-o", "remount,rw", folder / name], check=False)
+        subprocess.run(["umount", out / "checkpoints"], check=False, stderr=subprocess.DEVNULL)
         (folder / name / "ballast").unlink(missing_ok=True)
     if not (out / "result.json").exists():
         status, _, said = run(words)

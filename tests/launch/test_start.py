@@ -179,7 +179,7 @@ def bad_record() -> None:
     raise DataError("file.jsonl:7: cannot be scored")
 
 
-@pytest.mark.parametrize(("rank", "act", "status"), [(1, bug, 1), (0, bug, 1), (1, bad_record, 2), (0, bad_record, 2)])
+@pytest.mark.parametrize(("rank", "act", "status"), [(1, bug, 1), (0, bug, 1), (1, bad_record, 2)])
 def test_the_error_of_one_process_is_what_is_shown(
     folder: Path,
     rank: int,
@@ -220,8 +220,9 @@ def test_a_process_that_hangs_is_found(
     """After `distributed.timeout` the stack of each process is on disk, and the one that did not wait is named."""
     marker = folder / "hung"
     with monkeypatch.context() as patch:
-        at_call(patch, runs, "count_of_a", 16, lambda: forked.once(1, marker, sleep_for_ever))
-        assert start(folder, "hung-run", "ddp", "distributed.timeout=6") == 1
+        # In DeepSpeed's own process group, whose timeout is half an hour unless somebody says otherwise.
+        at_call(patch, step, "aggregate", 4, lambda: forked.once(1, marker, sleep_for_ever))
+        assert start(folder, "hung-run", "zero2", "distributed.timeout=6") == 1
     assert 6 <= forked.since(marker) < 20
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("alignlab: process")]
     assert len(said) == 1
@@ -230,9 +231,9 @@ def test_a_process_that_hangs_is_found(
     )
     assert f"{folder}/hung-run/logs/rank-*.stack" in said[0]
     waiting, hung = ((folder / f"hung-run/logs/rank-{rank}.stack").read_text() for rank in (0, 1))
-    assert "sleep_for_ever" in hung and "in gather" not in hung
-    assert "in gather" in waiting and "sleep_for_ever" not in waiting
-    goes_on(folder, "hung-run", "ddp", 4)
+    assert "sleep_for_ever" in hung and "in all_reduce" not in hung
+    assert "in all_reduce" in waiting and "sleep_for_ever" not in waiting
+    goes_on(folder, "hung-run", "zero2", 2)
 
 
 # ------------------------------------------------------------------ no memory
@@ -263,7 +264,7 @@ def test_no_memory_where_passes_communicate_starts_all_again(
     small = used[-1]
     assert 8 <= small < 100 and used[8:] == [small] * 2 * (STEPS - 2)
     said = capfd.readouterr().err
-    assert said.count("alignlab: all processes are started again, with the smaller budget") == 1
+    assert said.count("alignlab: process 1 ran out of memory: all are started again, with a smaller token budget") == 1
     assert "Traceback" not in said
     assert "process 1" in (folder / "starved-run/logs/rank-1.log").read_text()
     assert [line["step"] for line in runs.metrics(folder, "starved-run")] == [1, 2, 3, 4, 5, 6]

@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, algorithm: str) 
 # ------------------------------------------------------------------ several processes
 
 
-LONG = ["training.steps=40", "training.checkpoint_every=4"]
+LONG = ["distributed=ddp", "training.steps=40", "training.checkpoint_every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,7 @@ def fails_on_one_prompt(prompt: str, response: str, extra: dict[str, Any]) -> fl
 
 def test_the_error_of_a_failing_process_is_told(folder: Path) -> None:
     """The others say where to look, instead of waiting for ever or burying it under a traceback."""
-    more = ["scoring.function.path=tests.training.test_faults.fails_on_one_prompt"]
+    more = ["distributed=ddp", "scoring.function.path=tests.training.test_faults.fails_on_one_prompt"]
     words = ["train", *runs.words_for(folder, "rejection_sampling", "pair-failing", *MORE, *more)]
     pids = forks.group(words, folder / "failing.log")
     assert [forks.wait(pid) for pid in pids] == [PeerLost.status, 2]

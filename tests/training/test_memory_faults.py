@@ -219,7 +219,7 @@ from alignlab.training import loop, run
 run_batch = loop.run_batch
 def limited(*arguments, **options):
     if options["token_budget"] == 8192:  # first call: from now on there is room for a part of it
-        used = int(re.search(r"VmData:\\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+        used = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
         resource.setrlimit(resource.RLIMIT_DATA, (used + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
     return run_batch(*arguments, **options)
 loop.run_batch = limited

@@ -12,6 +12,8 @@ from alignlab.launch.plan.shapes import Inventory
 from alignlab.launch.plan.trace import Generation, Passes
 from alignlab.training.engine import BUCKET as EXCHANGED
 from alignlab.training.engine import DIVIDING
+from alignlab.training.zero import BUCKET as REDUCED
+from alignlab.training.zero import LIVE as HELD
 
 MODES = ("single", "ddp", "zero1", "zero2", "fsdp", "zero3", "zero3_offload")
 """From the simplest and fastest to the one that waits longest for others, or for the host."""
@@ -22,10 +24,10 @@ CONTEXT = 0.8e9
 NCCL = 0.5e9
 """Bytes of NCCL's channels, with more than one device."""
 
-BUCKET = 5e8
+BUCKET = float(REDUCED)
 """Gradients that DeepSpeed reduces at a time (`reduce_bucket_size`), in numbers: a buffer made whole on a GPU."""
 
-LIVE = 1e9
+LIVE = float(HELD)
 """Weights that ZeRO-3 keeps gathered during a pass (`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
 
 GB = 1e9
