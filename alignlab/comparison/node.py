@@ -11,6 +11,7 @@ from typing import Any
 from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.files import write_json
 from alignlab.launch.environment import quiet
+from alignlab.launch.start import Failed
 
 
 def run(folder: Path) -> None:
@@ -53,6 +54,8 @@ def main() -> int:
     except Interrupted as stop:
         print(f"alignlab: {stop}", file=sys.stderr)
         return 143
+    except Failed as failure:  # has been told
+        return failure.status
     except AlignlabError as error:
         print(f"alignlab: {error}", file=sys.stderr)
         return 2

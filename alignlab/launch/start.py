@@ -219,7 +219,8 @@ class Team:
         else:
             # The abort of a process may be what a library does when another one is gone.
             blamed = min(own or failed, key=lambda m: m.process.returncode == -signal.SIGABRT)
-            if blamed.rank == 0 and blamed.process.returncode > 0:  # has told the terminal itself
+            alike = [m.rank for m in own or failed if m.process.returncode == blamed.process.returncode > 0]
+            if 0 in alike:  # has told the terminal itself
                 return blamed.process.returncode
             fault = f"{blamed.ending}{f': {blamed.last_words}' if blamed.last_words else ''}"
         files = [blamed.log] if blamed.log is not None else []
@@ -258,10 +259,18 @@ def _start(rank: int, count: int, port: int, logs: Path) -> Member:
         stdout=file,
         stderr=file,
         start_new_session=True,  # Ctrl-C reaches us, and we pass it on once
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     if file is not None:
         file.close()
     return Member(rank, process, log, begun)
+
+
+def _end_with_parent() -> None:
+    """In a new process: have the kernel send SIGTERM when its parent dies, even by `kill -9`."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +27,12 @@ def save_model(
     folder: Path,
     *,
     merge: bool = False,
-    state: dict[str, torch.Tensor] | None = None,
     texts: Sequence[Group] = (),
 ) -> list[str]:
     """Write the model and its tokenizer to `folder`, atomically: a full model, or a PEFT adapter.
 
     Args:
         merge: fold the adapter into its base, dequantised where it is quantised, and write a full model.
-        state: the network's weights where they are not in the model itself (sharded training).
         texts: what a model merged into a dequantised base is compared on with the one that was trained; random tokens
             where there are none.
 
@@ -47,23 +44,22 @@ def save_model(
     temporary.mkdir(parents=True)
     network: Any = model.network
     is_adapter = hasattr(network, "peft_config")
-    options: dict[str, Any] = {} if state is None else {"state_dict": state}
     notes: list[str] = []
     if is_adapter and merge:
-        merged = _merged(network, state)
+        merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
         merged.save_pretrained(temporary)
         if (quantization := quantization_of(network)) is not None:
-            report = {"quantization": name_of(quantization), **_difference(model, state, merged, texts)}
+            report = {"quantization": name_of(quantization), **_difference(model, merged, texts)}
             write_json(temporary / MERGE, report)
             notes.append(
                 f"merged into the dequantised {report['quantization']} base: {report['compared']} differ by "
                 f"{report['mean_difference']:.2g} on average, {report['max_difference']:.2g} at most"
             )
     elif is_adapter:
-        network.save_pretrained(temporary, selected_adapters=["default"], **options)
+        network.save_pretrained(temporary, selected_adapters=["default"])
         save_quantization(network, temporary)
     else:
-        network.save_pretrained(temporary, **options)
+        network.save_pretrained(temporary)
     save_value_head(model, temporary, merge)
     model.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,24 +67,7 @@ def save_model(
     return notes
 
 
-def _merged(network: Any, state: dict[str, torch.Tensor] | None) -> Any:
-    """A copy of the base with the adapter's weights added; the model being trained is left as it is."""
-    return _with_weights(plain_copy(network), state).merge_and_unload()
-
-
-def _with_weights(network: Any, state: dict[str, torch.Tensor] | None) -> Any:
-    """The network, given weights from elsewhere: those that are trained, since a base under an adapter does not change,
-    and is not in `state` by the same names where it is quantised."""
-    trained = {n: p for n, p in network.named_parameters() if p.requires_grad} if state else {}
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])  # type: ignore[index]
-    return network
-
-
-def _difference(
-    model: PackedModel, state: dict[str, torch.Tensor] | None, merged: Any, texts: Sequence[Group]
-) -> dict[str, Any]:
+def _difference(model: PackedModel, merged: Any, texts: Sequence[Group]) -> dict[str, Any]:
     """How far what the merged model says is from what the trained one does, on the same texts.
 
     They differ where the trained one computes products with its quantised base in a lower precision, or quantises
@@ -96,14 +75,13 @@ def _difference(
     """
     groups = list(texts) or random_groups(int(model.config.vocab_size), model.max_length)
     read = READS[model.kind]
-    trained = model.network if state is None else _with_weights(copy.deepcopy(model.network), state)
 
     def says(network: Any) -> torch.Tensor:
         beside = PackedModel(network, model.tokenizer, model.kind)
         beside.layout, beside.whole_logits = model.layout, model.whole_logits
         return torch.cat([v.flatten() for v in beside.outputs(groups, (read,))[read]])
 
-    difference = (says(trained) - says(merged)).abs()
+    difference = (says(model.network) - says(merged)).abs()
     return {
         "compared": {"logp": "log-probs", "score": "scores", "step": "step logits"}[read],
         "numbers": len(difference),

@@ -53,8 +53,7 @@ class FSDPEngine(Engine):
     # ------------------------------------------------------------------ a step
 
     def hold(self, last: bool) -> AbstractContextManager[Any]:
-        self.module.set_requires_gradient_sync(last)
-        return nullcontext()
+        return nullcontext()  # exchanged after each micro-batch: holding gradients back would hold them whole
 
     def __call__(self, *arguments: Any) -> dict[str, Tensor]:
         with self.processes.accelerator.autocast():

@@ -93,14 +93,15 @@ def test_one_process_and_ddp_by_hand() -> None:
 
 
 def test_fsdp_by_hand() -> None:
-    """A layer's weights are gathered while the next one's come; gradients that are not yet exchanged are whole."""
+    """A layer's weights are gathered while the next one's come, in training and in scoring; sampling needs all."""
     what = whole(1e9)
-    memory = on("fsdp", 4, what, micro_batches=1)
+    memory = on("fsdp", 4, what)
     assert memory.held == {"weights": 0.5e9, "optimizer states": 1e9}
     assert memory.phases["training"]["gradients"] == 0.5e9
     assert memory.phases["training"]["gathered weights"] == 2 * what.layer + what.outside
-    assert memory.phases["scoring"]["gathered weights"] == 2e9
-    assert on("fsdp", 4, what, micro_batches=2).phases["training"]["gradients"] == 2e9
+    assert memory.phases["scoring"]["gathered weights"] == 2 * what.layer + what.outside
+    sampled = device_memory(what, Passes(), Generation(1e9, 1e9, 1e9), ADAM, Setting("fsdp", 4, on_cpu=False))
+    assert sampled.phases["sampling"]["gathered weights"] == 2e9
 
 
 def test_an_adapter_leaves_the_optimiser_little_and_a_quantised_base_is_not_divided() -> None:

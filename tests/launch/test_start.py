@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +314,39 @@ def test_a_disk_that_is_full_ends_all_with_one_message(
     assert sum("the checkpoint of step 4 could not be written (earlier checkpoints are intact" in s for s in said) == 1
     assert not list((folder / "full-run/checkpoints").glob(".tmp-*"))
     goes_on(folder, "full-run", "ddp", 2)
+
+
+def test_processes_end_when_the_starter_is_killed(tmp_path: Path) -> None:
+    """None is left behind on the machine's devices: the kernel tells them, and they stop with a checkpoint."""
+    runs.prepare(tmp_path)
+    words = runs.words_for(tmp_path, "sft", "orphans", "training.steps=100000", "distributed=ddp")
+    starter = subprocess.Popen(
+        [sys.executable, "-m", "alignlab", "train", *words, "distributed.processes=2"],
+        env=runs.environment(),
+        cwd=runs.REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / "orphans/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    starter.kill()
+    starter.wait()
+    wait_until(lambda: bool(list((tmp_path / "orphans/checkpoints").glob("step-*"))))
+    wait_until(lambda: not alive(str(tmp_path / "orphans")))
+
+
+def alive(folder: str) -> list[int]:
+    """Processes that were started for a run in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"--from={folder}/" in path.read_bytes().decode(errors="replace"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -150,28 +150,6 @@ def test_an_adapter_is_small_and_knows_its_base(saved: Callable[..., Path], tmp_
     assert Path(config["base_model_name_or_path"]) == saved()
 
 
-@pytest.mark.parametrize(
-    ("adapter", "merge"), [(None, False), (LORA, False), (LORA, True)], ids=["full", "adapter", "merged"]
-)
-@pytest.mark.parametrize("kind", ["policy", "score"])
-def test_weights_may_come_from_elsewhere(
-    saved: Callable[..., Path], tmp_path: Path, adapter: AdapterSettings | None, merge: bool, kind: str
-) -> None:
-    """Sharded training gathers them: the model's own are not what is saved then."""
-    settings, groups = ModelSettings(path=str(saved())), tiny.some_groups()
-    model = load_model(settings, adapter, kind)  # type: ignore[arg-type]
-    untrained = torch.cat([v.flatten() for v in says(model, groups)])
-    start = {k: v.clone() for k, v in model.network.state_dict().items()}
-    learn(model, groups)
-    state = {k: v.clone() for k, v in model.network.state_dict().items()}
-    expected = torch.cat([v.flatten() for v in says(model, groups)])
-    model.network.load_state_dict(start)
-    save_model(model, tmp_path / "model", merge=merge, state=state)
-    found = load_model(ModelSettings(path=str(tmp_path / "model")), kind=kind)  # type: ignore[arg-type]
-    torch.testing.assert_close(torch.cat([v.flatten() for v in says(found, groups)]), expected, atol=1e-5, rtol=0)
-    assert torch.equal(torch.cat([v.flatten() for v in says(model, groups)]), untrained)
-
-
 def test_a_failure_leaves_what_was_saved_before(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

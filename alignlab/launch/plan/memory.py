@@ -173,7 +173,7 @@ def device_memory(
             **gathered,
         },
         "update": {"gradients": gradients + after, "temporary": 0.0 if offload else temporary},
-        "scoring": {"activations": passes.scoring, **whole},
+        "scoring": {"activations": passes.scoring, **gathered},
     }
     if first:  # gradients come one by one, while activations go
         phases["gradients"] = {"gradients": gradients}
@@ -189,8 +189,12 @@ def device_memory(
         host = max(host, before)
         if setting.on_cpu:
             phases["loading"] = {"whole model": max(before - sum(held.values()), 0.0)}
-    if whole or setting.merged:
-        phases["saving"] = {**whole, **({"merged copy": movable} if setting.merged else {})}
+    if divided:  # the first process puts the model together anew in the host's memory
+        host = max(host, what.weights)
+        if setting.on_cpu:
+            phases["saving"] = {"whole model": what.weights}
+    elif setting.merged:
+        phases["saving"] = {"merged copy": movable}
     held["scorers"] = setting.scorers
     if mode == "ddp":  # the wrapper's own buckets stay, which on a CPU nobody has written to; ours come and go
         held["communication"] = min(EXCHANGED, what.gradients) if setting.on_cpu else what.gradients
@@ -207,9 +211,9 @@ def _gradients(what: Inventory, setting: Setting, flat: float) -> tuple[float, f
         return what.gradients, bucket, flat
     if mode.startswith("zero"):
         return what.gradients / n, bucket, flat
-    if mode == "fsdp":  # a layer's at a time; whole while micro-batches are added up without being exchanged
+    if mode == "fsdp":  # a layer's at a time
         layer = what.layer * what.gradients / max(what.weights, 1.0)
-        return (what.gradients if setting.micro_batches > 1 else what.gradients / n), 2 * layer, 0.0
+        return what.gradients / n, 2 * layer, 0.0
     return what.gradients, 0.0, 0.0
 
 
