@@ -23,7 +23,7 @@ class ExportSettings(Settings):
     """Which weights of which run go where."""
 
     run: str = Field(min_length=1)
-    checkpoint: str | None = None
+    checkpoint: str | int | None = None
     merge: bool = True
     out: str = Field(min_length=1)
 
@@ -75,7 +75,7 @@ def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
     return model
 
 
-def _checkpoint(run: Path, wanted: str | None) -> Path | None:
+def _checkpoint(run: Path, wanted: str | int | None) -> Path | None:
     """The folder of a checkpoint; None for the run's finished model."""
     if wanted is None and (run / RESULT).exists():
         return None

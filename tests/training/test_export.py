@@ -51,7 +51,7 @@ def test_a_checkpoint_of_a_divided_run_stopped_on_the_way(folder: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(ProgressDisplay, "update", lambda self, step, m: runs.StopAfter(4)(step, m))
         with pytest.raises(Interrupted):
-            runs.train(folder, "sft", "sft-single", "optimizer=sgd", "training.checkpoint_every=2")
+            runs.train(folder, "sft", "sft-single", "training.checkpoint_every=2")
     assert main(["export", f"run={folder}/sft-single", f"out={folder}/sft-single-exported"]) == 0
     expected = runs.weights_of(folder / "sft-single-exported")
     jobs = [
