@@ -50,6 +50,9 @@ class PackedModel(nn.Module):
         layout: "packed", or "plain" where the probe found that the model cannot be packed exactly.
         whole_logits: use the model's own forward for logits; set by the probe where its head is more than a linear
             map with the usual scalings. Slower, needs memory for [R, L, V].
+        head_use: how the map to the vocabulary is used for each chunk of log-probs: as a module; by its weight alone,
+            where the number of calls to modules must not depend on the data (ZeRO-3); or in one chunk, where there is
+            more to it than a weight.
         notes: what the probe found, for the log.
         value_head, critic, critic_decoder: a policy's critic; see `heads.add_value_head`.
         language_head: a score model's; see `heads.add_language_head`.
@@ -63,6 +66,7 @@ class PackedModel(nn.Module):
         self.kind: ModelKind = kind
         self.layout: Layout = "packed"
         self.whole_logits = False
+        self.head_use: Literal["module", "weight", "once"] = "module"
         self.notes: list[str] = []
         self.value_head: nn.Linear | None = None
         self.critic: Literal["shared", "own"] = "shared"
@@ -204,17 +208,21 @@ class PackedModel(nn.Module):
         return head(hidden.to(weight.dtype)).float()
 
     @property
-    def _vocabulary_head(self) -> Any:
-        """The map to the vocabulary: a policy's own head, or the language head of a score model."""
-        if self.kind != "policy" and self.language_head is None:
-            raise AlignlabError(f"a {self.kind} model has log-probs only beside a language head")
+    def vocabulary_head(self) -> Any:
+        """The map to the vocabulary: a policy's own head, or the language head beside a score; None without one."""
         return self.head if self.kind == "policy" else self.language_head
+
+    @property
+    def _vocabulary_head(self) -> Any:
+        if self.vocabulary_head is None:
+            raise AlignlabError(f"a {self.kind} model has log-probs only beside a language head")
+        return self.vocabulary_head
 
     def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
         """Log-probs of `target` (T,) from hidden states (T, D), in chunks whose logits are recomputed in the
         backward pass: memory does not grow with T times the vocabulary."""
         vocabulary = int(self.config.vocab_size)  # not the head's own size: its weight may be elsewhere right now
-        size = max(1, CHUNK_ELEMENTS // vocabulary)
+        size = max(1, CHUNK_ELEMENTS // vocabulary if self.head_use != "once" else len(target))
         pieces: list[Sequence[Tensor]] = []
         for start in range(0, len(target), size):
             chunk = (hidden[start : start + size], target[start : start + size], temperature, entropy)
@@ -228,7 +236,9 @@ class PackedModel(nn.Module):
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
     def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
-        return _from_logits(self._scaled(self._vocabulary_head(hidden)), target, temperature, entropy)
+        head = self._vocabulary_head
+        logits = head(hidden) if self.head_use != "weight" else nn.functional.linear(hidden, head.weight, head.bias)
+        return _from_logits(self._scaled(logits), target, temperature, entropy)
 
     def _scaled(self, logits: Tensor) -> Tensor:
         """What architectures do to logits after the linear map: Cohere and Granite scale, Gemma caps softly."""

@@ -117,7 +117,7 @@ class Engine:
 
     # ------------------------------------------------------------------ weights
 
-    def divide(self, model: nn.Module) -> None:
+    def divide(self, model: PackedModel) -> None:
         """Divide another model among the processes as the trained one is: a frozen reference."""
 
     def in_step(self, groups: Sequence[Group]) -> InStep | None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignlab.core import ConfigError
+from alignlab.models import PackedModel
 from alignlab.training.engine import Engine, Tensors
 
 
@@ -69,7 +70,7 @@ class FSDPEngine(Engine):
 
     # ------------------------------------------------------------------ weights
 
-    def divide(self, model: nn.Module) -> None:
+    def divide(self, model: PackedModel) -> None:
         self._shard(model)
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.core import ConfigError
+from alignlab.models import PackedModel
 from alignlab.training.engine import Engine, Tensors
 
 ELEMENTWISE = ("AdamW", "Adam", "SGD")
@@ -113,15 +114,24 @@ class ZeroEngine(Engine):
 
     # ------------------------------------------------------------------ weights
 
-    def _share_out(self, model: nn.Module) -> None:
-        """Tensor by tensor from wherever the model is to shares on the devices: it need not fit on one of them."""
+    def _share_out(self, model: PackedModel) -> None:
+        """Tensor by tensor from wherever the model is to shares on the devices: it need not fit on one of them.
+
+        The map to the vocabulary is fetched for a whole pass, and not called as a module: log-probs come in chunks, of
+        which one process has more than another, and DeepSpeed wants all to call the same modules.
+        """
         import deepspeed
 
         deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
         for buffer in model.buffers():
             buffer.data = buffer.to(self.processes.device)
+        head = model.vocabulary_head
+        model.head_use = "weight" if type(head) is nn.Linear else "once"
+        if model.head_use == "weight":
+            for parameter in head.parameters():
+                deepspeed.zero.register_external_parameter(model, parameter)
 
-    def divide(self, model: nn.Module) -> None:
+    def divide(self, model: PackedModel) -> None:
         if self.divides:
             import deepspeed
 

@@ -1,6 +1,7 @@
 """Many runs in one set of processes, since starting those takes longer than the runs: `torchrun … many.py JOBS.json`.
 
-A job is `{"folder", "algorithm", "out", "words"}`. A run that fails leaves its error in `OUT.error`.
+A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits. A
+run that fails leaves its error in `OUT.error`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ def main(file: Path) -> None:
     import torch
 
     from alignlab.launch.environment import quiet
+    from alignlab.models import packed_model
 
     quiet()
     torch.set_num_threads(1)
+    usual = packed_model.CHUNK_ELEMENTS
     for job in json.loads(file.read_text()):
+        packed_model.CHUNK_ELEMENTS = job.get("chunk", usual)
         folder = Path(job["folder"])
         try:
             runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])

@@ -90,6 +90,35 @@ def test_learns_something(folder: Path, algorithm: str, kind: str) -> None:
         assert max(float(w.abs().max()) for n, w in weights.items() if "lora_B" in n) > 100 * ROUNDING
 
 
+UNEQUAL = {
+    "chunks": ["adapter=lora"],
+    "micro-batches": ["adapter=lora", "training.token_budget=25", "model.gradient_checkpointing=true"],
+    "refreshed": ["adapter=none", "source.refresh=2", "source.refresh_weight=0.5"],
+    "merged": ["adapter=lora", "quantization=nf4", "training.save_model=merged"],
+}
+"""What makes processes call modules unequally often, or changes weights outside the optimiser, or the model at the end."""
+
+
+@pytest.fixture(scope="module")
+def unequal(folder: Path) -> Path:
+    def job(mode: str, name: str) -> dict:
+        words = [f"distributed={mode}", *UNEQUAL[name]]
+        chunk = {"chunk": 200} if name == "chunks" else {}  # six tokens at a time
+        return {"algorithm": "rloo", "out": f"rloo-{mode}-{name}", "words": words, **chunk}
+
+    for name, words in UNEQUAL.items():
+        runs.train(folder, "rloo", f"rloo-single-{name}", *words)
+    many.spawn(folder, [job(mode, name) for mode in ("zero2", "fsdp", "zero3") for name in UNEQUAL])
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["zero2", "fsdp", "zero3"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_processes_that_have_unequally_much_to_do_do_not_part(unequal: Path, mode: str, name: str) -> None:
+    single, two = (runs.weights(unequal, f"rloo-{m}-{name}") for m in ("single", mode))
+    assert runs.difference(single, two) < 2 * ROUNDING  # a soft refresh adds some
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 ADAM = ["optimizer=adamw", "optimizer.lr=1e-3", "training.checkpoint_every=3", "training.keep_last=9"]
