@@ -1,7 +1,7 @@
 """Many runs in one set of processes, since starting those takes longer than the runs: `torchrun … many.py JOBS.json`.
 
-A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits. A
-run that fails leaves its error in `OUT.error`.
+A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits.
+A run that fails leaves its error in `OUT.error`.
 """
 
 from __future__ import annotations

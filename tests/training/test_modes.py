@@ -96,7 +96,7 @@ UNEQUAL = {
     "refreshed": ["adapter=none", "source.refresh=2", "source.refresh_weight=0.5"],
     "merged": ["adapter=lora", "quantization=nf4", "training.save_model=merged"],
 }
-"""What makes processes call modules unequally often, or changes weights outside the optimiser, or the model at the end."""
+"""What makes processes call modules unequally often, changes weights outside the optimiser, or the model at the end."""
 
 
 @pytest.fixture(scope="module")
