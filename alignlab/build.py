@@ -28,7 +28,6 @@ def section(kind: type[S], values: Any, key: str) -> S:
     Raises:
         ConfigError: for an unknown key or an impossible value, with the key as it is written on the command line.
     """
-    values = {} if values is None else values  # `distributed: null`: a group that is not used
     if not isinstance(values, dict):
         raise ConfigError(f"{key}={_shown(values)}: a section with keys is wanted: {', '.join(kind.model_fields)}")
     try:

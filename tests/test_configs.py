@@ -97,7 +97,7 @@ def test_an_option_of_each_group_has_every_key_and_the_default_one_the_class_s_v
     usual = entries(FOLDER / "train.yaml")[group]
     keys = [set(composed("train", f"{group}={option}")[group]) for option in FULL.get(group, [usual])]
     assert set.union(*keys) == set(kind.model_fields)
-    found = composed("train", f"{group}={'base' if group == 'data' else usual}")[group] or {}
+    found = composed("train", f"{group}={'base' if group == 'data' else usual}").get(group, {})
     required = {k for k, field in kind.model_fields.items() if field.is_required()}
     assert {k for k, v in found.items() if v == "???"} == required
     given = dict.fromkeys(required, "given")
@@ -107,7 +107,7 @@ def test_an_option_of_each_group_has_every_key_and_the_default_one_the_class_s_v
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in CLASSES], ids=name)
 def test_options_have_keys_of_the_class(path: Path) -> None:
     group = path.parent.name
-    found = composed("train", f"{group}={path.stem}")[group] or {}
+    found = composed("train", f"{group}={path.stem}").get(group, {})
     assert set(found) <= set(CLASSES[group].model_fields)
     CLASSES[group](**{k: "given" if v == "???" else v for k, v in found.items()})
 

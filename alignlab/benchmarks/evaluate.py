@@ -67,7 +67,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     benchmark = build_benchmark(config["benchmark"])
     rollout = section(RolloutSettings, config["rollout"], "rollout")
     check_best_of("best_of", wanted.best_of, benchmark, wanted.reward_model, rollout.temperature)
-    quantization = section(QuantizationSettings, config["quantization"], "quantization")
+    quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
 
     def open_model(where: str, key: str) -> PackedModel:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")

@@ -130,7 +130,7 @@ class _Plan:
         used = [self.start]
         filled = [self._filled(word, name, used) for word in [*self.settings.common, *words]]
         chosen = {word.partition("=")[0] for word in filled}  # a stage's `adapter=none` replaces the shared section
-        common = {k: self.config[k] for k in SHARED if k not in chosen}
+        common = {k: self.config[k] for k in SHARED if k in self.config and k not in chosen}
         try:
             start = f"model.path={quoted(self.start.text)}"
             composed = resolve(compose("train", [*as_words(common), *filled, start], self.own))
@@ -161,7 +161,7 @@ class _Plan:
         labels |= {"temperature": pairs.temperature, "certain": pairs.certain, "seed": pairs.seed}
         folder = self.out / "pairs"
         composed |= {
-            "quantization": self.config["quantization"],
+            "quantization": self.config.get("quantization", {}),
             "rollout": self.config["rollout"],
             "scoring": labels,
             "samples": pairs.samples,
@@ -177,7 +177,7 @@ class _Plan:
         judge = self.places.get("reward_model")
         used += [self.places["sft"], *([judge] if judge else [])]
         return {
-            **{key: self.config[key] for key in ("benchmark", "model", "quantization", "rollout")},
+            **{k: self.config.get(k, {}) for k in ("benchmark", "model", "quantization", "rollout")},
             "run": str(folder),
             "out": str(folder),
             "reference": self.places["sft"].text,

@@ -84,7 +84,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """
     from alignlab.build import section
 
-    distributed = section(DistributedSettings, config["distributed"], "distributed")
+    distributed = section(DistributedSettings, config.get("distributed", {}), "distributed")
     if distributed.mode == "single" or launched() is not None:
         from alignlab.training.run import train as run
 

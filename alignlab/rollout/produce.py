@@ -38,7 +38,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     """
     wanted = section(ProduceSettings, {k: config[k] for k in ProduceSettings.model_fields}, "")
     settings = section(ModelSettings, config["model"], "model")
-    quantization = section(QuantizationSettings, config["quantization"], "quantization")
+    quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
     rollout = section(RolloutSettings, config["rollout"], "rollout")
     scorers: list[Scorer] = [build(config["scoring"], "scoring")] if config["scoring"] else []
     try:

@@ -326,10 +326,10 @@ class Trainer:
 
     def _checkpoint(self, metric: float | None = None) -> None:
         with self.checkpoints.write(self.state.step, metric) as folder:
-            save_state(folder, self.state, self.engine, self.reference)
+            save_state(folder, self.state, self.engine, self.reference, self.train)
 
     def _load(self, folder: Path) -> State:
-        state = load_state(folder, self.engine, self.reference)
+        state = load_state(folder, self.engine, self.reference, self.train)
         if state.algorithm:
             self.algorithm.state = state.algorithm
         return state

@@ -212,12 +212,12 @@ def check(config: dict[str, Any]) -> Checked:
     """
     checked = Checked(
         training=section(TrainingSettings, config["training"], "training"),
-        distributed=section(DistributedSettings, config["distributed"], "distributed"),
+        distributed=section(DistributedSettings, config.get("distributed", {}), "distributed"),
         source=section(SourceSettings, config["source"], "source"),
         rollout=section(RolloutSettings, config["rollout"], "rollout"),
         model=section(ModelSettings, config["model"], "model"),
         adapter=section(AdapterSettings, config["adapter"], "adapter"),
-        quantization=section(QuantizationSettings, config["quantization"], "quantization"),
+        quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
         data=section(DataSettings, config["data"], "data"),
         tracker=section(TrackerSettings, config["tracker"], "tracker"),
         algorithm=build_algorithm(config["algorithm"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,9 @@ from alignlab.training.engine import Engine, Tensors, shared_sizes
 
 REFERENCE = "reference.pt"
 """The reference's weights, where it has been refreshed."""
+
+KNOWN = "ref_logp.pt"
+"""What the reference has said of the training data so far: place of the record → log-probs of each response."""
 
 SHARDS = "trained-*-of-*.safetensors"
 """The trained weights with their optimiser state, whole tensors in float32 or what they were trained in, named
@@ -63,8 +66,15 @@ class State:
     pending: list[Group] = field(default_factory=list)
 
 
-def save_state(folder: Path, state: State, engine: Engine, reference: Reference | None = None) -> None:
-    """Write everything a run needs to go on bit-identically. Called by all processes."""
+def save_state(
+    folder: Path, state: State, engine: Engine, reference: Reference | None = None, records: Sequence[Group] = ()
+) -> None:
+    """Write everything a run needs to go on bit-identically. Called by all processes.
+
+    Args:
+        records: the training data, whose reference log-probs are kept: computed anew, beside other records, they would
+            differ in their last bits.
+    """
     import safetensors.torch
 
     processes = engine.processes
@@ -85,9 +95,13 @@ def save_state(folder: Path, state: State, engine: Engine, reference: Reference 
         torch.save(asdict(state) | {"scaler": scaler.state_dict() if scaler else {}}, folder / "state.pt")
         if weights:
             torch.save(weights, folder / REFERENCE)
+        if known := _known(records):
+            torch.save(known, folder / KNOWN)
 
 
-def load_state(folder: Path, engine: Engine, reference: Reference | None = None) -> State:
+def load_state(
+    folder: Path, engine: Engine, reference: Reference | None = None, records: Sequence[Group] = ()
+) -> State:
     """Read it back, into the same engine or another. Called by all processes."""
     try:
         saved = Saved(folder)
@@ -102,10 +116,25 @@ def load_state(folder: Path, engine: Engine, reference: Reference | None = None)
         if reference is not None and (folder / REFERENCE).exists():
             with _reference_weights(engine, reference, change=True):
                 reference.load_state(torch.load(folder / REFERENCE, weights_only=True))
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        if (folder / KNOWN).exists():
+            for i, columns in torch.load(folder / KNOWN, weights_only=True).items():
+                for response, values in zip(records[i].responses, columns, strict=True):
+                    response.columns["ref_logp"] = values.tolist()
+    except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
         raise AlignlabError(f"{folder}: this checkpoint does not fit the run: {error}") from error
     pending = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in raw.pop("pending")]
     return State(**raw, pending=pending)
+
+
+def _known(records: Sequence[Group]) -> dict[int, list[Tensor]]:
+    """Reference log-probs of the records that have them, by place; in float32 where that is all they are."""
+    found: dict[int, list[Tensor]] = {}
+    for i, group in enumerate(records):
+        if group.responses and all("ref_logp" in r.columns for r in group.responses):
+            exact = [torch.tensor(r.columns["ref_logp"], dtype=torch.float64) for r in group.responses]
+            narrow = [v.float() for v in exact]
+            found[i] = narrow if all(torch.equal(n.double(), e) for n, e in zip(narrow, exact, strict=True)) else exact
+    return found
 
 
 class Saved(Mapping[str, Tensors]):

@@ -196,7 +196,7 @@ class ZeroEngine(Engine):
 
     def load(self, found: Mapping[str, Tensors]) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
         state = next(iter(found.values()))
         keys = [k for k, v in state.items() if k != "weight" and v.dim()]
@@ -212,6 +212,18 @@ class ZeroEngine(Engine):
             tensors = {k: v.to(self.processes.device) for k, v in found[name].items()}
             with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(tensors["weight"])
-            safe_set_full_fp32_param(parameter, tensors["weight"].float())
+            if self.divides:  # the functions for whole tensors fail on those that cannot be divided evenly
+                utils.safe_set_local_fp32_param(parameter, self._share(tensors["weight"], parameter))
+            else:
+                utils.safe_set_full_fp32_param(parameter, tensors["weight"].float())
             for key in keys:
-                safe_set_full_optimizer_state(parameter, tensors[key], key)
+                if self.divides:
+                    utils.safe_set_local_optimizer_state(parameter, self._share(tensors[key], parameter), key)
+                else:
+                    utils.safe_set_full_optimizer_state(parameter, tensors[key], key)
+
+    def _share(self, tensor: Tensor, parameter: Any) -> Tensor:
+        """This process's piece of a whole tensor, filled up with zeros where there is less for it."""
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(tensor.float().flatten(), (0, size * self.processes.world - tensor.numel()))
+        return padded[self.processes.rank * size : (self.processes.rank + 1) * size]

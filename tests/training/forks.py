@@ -92,6 +92,8 @@ def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
 def train(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2) -> None:
     """A run of several processes to its end."""
     log = folder / f"{out}.log"
+    if not any(w.startswith("distributed=") for w in more):
+        more = (*more, "distributed=ddp")
     pids = group(["train", *runs.words_for(folder, algorithm, out, *more)], log, processes)
     statuses = [wait(pid) for pid in pids]
     said = "\n".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in range(processes))

@@ -1,7 +1,7 @@
 """Many runs in one set of processes, since starting those takes longer than the runs: `torchrun … many.py JOBS.json`.
 
 A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits.
-A run that fails leaves its error in `OUT.error`.
+A run that fails leaves its error in `OUT.error`, and ends all.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def main(file: Path) -> None:
         folder = Path(job["folder"])
         try:
             runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])
-        except Exception:
-            if os.environ["RANK"] == "0":
-                (folder / f"{job['out']}.error").write_text(f"{job}: {traceback.format_exc()}")
+        except Exception:  # the others may be waiting for this process: nothing can go on
+            with (folder / f"{job['out']}.error").open("a") as error:
+                error.write(f"process {os.environ['RANK']}: {job}: {traceback.format_exc()}\n")
+            os._exit(1)
 
 
 if __name__ == "__main__":

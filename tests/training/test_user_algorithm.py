@@ -123,7 +123,7 @@ def test_it_is_packed_and_split_like_any_other(folder: Path, straight: dict[str,
 
 
 def test_it_runs_in_two_processes(folder: Path, straight: dict[str, torch.Tensor]) -> None:
-    pids = forks.group(words(folder, "two"), folder / "two.log")
+    pids = forks.group([*words(folder, "two"), "distributed=ddp"], folder / "two.log")
     assert [forks.wait(pid) for pid in pids] == [0, 0], (folder / "two.log.0").read_text()
     assert json.loads((folder / "two/result.json").read_text())["processes"] == 2
     assert runs.difference(straight, runs.weights(folder, "two")) < ROUNDING

@@ -125,7 +125,7 @@ def test_dropout_in_log_probs(folder: Path, saved: Saved, collected: list[Collec
     start = ["model.path=" + str(saved("gpt2", std=0.15, **dropout)), "model.dropout=true"]
     if kind == "adapter":
         runs.train(folder, "sft", "sft", *LR, "adapter=lora", "adapter.dropout=0.5", "training.steps=3")
-        start = [f"model.path={folder}/sft/model", "adapter=lora"]
+        start = [f"model.path={folder}/sft/model", "adapter=lora", "adapter.dropout=0.5"]
         collected.clear()
     still = ["optimizer.lr=0", "training.steps=3", "source.passes=1", "source.prompts=5"]
     runs.train(folder, "ppo", f"dropout-{kind}", *start, *still)
