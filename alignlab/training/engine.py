@@ -60,7 +60,8 @@ class Engine:
 
     def __call__(self, *arguments: Any) -> dict[str, Tensor]:
         """The model's forward pass, for training."""
-        return dict(self.module(*arguments))
+        with self.processes.accelerator.autocast():
+            return dict(self.module(*arguments))
 
     def hold(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch, which may be the last one.
@@ -224,7 +225,7 @@ EXPECTED = {
 """What each mode's engine must say that it is."""
 
 
-def shared_sizes(parameters: dict[str, nn.Parameter], sizes: Sequence[int], world: int) -> dict[str, int]:
+def owners(parameters: dict[str, nn.Parameter], sizes: Sequence[int], world: int) -> dict[str, int]:
     """Which process writes which parameter: the largest first to whoever has least."""
     load = [0] * world
     owner: dict[str, int] = {}

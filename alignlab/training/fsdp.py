@@ -56,10 +56,6 @@ class FSDPEngine(Engine):
     def hold(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()  # exchanged after each micro-batch: holding gradients back would hold them whole
 
-    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
-        with self.processes.accelerator.autocast():
-            return dict(self.module(*arguments))
-
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

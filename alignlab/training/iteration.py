@@ -99,12 +99,12 @@ class Collector:
             return
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         in_step = self.engine.in_step(groups)
-        if "ref_logp" in needs:
-            autocast = self.processes.accelerator.autocast()  # as the policy is
-            with self._reference().model() as reference, autocast:
-                fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature, in_step)
         old = {output: column for output, column in OLD.items() if column in needs}
-        fill_outputs(self.model, mine, old, self.token_budget, self.temperature, in_step)
+        with self.processes.accelerator.autocast():  # as in training: not every engine puts it into the model itself
+            if "ref_logp" in needs:
+                with self._reference().model() as reference:
+                    fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature, in_step)
+            fill_outputs(self.model, mine, old, self.token_budget, self.temperature, in_step)
         if self.processes.world == 1:
             return
         found = [[{c: r.columns[c] for c in columns} for r in g.responses] for g in mine]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignlab.core import AlignlabError, Group, Response
 from alignlab.models import Reference
-from alignlab.training.engine import Engine, Tensors, shared_sizes
+from alignlab.training.engine import Engine, Tensors, owners
 
 REFERENCE = "reference.pt"
 """The reference's weights, where it has been refreshed."""
@@ -80,7 +80,7 @@ def save_state(
     processes = engine.processes
     trained = engine.trained()
     sizes = [getattr(p, "ds_numel", p.numel()) for p in trained.values()]
-    owner = shared_sizes(trained, sizes, processes.world)
+    owner = owners(trained, sizes, processes.world)
     mine: dict[str, Tensor] = {}
     for name, tensors in engine.tensors():
         if owner[name] == processes.rank:

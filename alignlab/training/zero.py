@@ -93,10 +93,6 @@ class ZeroEngine(Engine):
         self.module.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
-        with self.processes.accelerator.autocast():
-            return dict(self.module(*arguments))
-
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss)
 
@@ -168,14 +164,14 @@ class ZeroEngine(Engine):
 
     def _flat(self) -> list[Any]:
         """The flat float32 weights that the optimiser works on, this process's share."""
-        if self.stage == 3:
+        if self.divides:
             return [p for p in self.optimizer.fp32_partitioned_groups_flat if p is not None]
         return list(self.optimizer.single_partition_of_fp32_groups)
 
     def _link(self) -> None:
         """Let DeepSpeed find each parameter's piece of the optimiser state; by itself it looks once, and too early for
         all but the first group of parameters."""
-        if self.stage < 3 and any(self.optimizer.optimizer.state.values()):
+        if not self.divides and any(self.optimizer.optimizer.state.values()):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

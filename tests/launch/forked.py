@@ -19,12 +19,11 @@ from alignlab.launch import start as starter
 from tests.training import forks, runs
 
 
-class Popen:
+class Popen(forks.Forked):
     """Stands in for `subprocess.Popen` of the interpreter: a fork that runs the command."""
 
     def __init__(self, words: Sequence[str], env: dict[str, str], stdout: IO[bytes] | None, **_options: Any) -> None:
         assert list(words[1:3]) == ["-m", "alignlab"]
-        self.returncode: int | None = None
 
         def act() -> None:
             from accelerate.state import AcceleratorState
@@ -40,25 +39,6 @@ class Popen:
             raise SystemExit(main(list(words[3:])))
 
         self.pid = forks.fork(act, Path(os.readlink(f"/proc/self/fd/{stdout.fileno()}")) if stdout else None)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 def start(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2) -> int:

@@ -100,30 +100,15 @@ def train(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2
     assert statuses == [0] * processes, said
 
 
-class Process:
-    """Stands in for `subprocess.Popen` where a comparison starts its nodes: a fork instead of a new interpreter."""
+class Forked:
+    """What a `subprocess.Popen` offers, of a fork: faster than a new interpreter.
 
-    started: ClassVar[list[str]] = []
-    """The folders of the nodes that were started, in order."""
+    Attributes:
+        pid: set by who forks.
+    """
 
-    def __init__(self, words: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object) -> None:
-        assert list(words[1:3]) == ["-m", "alignlab.comparison.node"]
-        folder = words[3]
-        Process.started.append(folder)
-        self.returncode: int | None = None
-
-        def act() -> None:
-            from alignlab.comparison import node
-
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
-            os.setsid()
-            os.environ.clear()
-            os.environ.update(env)
-            sys.argv = ["node", folder]
-            raise SystemExit(node.main())
-
-        self.pid = fork(act, Path(stdout.name))
+    pid: int
+    returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -131,7 +116,7 @@ class Process:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = float("inf")) -> int:
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
@@ -146,3 +131,28 @@ class Process:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class Process(Forked):
+    """Stands in for `subprocess.Popen` where a comparison starts its nodes: a fork instead of a new interpreter."""
+
+    started: ClassVar[list[str]] = []
+    """The folders of the nodes that were started, in order."""
+
+    def __init__(self, words: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object) -> None:
+        assert list(words[1:3]) == ["-m", "alignlab.comparison.node"]
+        folder = words[3]
+        Process.started.append(folder)
+
+        def act() -> None:
+            from alignlab.comparison import node
+
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            sys.argv = ["node", folder]
+            raise SystemExit(node.main())
+
+        self.pid = fork(act, Path(stdout.name))

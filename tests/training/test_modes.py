@@ -119,6 +119,17 @@ def test_processes_that_have_unequally_much_to_do_do_not_part(unequal: Path, mod
     assert runs.difference(single, two) < 2 * ROUNDING  # a soft refresh adds some
 
 
+def test_what_the_policy_was_is_computed_in_the_precision_of_training(folder: Path) -> None:
+    """PPO's first ratios are 1 under bfloat16 too: the old log-probs come from the same autocast passes, whether or not
+    an engine puts autocast into the model."""
+    words = ["training.mixed_precision=bf16", "source.passes=1", "source.prompts=5", "training.steps=1"]
+    modes = ("ddp", "zero2", "fsdp", "zero3")
+    jobs = [{"algorithm": "ppo", "out": f"ppo-bf16-{m}", "words": [*words, f"distributed={m}"]} for m in modes]
+    many.spawn(folder, jobs)
+    for mode in modes:
+        assert runs.metrics(folder, f"ppo-bf16-{mode}")[0]["approx_kl"] == 0.0, mode
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 ADAM = ["optimizer=adamw", "optimizer.lr=1e-3", "training.checkpoint_every=3", "training.keep_last=9"]
