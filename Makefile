@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slurm lint install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm
+
+# On a real Slurm of virtual nodes, beside any other on this machine. Needs root, and installs Debian's packages.
+test-slurm: export ALIGNLAB_SLURM = /tmp/alignlab-test-slurm
+test-slurm: export ALIGNLAB_SLURM_CONF = $(ALIGNLAB_SLURM)/etc
+test-slurm: export ALIGNLAB_SLURM_PORT = 26817
+test-slurm: export SLURM_CONF = $(ALIGNLAB_SLURM_CONF)/slurm.conf
+test-slurm: $(VENV)/.test
+	slurm/local-cluster.sh start
+	$(BIN)/python -m pytest tests/slurm; status=$$?; slurm/local-cluster.sh wipe; exit $$status
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "one training run:  alignlab train algorithm=dpo model=PATH data=preferences data.path=FILE",
     "compare": "many algorithms under one budget:  alignlab compare experiment=demo",
+    "submit": "the same as jobs of a Slurm cluster:  alignlab submit experiment=demo launcher.partition=gpu",
+    "status": "how submitted comparisons go:  alignlab status [DIR ...] [--json]",
+    "cancel": "cancel the jobs of a submitted comparison:  alignlab cancel DIR",
     "evaluate": "measure a saved model:  alignlab evaluate run=DIR benchmark=exact",
     "sample": "sample responses, score or label them, write a data set:  alignlab sample model=PATH data.path=FILE",
     "plan": "what a run needs and where it fits, nothing loaded:  alignlab plan model=llama-65b adapter=lora gpu=48",
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     name, rest = words[0], words[1:]
     try:
-        if name not in COMMANDS:
+        if name not in _RUN:
             raise AlignlabError(f"{name}: unknown command{did_you_mean(name, COMMANDS)}")
         if any(w in ("-h", "--help") for w in rest):
             return _help(name)
@@ -94,7 +97,9 @@ def _train(words: list[str]) -> int:
         return failure.status
     if result is not None and _is_main():
         tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
-        print(f"done: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {config['out']}/model")
+        told = "pruned" if result.get("pruned") else "done"
+        where = config["out"] if result.get("pruned") else f"{config['out']}/model"
+        print(f"{told}: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {where}")
     return 0
 
 
@@ -134,6 +139,62 @@ def _compare(words: list[str]) -> int:
     return compare(config, _out(config), _own_folder(words)[1])
 
 
+def _submit(words: list[str]) -> int:
+    dry_run = "--dry-run" in words
+    words = [w for w in words if w != "--dry-run"]
+    config = _config("submit", words)
+    if config is None:
+        return 0
+    from alignlab.comparison.submit import submit
+
+    submit(config, _out(config), _own_folder(words)[1], dry_run)
+    return 0
+
+
+def _status(words: list[str]) -> int:
+    from alignlab.comparison import status
+    from alignlab.core.errors import AlignlabError
+
+    as_json = "--json" in words
+    words = [w for w in words if w != "--json"]
+    _no_options(words)
+    folders = [Path(w) for w in words] or status.submitted()
+    if not folders:
+        raise AlignlabError("status: nothing was submitted from runs/: name the folder, alignlab status DIR")
+    if as_json:
+        for folder in folders:
+            print(status.as_json(folder))
+        return 0
+    return max(status.show(folder) for folder in folders)
+
+
+def _cancel(words: list[str]) -> int:
+    from alignlab.comparison import status
+    from alignlab.core.errors import ConfigError
+
+    _no_options(words)
+    if not words:
+        raise ConfigError("cancel: name the folder of a submitted comparison: alignlab cancel DIR")
+    for word in words:
+        status.cancel(Path(word))
+    return 0
+
+
+def _node(words: list[str]) -> int:
+    """A part of a comparison, as the comparison or a batch job starts it; not for people."""
+    from alignlab.comparison.node import run
+    from alignlab.core.errors import ConfigError
+    from alignlab.launch.start import Failed
+
+    if not words:
+        raise ConfigError("node: name the folder of a part of a comparison")
+    try:
+        run(Path(words[0]), words[1:])
+    except Failed as failure:  # has been told
+        return failure.status
+    return 0
+
+
 def _plan(words: list[str]) -> int:
     config = _config("plan", ["format=json" if w == "--json" else w for w in words])
     if config is None:
@@ -165,14 +226,15 @@ def _export(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from alignlab.comparison.collect import rebuild
+    from alignlab.comparison import collect
+    from alignlab.comparison.sweep import results
     from alignlab.core.errors import ConfigError
 
     if not words:
         raise ConfigError("report: name the folder of a comparison, or several: alignlab report DIR...")
     _no_options(words)
     for word in words:
-        rebuild(Path(word))
+        (results if (Path(word) / results.FILE).exists() else collect).rebuild(Path(word))
     return 0
 
 
@@ -181,6 +243,10 @@ _RUN: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "sample": _sample,
+    "submit": _submit,
+    "status": _status,
+    "cancel": _cancel,
+    "node": _node,
     "plan": _plan,
     "export": _export,
     "report": _report,
@@ -198,6 +264,10 @@ def _config(name: str, words: list[str]) -> dict[str, Any] | None:
     if saved:
         return read_saved(Path(saved[0].removeprefix("--from=")))
     _no_options(words)
+    if name in ("train", "compare"):
+        from alignlab.comparison.sweep.settings import refuse
+
+        refuse(words)
     config = compose(name, words, own)
     if show:
         print(as_yaml(config), end="")
@@ -239,13 +309,13 @@ def _own_folder(words: list[str]) -> tuple[list[str], Path | None]:
 def _help(name: str) -> int:
     """A command's config groups with their options, and its own keys."""
     print(f"alignlab {name}: {COMMANDS[name]}\n")
-    if name == "report":
-        return 0
     from alignlab.config import config_folder
 
     folder = config_folder()
+    if not (folder / f"{name}.yaml").exists():  # it has no settings
+        return 0
     text = (folder / f"{name}.yaml").read_text()
-    known = text + ((folder / "train.yaml").read_text() if "- train\n" in text else "")
+    known = text + "".join((folder / f"{c}.yaml").read_text() for c in ("train", "compare") if f"- {c}\n" in text)
     print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
         if f"- {group.name}:" in known or f"- override /{group.name}:" in known:
@@ -255,41 +325,12 @@ def _help(name: str) -> int:
 
 
 def _sweep(name: str, words: list[str]) -> int:
-    """Every combination of comma-separated values, by Hydra's launchers and sweepers."""
-    import os
-
-    import hydra
-    from hydra.errors import HydraException
-
-    from alignlab.config import config_folder, explain, resolve, sweep_words
-    from alignlab.core.errors import Interrupted
+    """Every combination of comma-separated values, or a search."""
+    from alignlab.comparison.sweep.command import sweep
 
     words, own = _own_folder(words)
     _no_options(words)
-    words = sweep_words(words, own)
-    statuses = [0]
-
-    def one(config: Any) -> None:
-        plain = resolve(config)
-        try:
-            if name == "train":
-                from alignlab.launch.start import train
-
-                train(plain, _out(plain))
-            else:
-                from alignlab.comparison.compare import compare
-
-                statuses.append(compare(plain, _out(plain), own))
-        except Interrupted as stop:  # Hydra would go on with the next combination after an exception
-            raise SystemExit(_stopped(stop)) from stop
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # leave errors to us
-    sys.argv = ["alignlab", "-m", *words]
-    try:
-        hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(one)()
-    except HydraException as error:
-        raise explain(error, name, words, [config_folder(), *([own] if own else [])]) from error
-    return max(statuses)
+    return sweep(name, words, own)
 
 
 def _is_main() -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "compose",
     "config_folder",
     "explain",
+    "hydra_ready",
     "locate",
     "read_saved",
     "resolve",
@@ -29,6 +30,9 @@ __all__ = [
 
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
+
+OPEN = ("launcher.stages.", "launcher.additional_parameters.")
+"""Keys below which any key may be given."""
 
 
 def config_folder() -> Path:
@@ -58,7 +62,7 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
     words = [_by_path(word, folders) for word in overrides]
     if own is not None:
         words.append(_search_path(own))
-    with _hydra():
+    with hydra_ready():
         try:
             return hydra_compose(config_name=name, overrides=words)
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -96,11 +100,12 @@ def _search_path(own: Path) -> str:
         name = path.relative_to(own)
         if (config_folder() / name).exists():
             raise ConfigError(f"{path}: alignlab has a file {name} of its own, which would be taken instead: rename it")
-    return f"hydra.searchpath=[file://{own.resolve()}]"
+    place = str(own.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.searchpath=['file://{place}']"
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def hydra_ready() -> Iterator[None]:
     """Hydra, ready to compose; also within itself, as in a sweep over comparisons."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -131,6 +136,8 @@ def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     Args:
         sweep: commas part several paths.
     """
+    if word.startswith(OPEN):
+        return f"++{word}"
     key, _, value = word.partition("=")
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
@@ -212,7 +219,7 @@ def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
     groups = [w for w in words if "." not in w.split("=")[0] or w.startswith("hydra.searchpath")]
     for kept in (groups, []):
         try:
-            with _hydra():
+            with hydra_ready():
                 config = hydra_compose(config_name=name, overrides=kept)
             node = OmegaConf.select(config, parent) if parent else config
             return [str(k) for k in node] if isinstance(node, DictConfig) else []
@@ -226,8 +233,8 @@ def _full_key(error: Any) -> str:
 
 
 def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
-    """Command-line words for Hydra's own entry point: paths spelt out, the user's folder on the search path, and a
-    folder for each combination, in the folder `out`, named after the values that vary.
+    """Command-line words for Hydra's sweeps: paths spelt out, the user's folder on the search path, and the folder
+    `out` as the sweep's.
 
     Raises:
         ConfigError: a word cannot be parsed.
@@ -238,23 +245,19 @@ def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
     folders = [config_folder(), *([own] if own else [])]
     found = [_by_path(word, folders, sweep=True) for word in words]
     try:
-        overrides = OverridesParser.create().parse_overrides(found)
+        OverridesParser.create().parse_overrides(found)
     except HydraException as error:
         raise explain(error, "", found, folders) from error
-    steady = [o.key_or_group for o in overrides if not o.is_sweep_override()]
     place = next((w.removeprefix("out=") for w in reversed(found) if w.startswith("out=")), "runs/${name}")
     ours = {
         "hydra.sweep.dir": place,
-        "hydra.sweep.subdir": "${hydra:job.override_dirname}",
         "hydra.output_subdir": "null",  # a run's folder says itself what its settings are
         "hydra/job_logging": "none",
-        "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(dict.fromkeys(['out', *steady]))}]",
+        "hydra/hydra_logging": "none",
     }
     found = [w for w in found if not w.startswith("out=")]
     found += [f"{k}={v}" for k, v in ours.items() if not any(w.startswith(f"{k}=") for w in found)]
-    if own is not None:
-        found.append(_search_path(own))
-    return [*found, "out=${hydra:sweep.dir}/${hydra:sweep.subdir}"]
+    return [*found, *([_search_path(own)] if own is not None else [])]
 
 
 def read_saved(path: Path) -> dict[str, Any]:

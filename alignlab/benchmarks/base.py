@@ -71,8 +71,12 @@ class Benchmark:
     supports_best_of: ClassVar[bool] = False
 
     def base_model(self) -> str | None:
-        """The folder of the base model it brings along, or None where the user names one."""
+        """The folder of the base model it brings along, made if need be, or None where the user names one."""
         return None
+
+    def base_path(self) -> str | None:
+        """Where that folder is or will be, for plans: to be overridden where making the model takes long."""
+        return self.base_model()
 
     def write_data(self, folder: Path, model: str) -> None:
         """Write the `files`: `demonstrations.jsonl` ({"prompt", "completion"}) and `prompts.jsonl` ({"prompt"}) for

@@ -21,6 +21,7 @@ from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.scoring import RewardModelScorer
+from alignlab.training.tracking import Tracker, TrackerSettings
 
 
 class EvaluateSettings(Settings):
@@ -50,12 +51,14 @@ def build_benchmark(values: dict[str, Any]) -> Benchmark:
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Measure the model of the run `run` (a run's folder or a model) and write `evaluation.json` there, or in `out`.
 
-    The reference is `reference`, or else the model that the run started from.
+    The reference is `reference`, or else the model that the run started from. Where `tracker` asks for it the figures
+    go to wandb too: to the summary of the run that was trained in that folder, or to a run of their own.
 
     Raises:
         ConfigError: there is no model, or no reference can be told, or best-of-N sampling cannot be measured.
     """
     wanted = section(EvaluateSettings, {k: config[k] for k in EvaluateSettings.model_fields}, "")
+    tracker = section(TrackerSettings, config.get("tracker", {}), "tracker")
     run = Path(wanted.run)
     path = run / "model" if (run / "model").is_dir() else run
     reference_path = wanted.reference or _start_of(run)
@@ -97,6 +100,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
+    if tracker.mode != "off":
+        _track(folder, tracker, config, found)
     return found
 
 
@@ -118,12 +123,36 @@ def _as_context(open_model: Callable[[], PackedModel]) -> Callable[[], AbstractC
     return context
 
 
+def _track(folder: Path, tracker: TrackerSettings, config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put the figures of an evaluation into the summary of the folder's wandb run, as in `exact/objective_score`."""
+    trained = _config_of(folder)
+    try:  # the names of the training run stay as they are
+        known = TrackerSettings(**trained.get("tracker", {}))
+    except (TypeError, ValueError):
+        known = TrackerSettings()
+    if known.mode == "off":
+        settings, shown = tracker.model_copy(update={"job_type": tracker.job_type or "evaluate"}), config
+    else:
+        settings, shown = known.model_copy(update={"mode": tracker.mode}), trained
+    figures = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    with Tracker(folder, settings, shown) as run:
+        run.summarize({f"{found['benchmark']}/{name}": float(value) for name, value in figures.items()})
+
+
 def _start_of(run: Path) -> str | None:
     """The model a run of ours started from."""
     try:
-        return str(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
-    except (OSError, KeyError, TypeError):
+        return str(_config_of(run)["model"]["path"])
+    except (KeyError, TypeError):
         return None
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    """The config of a run of ours; nothing where the folder is none."""
+    try:
+        return dict(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
 
 
 def _without_nan(value: Any) -> Any:

@@ -12,6 +12,7 @@ from alignlab.comparison import leaderboard as board
 from alignlab.comparison.graph import PLAN, is_result
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
+from alignlab.training.tracking import how_to_sync
 
 COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
 CURVES = (
@@ -19,6 +20,7 @@ CURVES = (
     *("ratio", "clip_fraction", "explained_variance", "entropy", "response_length"),  # the health of policy gradients
 )
 """Metrics of training that the report draws, where a run has them."""
+BOARD = "leaderboard.json"
 NOT_FIGURES = ("benchmark", "frontier", "samples")
 
 
@@ -73,6 +75,8 @@ def collect(out: Path) -> board.Leaderboard:
 def rebuild(out: Path) -> None:
     """Leaderboard and report again from what is on disk, printed."""
     collect(out).print()
+    if _yaml(out / "config.yaml").get("tracker", {}).get("mode") == "offline":
+        print(how_to_sync(out))
     print(f"{out}/leaderboard.json, .csv, .md and report.html")
 
 

@@ -21,6 +21,7 @@ from alignlab.config import section
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_text
 from alignlab.training.storage import storage_errors
+from alignlab.training.tracking import how_to_sync
 
 
 def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:
@@ -45,6 +46,8 @@ def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:
         name, reason = next(iter(failed.items()))
         raise AlignlabError(f"no run finished; the first failure: {name}: {reason}")
     collect(out).print()
+    if config.get("tracker", {}).get("mode") == "offline":
+        print(how_to_sync(out))
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}")
     return 1 if failed else 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
-from alignlab.comparison.graph import LOG, Node
+from alignlab.comparison.graph import LOG, Node, last_words
 from alignlab.core import Interrupted
 from alignlab.training.signals import StopRequest
 
@@ -68,7 +68,6 @@ def execute(nodes: Sequence[Node], workers: int, threads: int | None) -> dict[st
                     seconds = time.monotonic() - item.started
                     finished += 1
                     if item.process.returncode == 0:
-                        item.node.finish(seconds)
                         ready.add(item.node.name)
                         say(f"[{finished}/{total}] {item.node.name}: {seconds:.1f} s")
                     else:
@@ -87,7 +86,7 @@ def _start(node: Node, threads: int | None) -> _Running:
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
-        [sys.executable, "-m", "alignlab.comparison.node", str(node.folder)],
+        [sys.executable, "-m", "alignlab", "node", str(node.folder)],
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -115,8 +114,6 @@ def _stop(running: list[_Running], patience: float = 60.0) -> None:
 def _last_words(item: _Running) -> str:
     """The error a failed node ended with, and where its log is."""
     path = item.node.folder / LOG
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("alignlab:")), lines[-1] if lines else "")
     code = item.process.returncode
-    cause = said.removeprefix("alignlab: ") or (f"ended by signal {-code}" if code < 0 else f"exit status {code}")
-    return f"{cause} (log: {path})"
+    ending = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+    return f"{last_words(path) or ending} (log: {path})"

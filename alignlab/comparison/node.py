@@ -1,23 +1,39 @@
-"""The process that runs one node: `python -m alignlab.comparison.node FOLDER`. Its output is the node's log."""
+"""What a process does that runs one node, or some of its commands: `alignlab node FOLDER [COMMAND ...]`."""
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignlab.core import AlignlabError, Interrupted
+from alignlab.comparison.graph import PLAN, finish
+from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_json
-from alignlab.launch.environment import quiet
-from alignlab.launch.start import Failed
 
 
-def run(folder: Path) -> None:
-    """Run the commands planned in the folder, in order, in this process."""
-    for command, config in json.loads((folder / "node.json").read_text())["commands"]:
-        run_command(command, config, folder)
+def run(folder: Path, only: Sequence[str] = ()) -> None:
+    """Run the commands planned in a folder, in order, in this process.
+
+    Args:
+        only: names of the commands to be run; all where empty. With the last one the node is done.
+
+    Raises:
+        AlignlabError: there is no plan, or it cannot be carried out.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"node: {folder}: holds no part of a comparison: {error}") from error
+    started = time.monotonic()
+    wanted = [(name, config) for name, config in plan["commands"] if not only or name in only]
+    for name, config in wanted:
+        run_command(name, config, folder)
+    last = bool(wanted) and wanted[-1][0] == plan["commands"][-1][0]
+    if last and os.environ.get("RANK", "0") == "0":
+        finish(folder, time.monotonic() - started)
 
 
 def run_command(command: str, config: dict[str, Any], folder: Path) -> None:
@@ -38,29 +54,13 @@ def run_command(command: str, config: dict[str, Any], folder: Path) -> None:
         started = time.monotonic()
         found = evaluate(config)
         print(f"evaluated in {time.monotonic() - started:.1f} s: reward {found.get('reward')}, kl {found.get('kl')}")
-    elif command == "data":
+    elif command in ("base", "data"):
         from alignlab.benchmarks.evaluate import build_benchmark
 
         benchmark = build_benchmark(config["benchmark"])
-        benchmark.write_data(folder, config["model"])
+        if command == "base":
+            print(f"base model: {benchmark.base_model()}")
+        else:
+            benchmark.write_data(folder, config["model"])
     else:
         raise AlignlabError(f"{folder}: unknown command '{command}' in node.json")
-
-
-def main() -> int:
-    quiet()
-    try:
-        run(Path(sys.argv[1]))
-    except Interrupted as stop:
-        print(f"alignlab: {stop}", file=sys.stderr)
-        return 143
-    except Failed as failure:  # has been told
-        return failure.status
-    except AlignlabError as error:
-        print(f"alignlab: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,16 +14,17 @@ from typing import Any
 
 from alignlab.benchmarks.base import Benchmark
 from alignlab.benchmarks.evaluate import check_best_of
-from alignlab.comparison.graph import Node
+from alignlab.comparison.graph import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 from alignlab.training.run import check
+from alignlab.training.tracking import named
 
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
-STAGES = ("data", "sft", "pairs", "reward_model", "runs")
+STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs")
 """Names within a comparison's folder that no further model may take."""
 
 
@@ -46,7 +47,7 @@ def plan(
     Raises:
         ConfigError: a word of a run is wrong, or something that it needs is not made.
     """
-    base = config["model"]["path"] or benchmark.base_model()
+    base = config["model"]["path"] or benchmark.base_path()
     if not base:
         raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
     return _Plan(config, settings, benchmark, out, own, str(base)).nodes
@@ -64,11 +65,20 @@ class _Plan:
         own: Path | None,
         base: str,
     ) -> None:
-        self.config, self.settings, self.benchmark, self.out, self.own = config, settings, benchmark, out, own
+        tracker = dict(config.get("tracker", {}))
+        self.label = tracker.pop("name", None) or config["name"]  # the comparison's, not that of each of its runs
+        self.config, self.own = {**config, "tracker": tracker}, own
+        self.settings, self.benchmark, self.out = settings, benchmark, out
         self.nodes: list[Node] = []
-        data = self._add(Node("data", out / "data", [("data", {"benchmark": config["benchmark"], "model": base})]))
-        self.stages = [data]
-        self.start = Place(base)
+        self.stages: list[Node] = []
+        self.start = Place(base, self.stages[:])
+        if not config["model"]["path"]:
+            made = Command("base", {"benchmark": config["benchmark"], "path": base})
+            self.stages.append(self._add(Node("base", out / "base", [made])))
+            self.start = Place(base, self.stages[:])
+        written = Command("data", {"benchmark": config["benchmark"], "model": base}, self.start.nodes)
+        data = self._add(Node("data", out / "data", [written]))
+        self.stages.append(data)
         self.places = {
             "base": self.start,
             "data": Place(str(out / "data"), [data]),
@@ -136,19 +146,20 @@ class _Plan:
             composed = resolve(compose("train", [*as_words(common), *filled, start], self.own))
             composed |= {"name": name, "out": str(folder)}
             check(composed)
+            composed["tracker"] = self._tracked(composed["tracker"], name)
         except ConfigError as error:
             raise ConfigError(f"comparison: {name}: {error}") from error
-        commands = [("train", composed)]
+        commands = [Command("train", composed, self._in_order(used))]
         if evaluation is not None:
-            commands.append(("evaluate", self._evaluation(folder, evaluation, used)))
-        return Node(name, folder, commands, self._in_order(used))
+            commands.append(self._evaluation(folder, evaluation, composed["tracker"]))
+        return Node(name, folder, commands)
 
     def _measure(self, name: str, seed: int, policy: Place, best_of: int = 1) -> None:
         """A node that measures a policy as it is."""
-        used = [policy]
         folder = self.out / name
-        evaluation = self._evaluation(folder, seed, used) | {"run": policy.text, "best_of": best_of}
-        self._add(Node(name, folder, [("evaluate", evaluation)], self._in_order(used)))
+        tracker = self._tracked(self.config["tracker"], name, "evaluate")
+        evaluation = self._evaluation(folder, seed, tracker, policy, best_of)
+        self._add(Node(name, folder, [evaluation]))
 
     def _sampling(self, pairs: Pairs) -> Node:
         """Pairs for the reward model and for DPO, labelled as a noisy annotator would."""
@@ -170,24 +181,34 @@ class _Plan:
             "name": "pairs",
             "out": str(folder),
         }
-        return Node("pairs", folder, [("sample", composed)], self._in_order(used))
+        return Node("pairs", folder, [Command("sample", composed, self._in_order(used))])
 
-    def _evaluation(self, folder: Path, seed: int, used: list[Place]) -> dict[str, Any]:
-        """How the model in `folder` is measured; adds to `used` what that reads."""
+    def _evaluation(
+        self, folder: Path, seed: int, tracker: dict[str, Any], policy: Place | None = None, best_of: int = 1
+    ) -> Command:
+        """How a policy is measured, that in `folder` or a given one."""
         judge = self.places.get("reward_model")
-        used += [self.places["sft"], *([judge] if judge else [])]
-        return {
+        used = [self.places["base"], self.places["sft"], *([judge] if judge else []), *([policy] if policy else [])]
+        config = {
             **{k: self.config.get(k, {}) for k in ("benchmark", "model", "quantization", "rollout")},
-            "run": str(folder),
+            "run": policy.text if policy else str(folder),
             "out": str(folder),
             "reference": self.places["sft"].text,
             "base": self.places["base"].text,
             "reward_model": judge.text if judge else None,
-            "best_of": 1,
+            "best_of": best_of,
             "token_budget": 16384,
             "threads": None,
             "seed": seed,
+            "tracker": tracker,
         }
+        return Command("evaluate", config, self._in_order(used))
+
+    def _tracked(self, tracker: dict[str, Any], name: str, job_type: str | None = None) -> dict[str, Any]:
+        """The section `tracker` of a part: by default all are a group, and each is called after its place in it."""
+        part = name.removeprefix("runs/")
+        kind = job_type or part.rsplit("-seed", 1)[0]
+        return named(tracker, group=self.label, job_type=kind, name=f"{self.label}/{part}")
 
     def _in_order(self, used: Sequence[Place]) -> list[Node]:
         """The nodes of these places, each once, in the order of the plan."""

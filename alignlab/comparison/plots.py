@@ -46,6 +46,7 @@ class Axes:
     height: float = 320
     top: float = 10
     bottom: float = 42
+    x_ticks: Sequence[tuple[float, str]] | None = None  # values and texts; round numbers by default
 
     def x(self, value: float) -> float:
         return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (self.width - self.left - self.right)
@@ -56,10 +57,10 @@ class Axes:
     def frame(self, x_label: str, y_label: str, horizontal: bool = True) -> str:
         """Grid, tick labels and axis labels."""
         parts, base = [], self.height - self.bottom
-        for value, text in ticks(self.x_low, self.x_high):
+        for value, text in ticks(self.x_low, self.x_high) if self.x_ticks is None else self.x_ticks:
             x = self.x(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{self.top}" y2="{base}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 15}" text-anchor="middle">{text}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 15}" text-anchor="middle">{escape(text)}</text>')
         for value, text in ticks(self.y_low, self.y_high) if horizontal else ():
             y = self.y(value)
             parts.append(
@@ -105,7 +106,7 @@ def intervals(names: Sequence[str], estimates: Sequence[Estimate | None], title:
         bar = _bar(axes.x, found, y, across=True, kind="band")
         parts.append(_series(index, bar + mark, _told(name, title, found, decimals)))
     told = "; ".join(_told(name, title, found, decimals) for _, name, found in rows)
-    return _svg(axes, parts, f"{title} with 95 % intervals. {told}")
+    return svg(axes, parts, f"{title} with 95 % intervals. {told}")
 
 
 def reward_kl(
@@ -140,7 +141,7 @@ def reward_kl(
         labels.append(_label(axes, "frontier R*(KL)", axes.x(curve[-1][0]), axes.y(curve[-1][1]), taken, leader=False))
     told = "; ".join(f"{n}: KL {kl.mean:.2f}, reward {r.mean:.3f}" for _, n, kl, r in drawn)
     with_curve = " The dashed curve is the highest reward reachable at each KL." if curve else ""
-    return _svg(axes, parts + labels, f"Reward against KL to the reference with 95 % intervals.{with_curve} {told}")
+    return svg(axes, parts + labels, f"Reward against KL to the reference with 95 % intervals.{with_curve} {told}")
 
 
 def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Point]]], title: str) -> str:
@@ -182,7 +183,7 @@ def learning(names: Sequence[str], curves: Mapping[str, Mapping[int, Sequence[Po
         parts.append(f'<g class="s{index % COLOURS}">{_marker(index, start + 6, at)}</g>')  # where curves meet
         parts.append(f'<text class="halo" x="{start + 14:.1f}" y="{at + 4:.1f}">{escape(_clip(name))}</text>')
     told = f"over training, {len(thinned)} algorithms, steps {x_low:g} to {x_high:g}"
-    return _svg(axes, parts, f"{title} {told}")
+    return svg(axes, parts, f"{title} {told}")
 
 
 def thin(points: Sequence[Point], low: float, high: float, bins: int = 80) -> list[Point]:
@@ -303,7 +304,7 @@ def _told(name: str, title: str, found: Estimate, decimals: int | None) -> str:
     return f"{name}: {title} {mean}{interval}"
 
 
-def _svg(axes: Axes, parts: Sequence[str], told: str) -> str:
+def svg(axes: Axes, parts: Sequence[str], told: str) -> str:
     """The plot; `told` is its text for those who do not see it."""
     box = f"0 0 {axes.width:g} {axes.height:g}"
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(told, quote=True)}">{"".join(parts)}</svg>'

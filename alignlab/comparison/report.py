@@ -56,19 +56,24 @@ def render(
     provenance: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The report's HTML; see `write_report`."""
-    here = Path(__file__).parent
-    css, js = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     title = f"{escape(leaderboard.benchmark)}: comparison of alignment algorithms"
     sections = [
         _headline(leaderboard),
-        _section("Leaderboard", _board(leaderboard), f'<p class="note">{escape(method(leaderboard))}</p>'),
-        _section("How they compare", _figures(leaderboard, frontier)),
-        _section("Learning curves", _curves(leaderboard, curves)),
-        _section("Which differences are more than chance", _pairs(leaderboard)),
-        _section("What it cost", _costs(leaderboard)),
-        _section("Answers side by side", _samples(leaderboard, samples)),
-        _section("Runs", _provenance(leaderboard, provenance)),
+        section("Leaderboard", _board(leaderboard), f'<p class="note">{escape(method(leaderboard))}</p>'),
+        section("How they compare", _figures(leaderboard, frontier)),
+        section("Learning curves", _curves(leaderboard, curves)),
+        section("Which differences are more than chance", _pairs(leaderboard)),
+        section("What it cost", _costs(leaderboard)),
+        section("Answers side by side", _samples(leaderboard, samples)),
+        section("Runs", _provenance(leaderboard, provenance)),
     ]
+    return page(title, sections)
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A self-contained page: nothing is loaded, and nothing can be. `title` is escaped already."""
+    here = Path(__file__).parent
+    css, js = ((here / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -78,12 +83,12 @@ def render(
     )
 
 
-def _section(heading: str, *parts: str) -> str:
+def section(heading: str, *parts: str) -> str:
     """A section, or nothing where there is nothing to show."""
     return f"<section>\n<h2>{heading}</h2>\n{''.join(parts)}\n</section>\n" if parts[0] else ""
 
 
-def _table(head: str, rows: Sequence[str], kind: str = "") -> str:
+def table(head: str, rows: Sequence[str], kind: str = "") -> str:
     """A table that scrolls by itself where it is wider than the page."""
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     attribute = f' class="{kind}"' if kind else ""
@@ -146,7 +151,7 @@ def _board(board: Leaderboard) -> str:
         for figure in board.columns:
             cells += _value(board, row, figure, "best" if row["algorithm"] in best[figure] else "")
         rows.append(cells)
-    return _table(head, rows, "sortable")
+    return table(head, rows, "sortable")
 
 
 def _figures(board: Leaderboard, frontier: Sequence[Sequence[float]] | None) -> str:
@@ -216,7 +221,7 @@ def _pairs(board: Leaderboard) -> str:
         f"Difference in {known.title}, row minus column, with its p-value after Holm's correction. ▲ the row is "
         f"{better}, ▼ {worse}, both at the 5 % level; without a sign these runs cannot tell the two apart."
     )
-    return _table(head, rows) + f'<p class="note">{escape(note)}</p>'
+    return table(head, rows) + f'<p class="note">{escape(note)}</p>'
 
 
 def _costs(board: Leaderboard) -> str:
@@ -237,7 +242,7 @@ def _costs(board: Leaderboard) -> str:
             cells += _value(board, row, c, "share", f"--share:{share:.1f}%")
         rows.append(cells)
     return (
-        _table(head, rows) + '<p class="note">Mean per run with 95 % interval; the bar is the share of the largest.</p>'
+        table(head, rows) + '<p class="note">Mean per run with 95 % interval; the bar is the share of the largest.</p>'
     )
 
 
@@ -266,7 +271,7 @@ def _provenance(board: Leaderboard, provenance: Sequence[Mapping[str, Any]] | No
     columns = list(dict.fromkeys(key for run in runs for key in run))
     head = "".join(f'<th scope="col" class="name narrow">{escape(str(c).replace("_", " "))}</th>' for c in columns)
     rows = ["".join(f'<td class="path">{escape(_text(run.get(c)))}</td>' for c in columns) for run in runs]
-    return _table(head, rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 def _capital(text: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from alignlab.training.processes import launched
 from alignlab.training.settings import DistributedSettings
 from alignlab.training.watchdog import LOGS, STACKS, place
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a run to stop, with a checkpoint."""
 
 POLL = 0.1
@@ -88,6 +89,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
     if distributed.mode == "single" or launched() is not None:
         from alignlab.training.run import train as run
 
+        if threading.current_thread() is threading.main_thread():
+            # It asks the training loop to stop; it must not end the process while that loads, or saves the model.
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
             return run(config, out)
         except Exception as error:
@@ -259,18 +263,20 @@ def _start(rank: int, count: int, port: int, logs: Path) -> Member:
         stdout=file,
         stderr=file,
         start_new_session=True,  # Ctrl-C reaches us, and we pass it on once
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent,
     )
     if file is not None:
         file.close()
     return Member(rank, process, log, begun)
 
 
-def _end_with_parent() -> None:
-    """In a new process: have the kernel send SIGTERM when its parent dies, even by `kill -9`."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send this process a signal when its parent dies, even by `kill -9`; on Linux alone."""
+    if sys.platform != "linux":
+        return
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

@@ -18,6 +18,7 @@ from alignlab.training.checkpoints import Checkpoints
 from alignlab.training.engine import Engine
 from alignlab.training.iteration import Collector
 from alignlab.training.progress import ProgressDisplay
+from alignlab.training.pruning import Pruning
 from alignlab.training.schedule import learning_rate_factor
 from alignlab.training.settings import SourceSettings, TrainingSettings
 from alignlab.training.signals import StopRequest
@@ -45,6 +46,8 @@ class Trainer:
         scorers: what fills columns, in order.
         sampler: draws responses from a model, for a rollout source.
         temperature: log-probs are of softmax(logits / temperature); that of the sampler, for a rollout source.
+        pruning: of a trial of a search, on the main process: says whether to end it early.
+        pruned: whether it was ended early; there is no model then.
     """
 
     algorithm: Algorithm
@@ -61,6 +64,8 @@ class Trainer:
     sampler: Callable[[PackedModel], Sampler] | None = None
     temperature: float = 1.0
     keep_samples: Samples | None = None
+    pruning: Pruning | None = None
+    pruned: bool = False
 
     def __post_init__(self) -> None:
         per_iteration = self.settings.batch_size
@@ -81,6 +86,7 @@ class Trainer:
             temperature=self.temperature,
         )
         self.evaluation: dict[str, float] = {}
+        self._figures: dict[str, float] = {}  # of this step
         self._tokens, self._logged_at = 0, 0.0
 
     # ------------------------------------------------------------------ the loop
@@ -91,6 +97,8 @@ class Trainer:
         Raises:
             Interrupted: asked to stop by a signal; a checkpoint has been written.
             NonFiniteError: a loss or gradient is not finite; nothing has been changed by that step.
+
+        A trial that is pruned returns early, with `pruned` set.
         """
         self._resume()
         self._logged_at = self.state.seconds
@@ -111,9 +119,14 @@ class Trainer:
                 passed, lr, norm = self._step(self._minibatch())
                 self._advance(enough=self.algorithm.enough(passed.metrics))
                 self.state.seconds = time.monotonic() - started
+                self._figures = {}
                 self._log(passed, lr, norm)
-                stopping = next((s for s in self.processes.gather(stop.signal) if s), None)
                 metric, better = self._evaluate_if_due()
+                asked = self.processes.gather((stop.signal, self._hopeless()))
+                stopping = next((s for s, _ in asked if s), None)
+                if any(hopeless for _, hopeless in asked):
+                    self.pruned = True
+                    return self.state
                 keep_best = better and self.settings.keeps_best
                 if stopping or keep_best or self._due(self.settings.checkpoint_every):
                     self._checkpoint(metric)
@@ -291,6 +304,7 @@ class Trainer:
             metrics["non_finite_steps"] = float(self.state.skipped)
         if self.state.reward is not None:
             metrics["reward"] = self.state.reward
+        self._figures |= metrics
         self.tracker.log(self.state.step, metrics)
         self.progress.update(self.state.step, {**metrics, "done": self.done})
 
@@ -308,6 +322,7 @@ class Trainer:
         if not self.validation or not self._due(self.settings.eval_every):
             return None, False
         self.evaluation = self.evaluate()
+        self._figures |= self.evaluation
         self.tracker.log(self.state.step, self.evaluation)
         self.progress.update(self.state.step, {**self.evaluation, "done": self.done})
         name = self.settings.metric
@@ -318,6 +333,11 @@ class Trainer:
         self.state.best = value if better else best
         self.state.bad_evaluations = 0 if better else self.state.bad_evaluations + 1
         return value, better
+
+    def _hopeless(self) -> bool:
+        if self.pruning is None:
+            return False
+        return self.pruning.hopeless(self.state.step, self._figures) and self.done < 1
 
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.state.bad_evaluations >= self.settings.patience

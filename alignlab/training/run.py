@@ -37,6 +37,7 @@ from alignlab.training.engine import DIVIDING, make_engine
 from alignlab.training.loop import Trainer
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
+from alignlab.training.pruning import PRUNED, Pruning
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.tracking import Tracker, TrackerSettings
 from alignlab.training.watchdog import LOGS
@@ -59,7 +60,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     """Train as the config says, in the folder `out`; go on from its newest checkpoint where there is one.
 
     Returns:
-        What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation.
+        What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation. Of a trial of a search that
+        was ended early: what `pruned.json` holds, and `pruned`.
 
     Raises:
         ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings.
@@ -146,6 +148,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         tracker=tracker,
         progress=ProgressDisplay(settings.progress, processes.is_main),
         keep_samples=_keep_samples(out),
+        pruning=Pruning.of(out) if processes.is_main else None,
     )
     if processes.is_main:
         files = [Path(p) for p in data_settings.paths if Path(p).exists()]
@@ -167,6 +170,12 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         "engine": engine.name,
         "evaluation": trainer.evaluation,
     }
+    if trainer.pruned:
+        if processes.is_main:
+            write_json(out / PRUNED, result)
+        processes.barrier()
+        processes.unwatch()
+        return result | {"pruned": True}
     texts = [g for g in groups if g.responses][:8]
     trained: dict[str, Any] = {}
     for name, tensors in engine.tensors(states=False) if divides else ():
@@ -311,10 +320,10 @@ def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> Non
         if settings.resume == "never":
             for name in ("checkpoints", "model"):
                 shutil.rmtree(out / name, ignore_errors=True)
-            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET):
+            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET, PRUNED):
                 (out / name).unlink(missing_ok=True)
         elif saved.exists() and any((out / name).exists() for name in BEGUN):
-            before, now = _essence(yaml.safe_load(saved.read_text())), _essence(config)
+            before, now = essence(yaml.safe_load(saved.read_text())), essence(config)
             different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
             if different:
                 raise ConfigError(
@@ -326,7 +335,7 @@ def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> Non
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
 
 
-def _essence(config: dict[str, Any]) -> dict[str, Any]:
+def essence(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run computes, flat, by command-line key."""
     flat: dict[str, Any] = {}
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
-"""Termination and pre-emption, Slurm's warning before the time limit (`--signal=USR1@60`), and Ctrl-C."""
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
+"""Termination and pre-emption, Slurm's warning before the time limit (`--signal=USR1@60`), submitit's, and Ctrl-C."""
 
 
 class StopRequest:
-    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C ask for a clean stop; a second Ctrl-C stops at once.
+    """Within it, SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a clean stop; a second Ctrl-C stops at once.
 
         with StopRequest() as stop:
             for step in steps:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from alignlab.build import section
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_text
 from alignlab.core.settings import Settings
 from alignlab.training.provenance import without_secrets
 from alignlab.training.storage import storage_errors
+from alignlab.training.wandb_log import recorded
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,9 @@ METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 RESERVED = ("step", "time")
 FINISH_WITHIN = 120.0
 """Seconds that wandb may take at the end to upload what is left; what it has not sent then can be synced later."""
+
+WRITE_EVERY = 1.0
+"""Seconds for which wandb may hold back what goes into its own log; a process that is killed loses that."""
 
 
 def _off(value: object) -> object:
@@ -42,8 +48,33 @@ class TrackerSettings(Settings):
     mode: Annotated[Literal["online", "offline", "off"], BeforeValidator(_off)] = "off"
     project: str = Field("alignlab", min_length=1)
     group: str | None = None
+    job_type: str | None = None
     name: str | None = None
     tags: list[str] = Field(default_factory=list)
+
+
+def named(tracker: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """The section `tracker` of a run that is part of something larger, told what it is there.
+
+    Args:
+        names: `group`, `job_type`, `name`; those that the user gave are kept.
+
+    Raises:
+        ConfigError: the section is wrong.
+    """
+    if section(TrackerSettings, dict(tracker), "tracker").mode == "off":
+        return dict(tracker)
+    return {**tracker, **{key: value for key, value in names.items() if tracker.get(key) is None}}
+
+
+def how_to_sync(folder: Path) -> str:
+    """What to tell the user of offline runs in a folder, at any depth: the command that uploads them.
+
+    A run that was interrupted has a folder of each sitting there, all with its id. `wandb sync` puts them together, in
+    the order of their times, and on repetition uploads what is new.
+    """
+    kept = os.environ.get("WANDB_DIR") or folder
+    return f"wandb is offline; to upload: find {shlex.quote(str(kept))} -name 'offline-run-*' -exec wandb sync {{}} +"
 
 
 class Tracker:
@@ -54,9 +85,11 @@ class Tracker:
     Each line is handed to the operating system at once, so a killed process loses none.
 
     wandb never stops a run: where it fails, that is logged as an error, once, and metrics go to the file alone. Its
-    horizontal axis is the metric `step`, since its own may never go back, as it does on resuming.
+    horizontal axis is the metric `step`, since its own may never go back, as it does on resuming. Its own counts the
+    lines of the file, so that on resuming none is told it twice and none that it lacks is left out.
 
-    Use it as a context manager, or call `close`. Making one touches nothing; `resume` or the first `log` begins.
+    Use it as a context manager, or call `close`. Making one touches nothing; `resume`, the first `log` or `summarize`
+    begins.
 
     Args:
         run_folder: the run's folder; made if need be.
@@ -72,12 +105,14 @@ class Tracker:
         self._file: IO[str] | None = None
         self._began = 0.0
         self._wandb: Any = None
+        self._lines = self._told = 0  # lines that the file has, and that wandb has, of the same beginning
 
     def resume(self, step: int) -> None:
         """Begin, or begin again, at `step`, that of the checkpoint that was loaded; 0 without one, the default.
 
         Lines of later steps are dropped from the file, for they will come again; at step 0 all are. The wandb run
-        whose id is in the run's folder goes on.
+        whose id is in the run's folder goes on: it is told the lines of the file that it lacks, as where it had been
+        off, and the next ones once they are more than it has.
 
         Raises:
             AlignlabError: the file cannot be written.
@@ -87,11 +122,16 @@ class Tracker:
         self._close_file()
         with self._storage_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            before = _drop_after(self.path, step) if self.path.exists() else 0.0
+            kept = _drop_after(self.path, step) if self.path.exists() else []
             self._file = self.path.open("a", encoding="utf-8")
-        self._began = time.monotonic() - before
-        if self.settings.mode != "off" and self._wandb is None:
-            self._start_wandb(self.settings.mode)
+        self._began = time.monotonic() - max((line["time"] for line in kept), default=0.0)
+        self._lines = len(kept)
+        if self._wandb is None:
+            self._start_wandb()
+            self._told = self._known()
+            for line in kept[self._told :]:
+                self._tell(line)
+            self._told = max(self._told, len(kept))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step; several calls for a step make several lines.
@@ -115,9 +155,18 @@ class Tracker:
         with self._storage_errors():
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+        self._lines += 1
+        if self._lines > self._told:
+            self._tell(line)
+            self._told = self._lines
+
+    def summarize(self, figures: Mapping[str, float]) -> None:
+        """Put figures, such as those of an evaluation, into the summary of the wandb run, and nowhere else."""
+        if self._wandb is None and self.is_main:
+            self._start_wandb()
         if self._wandb is not None:
             try:
-                self._wandb.log({"step": step, **values})
+                self._wandb.summary.update(dict(figures))
             except Exception as error:
                 self._lose_wandb(error)
 
@@ -127,6 +176,8 @@ class Tracker:
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=int(failed))
+                if self.settings.mode == "offline":
+                    print(how_to_sync(self.folder))
             except Exception as error:
                 self._lose_wandb(error)
             self._wandb = None
@@ -148,21 +199,52 @@ class Tracker:
                 self._file.close()
             self._file = None
 
-    def _start_wandb(self, mode: Literal["online", "offline"]) -> None:
+    def _known(self) -> int:
+        """How many lines wandb has of earlier sittings."""
+        if self._wandb is None:
+            return 0
+        try:
+            if self.settings.mode == "online":
+                return int(self._wandb.starting_step)
+            sitting = Path(self._wandb.dir).parent
+            return recorded(sitting.parent, self._wandb.id, sitting)
+        except Exception as error:
+            self._lose_wandb(error)
+            return 0
+
+    def _tell(self, line: Mapping[str, float | None]) -> None:
+        """Have wandb record a line of the file."""
+        if self._wandb is not None:
+            values = {name: math.nan if value is None else value for name, value in line.items() if name != "time"}
+            try:
+                self._wandb.log(values)
+            except Exception as error:
+                self._lose_wandb(error)
+
+    def _start_wandb(self) -> None:
+        mode = self.settings.mode
+        if mode == "off":
+            return
         try:
             import wandb
 
             known = wandb.Settings.model_fields
-            # Its capture of the console would record every redrawing of the progress line.
-            options = {"console": "off", "finish_timeout": FINISH_WITHIN}
+            # Its capture of the console would record every redrawing of the progress line, and what it says itself of
+            # an offline run is how to upload the newest of its folders alone.
+            options = {
+                "console": "off",
+                "finish_timeout": FINISH_WITHIN,
+                "silent": mode == "offline",
+                "x_transaction_log_flush_interval": WRITE_EVERY,
+            }
             folder = Path(os.environ.get("WANDB_DIR") or self.folder)
             folder.mkdir(parents=True, exist_ok=True)
             with _no_questions():
                 self._wandb = wandb.init(
                     project=self.settings.project,
                     group=self.settings.group,
-                    job_type="train",
-                    name=self.settings.name,
+                    job_type=self.settings.job_type or "train",
+                    name=self.settings.name or self.folder.resolve().name,
                     tags=self.settings.tags,
                     dir=str(folder),
                     mode=mode,
@@ -174,6 +256,9 @@ class Tracker:
                 )
             self._wandb.define_metric("step")
             self._wandb.define_metric("*", step_metric="step")
+            if mode == "offline":  # `wandb sync` takes the summary of the last sitting for that of the run
+                latest = {name: value for _, line in _read(self.path) for name, value in line.items()}
+                self._wandb.summary.update({k: v for k, v in latest.items() if v is not None and k != "time"})
         except Exception as error:
             self._lose_wandb(error)
 
@@ -189,9 +274,9 @@ class Tracker:
     def _lose_wandb(self, error: Exception) -> None:
         self._wandb = None
         logger.error(
-            "wandb failed: %s: %s. Training goes on; metrics are in %s alone. "
+            "wandb failed: %s: %s. The work goes on; what it finds is in %s alone. "
             "tracker.mode=offline needs no network, tracker.mode=off no wandb",
-            type(error).__name__, error, self.path,
+            type(error).__name__, error, self.folder,
         )  # fmt: skip
 
 
@@ -207,26 +292,30 @@ def _no_questions() -> Iterator[None]:
             sys.stdin = asked
 
 
-def _drop_after(path: Path, step: int) -> float:
-    """Drop the lines of later steps, at step 0 all, and what is no line (the last one of a killed process's file).
-
-    Returns:
-        The greatest `time` of the lines kept, in seconds; 0 if none is.
-    """
-    kept, dropped, seconds = [], 0, 0.0
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file of metrics, as text and as values, but for what is no line, such as the last one of a killed
+    process's file."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
-            at, then = int(values["step"]), float(values["time"])
+            found.append((line, values | {"step": int(values["step"]), "time": float(values["time"])}))
         except (ValueError, KeyError, TypeError):
             logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, number, line)
-            continue
-        if at > step or step == 0:
-            dropped += 1
-        else:
-            kept.append(line + "\n")
-            seconds = max(seconds, then)
-    if dropped:
+    return found
+
+
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of later steps, at step 0 all, and what is no line.
+
+    Returns:
+        The lines kept.
+    """
+    found = _read(path)
+    kept = [(text, line) for text, line in found if line["step"] <= step and step > 0]
+    if len(kept) < len(found):
+        dropped = len(found) - len(kept)
         logger.warning("%s: dropped %d line(s) after step %d, which are done again", path, dropped, step)
-    write_text(path, "".join(kept))
-    return seconds
+    write_text(path, "".join(text + "\n" for text, _ in kept))
+    return [line for _, line in kept]

@@ -40,7 +40,7 @@ EXPERIMENT: dict[str, Any] = {
     },
 }
 
-PARTS = ["data", "sft", "pairs", "reward_model"]
+PARTS = ["base", "data", "sft", "pairs", "reward_model"]
 RUNS = [f"runs/{name}-seed{seed}" for seed in (0, 1) for name in ("sft", "rejection_sampling", "dpo")]
 COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
 

@@ -17,6 +17,7 @@ import yaml
 
 from alignlab.cli import main
 from alignlab.comparison import execute
+from alignlab.comparison.graph import Command, Node
 from alignlab.config import config_folder
 from tests import tiny
 from tests.comparison.small import (
@@ -223,7 +224,7 @@ def test_one_failing_algorithm_leaves_the_rest(home: Path, capsys: pytest.Captur
 def test_when_what_all_wait_for_fails_it_is_named(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(home, "hopeless", changed(sft=["algorithm=sft", "data.path={data}/vanished.jsonl"]))
     status, parts = compare(home, "hopeless", experiment="hopeless")
-    assert (status, parts) == (2, ["data", "sft"])
+    assert (status, parts) == (2, ["base", "data", "sft"])
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("alignlab: no run finished; the first failure: sft: ")
     assert "vanished.jsonl: no such file or folder" in last
@@ -234,7 +235,7 @@ def test_a_killed_node_is_a_failure_with_its_signal(home: Path, monkeypatch: pyt
     from alignlab.comparison import node
 
     monkeypatch.setattr(node, "run_command", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    nodes = [execute.Node("data", home / "killed/data", [("data", {})])]
+    nodes = [Node("data", home / "killed/data", [Command("data", {})])]
     failed = execute.execute(nodes, workers=1, threads=1)
     assert failed == {"data": f"ended by signal 9 (log: {home}/killed/data/log.txt)"}
 
@@ -256,7 +257,7 @@ def test_every_run_of_the_shipped_experiments_can_be(
     base = home / "any-base"
     if not base.exists():
         tiny.save(base)
-    monkeypatch.setattr(ExactBenchmark, "base_model", lambda self: str(base))
+    monkeypatch.setattr(ExactBenchmark, "base_path", lambda self: str(base))
     planned: list[list[Any]] = []
     monkeypatch.setattr(
         module, "execute", lambda nodes, *_: planned.append(nodes) or {n.name: "not run" for n in nodes}
@@ -288,5 +289,7 @@ def test_a_stage_may_choose_another_adapter_than_the_comparison(tmp_path: Path) 
     config["comparison"]["reward_model"].append("adapter=none")
     settings = section(ComparisonSettings, config["comparison"], "comparison")
     nodes = {n.name: n for n in plan(config, settings, build_benchmark(config["benchmark"]), tmp_path)}
-    kinds = {name: nodes[name].commands[0][1]["adapter"]["kind"] for name in ("sft", "reward_model", "runs/dpo-seed0")}
+    kinds = {
+        name: nodes[name].commands[0].config["adapter"]["kind"] for name in ("sft", "reward_model", "runs/dpo-seed0")
+    }
     assert kinds == {"sft": "lora", "reward_model": "none", "runs/dpo-seed0": "lora"}

@@ -53,7 +53,7 @@ def planned(tmp_path: Path) -> Planned:
         nodes = plan(config, settings, benchmark or build_benchmark(config["benchmark"]), tmp_path)
         for i, node in enumerate(nodes):
             assert all(p in nodes[:i] for p in node.parents)
-            for command, values in node.commands:
+            for command, values, _ in node.commands:
                 if command == "evaluate":
                     section(EvaluateSettings, {k: values[k] for k in EvaluateSettings.model_fields}, "")
         return {node.name: node for node in nodes}
@@ -62,11 +62,12 @@ def planned(tmp_path: Path) -> Planned:
 
 
 def waits(nodes: dict[str, Node], name: str) -> list[str]:
-    return [parent.name for parent in nodes[name].parents]
+    parents = {parent.name for parent in nodes[name].parents}
+    return [known for known in nodes if known in parents]  # in the plan's order
 
 
 def ran(nodes: dict[str, Node], name: str, command: str) -> dict[str, Any]:
-    return dict(nodes[name].commands)[command]
+    return {c.name: c.config for c in nodes[name].commands}[command]
 
 
 # ------------------------------------------------------------------ what waits for what
@@ -130,9 +131,45 @@ def test_a_changed_model_changes_those_that_use_it_and_no_other(planned: Planned
     assert changed == {"ranker", "runs/sample_rank-seed0"}
 
 
+def test_where_metrics_go_changes_no_part(planned: Planned) -> None:
+    """Otherwise switching wandb on would do everything again."""
+    quiet, tracked = planned(best_of=4), planned(words=["tracker=wandb", "tracker.tags=[a]"], best_of=4)
+    assert {name: node.key for name, node in quiet.items()} == {name: node.key for name, node in tracked.items()}
+    assert all(
+        c.config["tracker"] == {"mode": "off"} for n in quiet.values() for c in n.commands if "tracker" in c.config
+    )
+
+
+def test_in_wandb_a_comparison_is_a_group_and_its_runs_say_what_they_are(planned: Planned) -> None:
+    own = {
+        "dpo": DPO,
+        "mine": [*DPO, "tracker=wandb", "tracker.name=x", "tracker.job_type=y"],
+        "silent": [*DPO, "tracker=none"],
+    }
+    nodes = planned(words=["tracker=wandb"], best_of=4, models={"ranker": JUDGE}, algorithms=own)
+
+    def names(node: str, command: str) -> list[str]:
+        return [ran(nodes, node, command)["tracker"][key] for key in ("group", "job_type", "name")]
+
+    assert names("sft", "train") == ["demo", "sft", "demo/sft"]
+    assert names("reward_model", "train") == ["demo", "reward_model", "demo/reward_model"]
+    assert names("ranker", "train") == ["demo", "ranker", "demo/ranker"]
+    assert names("runs/mine-seed0", "train") == ["demo", "y", "x"]
+    for command in ("train", "evaluate"):
+        assert names("runs/dpo-seed0", command) == ["demo", "dpo", "demo/dpo-seed0"]
+        assert ran(nodes, "runs/silent-seed0", command)["tracker"] == {"mode": "off"}
+    assert names("runs/sft-seed0", "evaluate") == ["demo", "evaluate", "demo/sft-seed0"]
+    assert names("runs/best_of_4-seed0", "evaluate") == ["demo", "evaluate", "demo/best_of_4-seed0"]
+
+    nodes = planned(words=["tracker=wandb", "tracker.group=sweep", "tracker.name='lr=1'"])  # of the comparison
+    assert names("sft", "train") == ["sweep", "sft", "lr=1/sft"]
+    assert names("runs/sft-seed0", "evaluate") == ["sweep", "evaluate", "lr=1/sft-seed0"]
+
+
 def test_plans_are_plain_data(planned: Planned) -> None:
     for node in planned(best_of=4, models={"ranker": JUDGE}).values():
-        assert json.loads(json.dumps(node.commands)) == [list(command) for command in node.commands]
+        for command in node.commands:
+            assert json.loads(json.dumps(command.config)) == command.config
 
 
 # ------------------------------------------------------------------ best of N
@@ -143,7 +180,7 @@ def test_best_of_n_is_measured_and_not_trained(planned: Planned, tmp_path: Path)
     names = [name for name in nodes if "best_of" in name]
     assert names == [f"runs/best_of_{n}-seed{seed}" for seed in (0, 3) for n in (4, 16)]
     for name in names:
-        assert [command for command, _ in nodes[name].commands] == ["evaluate"]
+        assert [command.name for command in nodes[name].commands] == ["evaluate"]
         assert waits(nodes, name) == ["sft", "reward_model"]
     found = ran(nodes, "runs/best_of_16-seed3", "evaluate")
     expected = {"run": f"{tmp_path}/sft/model", "reference": f"{tmp_path}/sft/model", "best_of": 16, "seed": 3}

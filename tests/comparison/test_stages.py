@@ -24,7 +24,7 @@ def staged(home: Path) -> str:
     status, parts = compare(home, "staged", experiment="staged")
     assert status == 0, log_of(home, "staged")
     runs = [f"runs/{name}-seed0" for name in ("sft", "best_of_2", "best_of_6", "ranked")]
-    assert parts == sorted(["data", "sft", "pairs", "reward_model", "ranker", *runs])
+    assert parts == sorted(["base", "data", "sft", "pairs", "reward_model", "ranker", *runs])
     return "staged"
 
 

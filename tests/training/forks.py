@@ -140,19 +140,16 @@ class Process(Forked):
     """The folders of the nodes that were started, in order."""
 
     def __init__(self, words: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object) -> None:
-        assert list(words[1:3]) == ["-m", "alignlab.comparison.node"]
-        folder = words[3]
+        assert list(words[1:4]) == ["-m", "alignlab", "node"]
+        folder = words[4]
         Process.started.append(folder)
 
         def act() -> None:
-            from alignlab.comparison import node
-
             for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
             os.setsid()
             os.environ.clear()
             os.environ.update(env)
-            sys.argv = ["node", folder]
-            raise SystemExit(node.main())
+            command(["node", folder])()
 
         self.pid = fork(act, Path(stdout.name))

@@ -53,8 +53,8 @@ def base_model(world: ExactWorld, settings: BaseModelSettings | None = None, cac
         AlignlabError: the cache cannot be written.
     """
     settings = settings or BaseModelSettings()
-    cache = cache or cache_folder()
-    folder = cache / f"exact-base-{_fingerprint(world, settings)}"
+    folder = base_folder(world, settings, cache)
+    cache = folder.parent
     if folder.is_dir():
         return folder
     try:
@@ -74,6 +74,11 @@ def base_model(world: ExactWorld, settings: BaseModelSettings | None = None, cac
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def base_folder(world: ExactWorld, settings: BaseModelSettings, cache: Path | None = None) -> Path:
+    """Where `base_model` keeps the model, made or not."""
+    return (cache or cache_folder()) / f"exact-base-{_fingerprint(world, settings)}"
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.benchmarks.exact import metrics
-from alignlab.benchmarks.exact.base_model import BaseModelSettings, base_model
+from alignlab.benchmarks.exact.base_model import BaseModelSettings, base_folder, base_model
 from alignlab.benchmarks.exact.enumeration import completion_log_probs
 from alignlab.benchmarks.exact.evaluation import figures
 from alignlab.benchmarks.exact.language import ExactWorld, ExactWorldSettings
@@ -73,6 +73,9 @@ class ExactBenchmark(Benchmark):
 
     def base_model(self) -> str | None:
         return str(base_model(self.world, self.base))
+
+    def base_path(self) -> str | None:
+        return str(base_folder(self.world, self.base))
 
     def write_data(self, folder: Path, model: str) -> None:
         write_jsonl(folder / "demonstrations.jsonl", demonstrations(self.world, self.demonstrations, self.seed))

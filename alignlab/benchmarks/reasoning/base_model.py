@@ -47,10 +47,8 @@ def base_model(teacher: Teacher, settings: BaseModelSettings | None = None, cach
         AlignlabError: the cache cannot be written.
     """
     settings = settings or BaseModelSettings()
-    cache = cache or cache_folder()
-    content = json.dumps([teacher.settings.model_dump(), settings.model_dump()], sort_keys=True).encode()
-    code = Path(problems.__file__).read_bytes() + Path(__file__).read_bytes()
-    folder = cache / f"reasoning-base-{hashlib.sha256(content + code).hexdigest()[:16]}"
+    folder = base_folder(teacher, settings, cache)
+    cache = folder.parent
     if folder.is_dir():
         return folder
     try:
@@ -70,6 +68,13 @@ def base_model(teacher: Teacher, settings: BaseModelSettings | None = None, cach
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def base_folder(teacher: Teacher, settings: BaseModelSettings, cache: Path | None = None) -> Path:
+    """Where `base_model` keeps the model, made or not."""
+    content = json.dumps([teacher.settings.model_dump(), settings.model_dump()], sort_keys=True).encode()
+    code = Path(problems.__file__).read_bytes() + Path(__file__).read_bytes()
+    return (cache or cache_folder()) / f"reasoning-base-{hashlib.sha256(content + code).hexdigest()[:16]}"
 
 
 def pretrain(teacher: Teacher, settings: BaseModelSettings) -> LlamaForCausalLM:

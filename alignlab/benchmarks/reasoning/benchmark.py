@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.benchmarks.base import Benchmark, Subject
-from alignlab.benchmarks.reasoning.base_model import BaseModelSettings, base_model
+from alignlab.benchmarks.reasoning.base_model import BaseModelSettings, base_folder, base_model
 from alignlab.benchmarks.reasoning.problems import (
     SEPARATOR,
     Teacher,
@@ -68,6 +68,9 @@ class ReasoningBenchmark(Benchmark):
 
     def base_model(self) -> str | None:
         return str(base_model(self.teacher, self.base))
+
+    def base_path(self) -> str | None:
+        return str(base_folder(self.teacher, self.base))
 
     def write_data(self, folder: Path, model: str) -> None:
         write_jsonl(

@@ -1,0 +1,204 @@
+"""Slurm's commands: submit a script, ask how jobs stand, cancel them. What goes wrong is said with a way out."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignlab.core import AlignlabError
+
+ABSENT = (
+    "there is no Slurm here ({command} is not on the PATH): run this on a login node of your cluster, try it on a "
+    "cluster of virtual nodes on this machine (slurm/local-cluster.sh start), or do without: alignlab compare"
+)
+
+QUEUED = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+GOING = frozenset(
+    {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
+)
+
+PATIENCE = 60
+"""Seconds that a command of Slurm's may take before its controller counts as dead."""
+
+
+ABOUT = {
+    "account": (
+        "launcher.account",
+        "your accounts",
+        ("sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account"),
+    ),
+    "partition": ("launcher.partition", "partitions here", ("sinfo", "--noheader", "--format=%R")),
+    "qos": ("launcher.qos", "there are", ("sacctmgr", "-nP", "show", "qos", "format=name")),
+    "gres": ("launcher.gpus_per_node", "nodes have", ("sinfo", "--noheader", "--format=%G")),
+    "feature": ("launcher.constraint", "features of nodes", ("sinfo", "--noheader", "--format=%f")),
+    "time limit": ("launcher.timeout_min", "longest times", ("sinfo", "--noheader", "--format=%R %l")),
+}
+"""A word in what Slurm complains of → the setting it is about, and how to ask for what there is to choose from."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a job, or a task of an array, stands.
+
+    Attributes:
+        state: Slurm's word, as in RUNNING.
+        reason: why it waits, as in Dependency; "" otherwise.
+        elapsed: time of the present attempt, as Slurm writes it.
+        nodes: where it runs or ran.
+    """
+
+    state: str
+    reason: str = ""
+    elapsed: str = ""
+    nodes: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it is in the queue: waiting or going on."""
+        return self.state in QUEUED | GOING
+
+
+def submit(script: Path, options: Sequence[str] = ()) -> str:
+    """Hand a batch script over; the job's id.
+
+    Args:
+        options: of sbatch, beside those in the script.
+
+    Raises:
+        AlignlabError: Slurm does not take it.
+    """
+    said = _run(["sbatch", "--parsable", *options, str(script)])
+    return said.strip().splitlines()[-1].split(";")[0]
+
+
+def probe(script: Path) -> None:
+    """Ask whether Slurm would take a script, without handing it over.
+
+    Raises:
+        AlignlabError: it would not.
+    """
+    _run(["sbatch", "--test-only", str(script)])
+
+
+def states(jobs: Iterable[str]) -> dict[str, State]:
+    """Where jobs stand, by id; tasks of arrays as JOB_TASK. A job that Slurm no longer knows is left out.
+
+    Raises:
+        AlignlabError: Slurm does not answer.
+    """
+    ids = sorted(set(jobs))
+    if not ids:
+        return {}
+    found: dict[str, State] = {}
+    # `--array`: a line for each task that waits. Old ids among the jobs make squeue fail where it is given ids.
+    for line in _run(
+        ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%M|%N"]
+    ).splitlines():
+        name, state, reason, elapsed, nodes = (part.strip() for part in line.split("|"))
+        if name.split("_")[0] in ids:
+            found[name] = State(state, "" if reason == "None" else reason, elapsed, nodes)
+    return _finished(ids) | found
+
+
+def _finished(ids: Sequence[str]) -> dict[str, State]:
+    """What the accounting says of jobs, or, where there is none, the controller of those it has not forgotten."""
+    try:
+        said = _run(
+            [
+                "sacct",
+                "--noheader",
+                "--parsable2",
+                "--allocations",
+                f"--jobs={','.join(ids)}",
+                "--format=JobID,State,Elapsed,NodeList",
+            ]
+        )
+    except AlignlabError:
+        return _remembered(ids)
+    found = {}
+    for line in said.splitlines():
+        name, state, elapsed, nodes = line.split("|")
+        for each in _tasks(name):
+            found[each] = State(
+                state.split()[0], "", elapsed.removeprefix("00:"), "" if nodes == "None assigned" else nodes
+            )
+    return found
+
+
+def _remembered(ids: Sequence[str]) -> dict[str, State]:
+    found = {}
+    for job in ids:
+        try:
+            said = _run(["scontrol", "--oneliner", "show", "job", job])
+        except AlignlabError:  # forgotten
+            continue
+        for line in said.splitlines():
+            values = dict(re.findall(r"(\w+)=(\S*)", line))
+            name = f"{values['ArrayJobId']}_{values['ArrayTaskId']}" if "ArrayJobId" in values else values["JobId"]
+            for each in _tasks(name):
+                found[each] = State(values["JobState"], "", values.get("RunTime", ""), values.get("NodeList", ""))
+    return found
+
+
+def _tasks(name: str) -> list[str]:
+    """`12_[0-2,5%4]` → 12_0, 12_1, 12_2, 12_5: tasks that have not begun are one entry."""
+    array = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", name)
+    if array is None:
+        return [name]
+    found = []
+    for part in array[2].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{array[1]}_{i}" for i in range(int(first), int(last or first) + 1)]
+    return found
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs and tasks of arrays. Those that have ended meanwhile are no error."""
+    if jobs:
+        _run(["scancel", *jobs])
+
+
+def _run(words: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise AlignlabError(ABSENT.format(command=words[0])) from error
+    except subprocess.TimeoutExpired as error:
+        raise AlignlabError(
+            f"{words[0]}: Slurm's controller has not answered for {PATIENCE} s: try again later"
+        ) from error
+    if done.returncode:
+        raise AlignlabError(explain(done.stderr.strip() or done.stdout.strip(), words[0]))
+    return done.stdout
+
+
+def explain(said: str, command: str = "sbatch") -> str:
+    """What a command of Slurm's complains of, with the setting that it is about and what there is to choose from."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [re.sub(r"^(\w+: )?(error: )?", "", line) for line in lines if "error" in line.lower()] or lines[-1:]
+    text = (
+        "; ".join(dict.fromkeys(e.removeprefix("Batch job submission failed: ") for e in errors)) or f"{command} failed"
+    )
+    low = text.lower()
+    for word, (setting, what, query) in ABOUT.items():
+        if word in low:
+            return f"{setting}: {text}{_choices(query, what)}"
+    if "node configuration" in low or "node count" in low or "memory" in low:
+        sizes = _choices(["sinfo", "--noheader", "--format=%R: %D nodes of %c CPUs, %m MB, %G"], "there are")
+        return f"launcher.nodes, gpus_per_node, cpus_per_task or mem_gb: {text}{sizes}"
+    if "unable to contact" in low or "connection refused" in low or "timed out" in low:
+        return f"{command}: Slurm's controller does not answer ({text}): see `scontrol ping`, and try again later"
+    return f"{command}: {text}"
+
+
+def _choices(query: Sequence[str], what: str) -> str:
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = sorted({line.strip() for line in done.stdout.splitlines()} - {"", "(null)"})
+    return f"; {what}: {', '.join(found)}" if found else ""
