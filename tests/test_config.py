@@ -195,7 +195,5 @@ def test_words_of_a_sweep() -> None:
     words = sweep_words(["algorithm=dpo,sft", "model=a,b/c", "training.steps=3", "out=here"], None)
     assert words[:3] == ["algorithm=dpo,sft", "model.path=a,b/c", "training.steps=3"]
     assert "hydra.sweep.dir=here" in words
-    # Folders are named after what varies, and each run gets one of its own.
-    assert "hydra.job.config.override_dirname.exclude_keys=[out,training.steps]" in words
-    assert [w for w in words if w.startswith("out=")] == ["out=${hydra:sweep.dir}/${hydra:sweep.subdir}"]
+    assert not any(w.startswith("out=") for w in words)  # each run gets a folder of its own
     assert "hydra.sweep.dir=runs/${name}" in sweep_words(["algorithm=dpo,sft"], None)

@@ -12,9 +12,11 @@ import yaml
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
 from alignlab.comparison.settings import Budget, ComparisonSettings, Pairs
+from alignlab.comparison.sweep.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
 from alignlab.config import compose, config_folder, locate, resolve
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings
+from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
 from alignlab.rollout import RolloutSettings
 from alignlab.rollout.produce import ProduceSettings
@@ -25,6 +27,15 @@ from alignlab.training.tracking import TrackerSettings
 FOLDER = config_folder()
 COMMANDS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
 FILES = sorted(FOLDER.glob("*/*.yaml"))
+
+SWEEPS: dict[str, type[Settings]] = {
+    "launcher/local": LocalSettings,
+    "launcher/joblib": JoblibSettings,
+    "launcher/slurm": SlurmSettings,
+    "sweeper/grid": GridSettings,
+    "sweeper/optuna": OptunaSettings,
+}
+"""Options of the groups of sweeps: each has a class of its own."""
 
 CLASSES: dict[str, type[Settings]] = {
     "adapter": AdapterSettings,
@@ -110,6 +121,15 @@ def test_options_have_keys_of_the_class(path: Path) -> None:
     found = composed("train", f"{group}={path.stem}").get(group, {})
     assert set(found) <= set(CLASSES[group].model_fields)
     CLASSES[group](**{k: "given" if v == "???" else v for k, v in found.items()})
+
+
+@pytest.mark.parametrize("option", SWEEPS)
+def test_how_a_sweep_runs(option: str) -> None:
+    group, name = option.split("/")
+    found = composed("sweep", f"{group}={name}")[group]
+    kind = SWEEPS[option]
+    assert set(found) == set(kind.model_fields)
+    assert kind(**found) == kind()
 
 
 def test_the_commands_own_keys() -> None:

@@ -15,6 +15,7 @@ from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.comparison.collect import collect
 from alignlab.comparison.execute import execute
 from alignlab.comparison.graph import write_plan
+from alignlab.comparison.ledger import refuse_if_queued
 from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
 from alignlab.config import section
@@ -36,6 +37,7 @@ def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:
     settings = section(ComparisonSettings, config["comparison"], "comparison")
     benchmark = build_benchmark(config["benchmark"])
     nodes = plan(config, settings, benchmark, out, own)
+    refuse_if_queued(out)
     with storage_errors(out, "the comparison could not be written"):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_json
 from alignlab.launch.slurm.commands import State, states
 
@@ -74,3 +74,19 @@ class Ledger:
     def active(self) -> dict[str, Entry]:
         """What is in the queue or going on."""
         return {name: self.entries[name] for name, state in self.states().items() if state.active}
+
+
+def refuse_if_queued(out: Path) -> None:
+    """Keep two from working in the same folders.
+
+    Raises:
+        ConfigError: jobs of a comparison are in the queue, or going on.
+    """
+    try:
+        active = Ledger.read(out).active()
+    except AlignlabError:  # nobody to ask: the folder may have come from another machine
+        return
+    if active:
+        raise ConfigError(
+            f"out={out}: {len(active)} parts of it are in the queue: see `alignlab status {out}`, or cancel"
+        )

@@ -5,6 +5,7 @@ The same command again hands over what is neither done nor in the queue: what fa
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,10 @@ def submit(config: dict[str, Any], out: Path, own: Path | None = None, dry_run: 
     jobs = jobs_of(nodes)
     graph = _Graph(config["name"], out, jobs, resources(slurm, jobs), Ledger.read(out))
     batches = graph.batches()
+    for job in jobs:
+        gpus = graph.asked[job.name].gpus_per_node
+        if job.trains and gpus > 1 and job.distributed.get("mode", "single") == "single":
+            print(f"note: {job.name} asks for {gpus} GPUs, and with distributed=single it uses one", file=sys.stderr)
     if dry_run:
         for batch in batches:
             print(f"==> {folder_of_logs(out) / batch.file}\n\n{batch.script}")

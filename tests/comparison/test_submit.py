@@ -202,6 +202,21 @@ def test_a_plan_changed_while_its_jobs_wait(
     assert submit("model.dtype=float64") == 0
 
 
+def test_nobody_else_works_in_the_folder_meanwhile(
+    submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit()
+    assert main(["compare", "--config-dir", "configs", "experiment=tiny", "out=out"]) == 2
+    assert capsys.readouterr().err.startswith("alignlab: out=out: 16 parts of it are in the queue")
+
+
+def test_gpus_that_would_idle_are_noted(
+    submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit("launcher.stages.sft.gpus_per_node=4", "--dry-run")
+    assert capsys.readouterr().err == "note: sft asks for 4 GPUs, and with distributed=single it uses one\n"
+
+
 def test_what_slurm_refuses_leaves_nothing_behind(
     submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +244,12 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
 
 def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> None:
     """What a stage says goes before the launcher, an algorithm's before all training runs'."""
-    words = ["stages.train.timeout_min=30", "stages.dpo.timeout_min=60", "stages.evaluate.gpus_per_node=0"]
+    words = [
+        "stages.train.timeout_min=30",
+        "stages.dpo.timeout_min=60",
+        "stages.evaluate.gpus_per_node=0",
+        "stages.data.gpus_per_node=1",
+    ]
     words += ["stages.report.mem_gb=1", "partition=big", "array_parallelism=1", "additional_parameters.mail-type=FAIL"]
     submit(*(f"launcher.{word}" for word in words))
     texts = {name: text for name, _, text in cluster.given}
@@ -238,7 +258,7 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
     assert times["dpo"] == "60"
     assert times["sft"] == times["dpo.evaluate"] == "240"
     assert {name for name, t in texts.items() if "--gpus-per-node=1\n" in t} == {
-        *SHARED, "dpo", "rejection_sampling", "report",
+        *SHARED, "dpo", "rejection_sampling",
     }  # fmt: skip
     assert "--mem=1024M\n" in texts["report"] and "--mem=2048M\n" in texts["dpo"]
     for text in texts.values():

@@ -58,8 +58,9 @@ def test_four_runs_on_two_nodes(slurm: Slurm, home: Path) -> None:
     assert "best: " in done.stdout
     (array,) = {job.partition("_")[0] for job in jobs(folder).values()}
     assert f"Slurm job {array}: 4 runs; logs: {folder}/slurm/{array}*/*.out" in done.stderr
+    # A run has ended when its result is there; its job, and the accounting, a moment later.
+    until(lambda: [row["State"] for row in slurm.history(array)] == ["COMPLETED"] * 4, 30, "all have ended")
     history = slurm.history(array, "AllocTRES")
-    assert [row["State"] for row in history] == ["COMPLETED"] * 4
     assert sorted(row["NodeList"] for row in history) == ["node1", "node1", "node2", "node2"]
     assert all("gres/gpu=2" in row["AllocTRES"] for row in history)
 

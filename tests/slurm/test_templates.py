@@ -83,8 +83,8 @@ def test_a_time_limit(slurm: Slurm, base: Path, undisturbed: dict[str, torch.Ten
 
 @pytest.mark.component
 def test_a_preemption(slurm: Slurm, base: Path, undisturbed: dict[str, torch.Tensor]) -> None:
-    """A job of higher priority takes the node: the run saves within the step, waits, and goes on. Here the step is told,
-    not the script, as on clusters where nothing else is said."""
+    """A job of higher priority takes the node: the run saves within the step, waits, and goes on. Here Slurm tells the
+    step, not the script, as on clusters where nothing else is said."""
     with slurm.configured(SlurmctldParameters=""):
         run = Run(slurm, base, "preempted", "one_gpu")
         run.submit("--gres=gpu:1", "--nodelist=node1", seconds=0.05).reach(3)

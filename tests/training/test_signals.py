@@ -15,7 +15,7 @@ def send(name: str) -> None:
     signal.raise_signal(getattr(signal, name))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_asks_to_stop_and_is_named(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         assert not stop
@@ -80,7 +80,7 @@ def test_in_another_thread_nothing_is_installed() -> None:
     assert handlers == before
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_process_signalled_from_outside_finishes_its_step(name: str) -> None:
     """Without the handler, each of these would end it by the signal; here it leaves its loop and reports the step."""
     read, write = os.pipe()
