@@ -1,4 +1,4 @@
-"""What has been handed to the cluster for a comparison: `jobs.json` in its folder."""
+"""What has been handed to the cluster for a comparison: `submitted.json` in its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_json
 from alignlab.launch.slurm.commands import State, states
 
-FILE = "jobs.json"
+FILE = "submitted.json"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def open_study(path: Path, name: str, direction: Direction | None = None) -> Any
 
     lock = JournalFileOpenLock(str(path), grace_period=10)  # of a process that was killed while it wrote
     try:
+        if direction is not None and path.exists():
+            _mend(path, lock)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Optuna calls experimental
             storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
@@ -113,6 +115,17 @@ def open_study(path: Path, name: str, direction: Direction | None = None) -> Any
             return optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
     except (OSError, KeyError, ValueError) as error:
         raise AlignlabError(f"{path}: the study cannot be read: {error}") from error
+
+
+def _mend(path: Path, lock: Any) -> None:
+    """Cut off a last line that is not whole, as a machine that went down may leave it: Optuna would read no further."""
+    from optuna.storages.journal._file import get_lock_file
+
+    with get_lock_file(lock), path.open("rb+") as file:
+        text = file.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            file.truncate(whole)
 
 
 def make_pruner(kind: PrunerKind, startup_trials: int, warmup_steps: int) -> Any:

@@ -313,7 +313,7 @@ def test_scripts_run_what_they_say(submit: Callable[..., int], cluster: Cluster,
     subprocess.run(["bash", str(script)], env=environment, check=True, timeout=60)
     said = (tmp_path / "said").read_text().splitlines()
     assert said == ["alignlab", "node", "its out/runs/dpo-seed1", "train", "-"]
-    entry = json.loads(Path("its out/jobs.json").read_text())["entries"]["runs/dpo-seed1"]
+    entry = json.loads(Path("its out/submitted.json").read_text())["entries"]["runs/dpo-seed1"]
     assert entry["log"] == "its out/slurm/dpo-1.log"
     output = next(w for w in script.read_text().splitlines() if "--output" in w).partition("=")[2]
     assert output == f'"{home}/its out/slurm/dpo-%a.log"'.replace("100%", "100%%")
@@ -431,9 +431,9 @@ def test_where_nothing_was_submitted(command: str, tmp_path: Path, capsys: pytes
 
 
 def test_a_damaged_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "jobs.json").write_text("{")
+    (tmp_path / "submitted.json").write_text("{")
     assert main(["status", str(tmp_path)]) == 2
-    assert "jobs.json: damaged" in capsys.readouterr().err
+    assert "submitted.json: damaged" in capsys.readouterr().err
 
 
 def test_settings_of_the_launcher_are_no_part_of_the_comparison(submit: Callable[..., int], cluster: Cluster) -> None:

@@ -329,6 +329,7 @@ def test_a_launcher_of_the_users(tmp_path: Path) -> None:
         ("launcher.n_jobs=3", "launcher.n_jobs: is a key of launcher=joblib: add launcher=joblib"),
         ("launcher=joblib launcher.n_jobs=0", "launcher.n_jobs=0: must be 1 or more, or -1 for as many as there are"),
         ("launcher=slurm launcher.nodes=0", "launcher.nodes=0: should be greater than or equal to 1"),
+        ("launcher=slurm launcher.stages.sft.nodes=2", "launcher.stages.sft.nodes=2: is for `alignlab submit` alone"),
         ("launcher=local,slurm", "launcher=local,slurm: a sweep has one launcher"),
         ("launcher.kind=pbs", "launcher.kind=pbs: is not known; known here: joblib, local, slurm"),
         ("sweeper=optuna sweeper.sampler=grid", "sweeper.sampler='grid': should be 'tpe' or 'random'"),

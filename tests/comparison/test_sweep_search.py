@@ -214,6 +214,17 @@ def test_a_step_that_was_decided_on_is_not_decided_again(tmp_path: Path) -> None
     assert Pruning.of(tmp_path) is None
 
 
+def test_a_study_whose_last_line_is_not_whole(tmp_path: Path) -> None:
+    study = open_study(tmp_path / STUDY, "sweep", "minimize")
+    study.ask()
+    before = (tmp_path / STUDY).read_bytes()
+    (tmp_path / STUDY).write_bytes(before + before.splitlines()[-1][:20])
+    again = open_study(tmp_path / STUDY, "sweep", "minimize")
+    again.ask()
+    assert [t.number for t in open_study(tmp_path / STUDY, "sweep").get_trials()] == [0, 1]
+    assert (tmp_path / STUDY).read_bytes().startswith(before)
+
+
 def test_pruners() -> None:
     assert isinstance(make_pruner("none", 1, 1), optuna.pruners.NopPruner)
     median = make_pruner("median", 4, 7)
@@ -228,7 +239,7 @@ def test_pruners() -> None:
     ("word", "expected"),
     [
         ("a=x,y", optuna.distributions.CategoricalDistribution(["x", "y"])),
-        ("a=choice(1,2.5,true)", optuna.distributions.CategoricalDistribution(["1", "2.5", "true"])),
+        ("a=choice(1,2.5,true)", optuna.distributions.CategoricalDistribution(["1", "2.5", "True"])),
         ("a=interval(0.1,2)", optuna.distributions.FloatDistribution(0.1, 2)),
         ("a=tag(log,interval(1e-5,1e-2))", optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)),
         ("a=int(interval(2,9))", optuna.distributions.IntDistribution(2, 9)),

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "slurm"
 NAMES = ("one_gpu", "one_node", "many_nodes")
 RUN, SIGNALS = "# ---- run\n", "# ---- stop, save, queue again"
 
-JOB = "Requeue=1 Restarts=0 JobState={} Reason=None"
+JOB = "Requeue=1 JobState={} Reason=None Restarts=0"
 
 
 def text(name: str) -> str:
@@ -121,6 +121,7 @@ SPARED = JOB.format("RUNNING") + " PreemptEligibleTime=2026-01-01T10:00:00 Preem
         (75, JOB.format("RUNNING"), True),  # asks for a new start
         (138, JOB.format("COMPLETING"), False),  # cancelled, or Slurm queues it again
         (143, JOB.format("CANCELLED"), False),
+        (143, JOB.format("RUNNING").replace("Restarts=0", "Restarts=1"), False),  # elsewhere: this node was given up
         (1, PREEMPTED, True),  # torchrun of older PyTorch says 1 whatever happened
     ],
 )
@@ -145,9 +146,10 @@ def test_of_an_array_one_task_alone_is_queued_again(stage: Stage) -> None:
 
 
 def test_a_limit_too_short_to_begin_ends(stage: Stage) -> None:
-    assert stage.run("exit 138", SPARED, SLURM_RESTART_COUNT="3") == 138
+    again = {"SLURM_RESTART_COUNT": "3"}
+    assert stage.run("exit 138", SPARED.replace("Restarts=0", "Restarts=3"), **again) == 138
     assert stage.queued_again() == [] and "is --time too short for --signal?" in stage.said
-    assert stage.run("exit 138", PREEMPTED, SLURM_RESTART_COUNT="3") == 138  # that was not its fault
+    assert stage.run("exit 138", PREEMPTED.replace("Restarts=0", "Restarts=3"), **again) == 138  # not its fault
     assert stage.queued_again() == ["7"]
 
 
@@ -187,8 +189,10 @@ def test_a_signal_during_the_set_up_is_not_lost(stage: Stage) -> None:
 
 def test_term_to_the_script_leaves_the_step_its_time(stage: Stage) -> None:
     """At the end of a preemption's grace and at `scancel` both get it; the step may be saving."""
-    script = stage.start("touch $PWD/begun; /bin/sleep 1; exit 143", JOB.format("COMPLETING"), PWD=str(stage.folder))
-    time.sleep(0.4)
+    begun = stage.folder / "begun"
+    script = stage.start(f"touch {begun}; /bin/sleep 0.5; exit 143", JOB.format("COMPLETING"))
+    while not begun.exists():
+        time.sleep(0.01)
     script.send_signal(signal.SIGTERM)
     script.communicate(timeout=20)
     assert script.returncode == 143 and stage.queued_again() == []

@@ -84,12 +84,12 @@ def test_the_leaderboard_is_that_of_one_machine(home: Home, slurm: Slurm) -> Non
         if name in {"tiny:pairs", "tiny:dpo", "tiny:dpo.evaluate"}:
             assert state == "PENDING" and "afterok" in after, line
             assert ("aftercorr" in after) == (name == "tiny:dpo.evaluate"), line
-    sft = json.loads((home.folder / "jobs/jobs.json").read_text())["entries"]["sft"]["id"]
+    sft = json.loads((home.folder / "jobs/submitted.json").read_text())["entries"]["sft"]["id"]
     slurm.wait(sft, "RUNNING")
     slurm.preempt(["node1", "node2"])
     until(lambda: int(slurm.show(sft)["Restarts"]) == 1, 90, lambda: str(slurm.show(sft)))
     assert home.ended("jobs") == dict.fromkeys(TASKS, "done")
-    entries = json.loads((home.folder / "jobs/jobs.json").read_text())["entries"]
+    entries = json.loads((home.folder / "jobs/submitted.json").read_text())["entries"]
     for name, entry in entries.items():
         assert slurm.history(entry["id"].split("_")[0])[-1]["State"] == "COMPLETED", name
         assert ("_" in entry["id"]) == name.startswith("runs/")

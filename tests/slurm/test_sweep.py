@@ -153,7 +153,6 @@ def test_what_a_user_sees_of_mistakes(slurm: Slurm, home: Path) -> None:
         (["launcher.partition=nosuch"], "alignlab: launcher.partition: invalid partition specified: nosuch; "),
         (["launcher.account=nobody"], "alignlab: launcher.account: "),
         (["launcher.gpus_per_node=9"], "alignlab: launcher."),
-        (["launcher.stages={sft: {nodes: 2}}"], "alignlab: launcher.stages: is for `alignlab submit` alone"),
         (["launcher.nodes=2"], "launcher.nodes=2: distributed=single runs on one node"),
     ):
         done = slurm.run(*words(home, "mistaken", *SMALL, "training.seed=0,1", *more), check=False)

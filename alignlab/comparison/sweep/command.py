@@ -13,6 +13,7 @@ from alignlab.comparison.sweep.launch import Launch, hydra_words
 from alignlab.comparison.sweep.settings import OptunaSettings, chosen
 from alignlab.comparison.sweep.state import figures
 from alignlab.core import AlignlabError
+from alignlab.data.progress import progress
 
 
 def sweep(command: str, words: Sequence[str], own: Path | None) -> int:
@@ -50,7 +51,8 @@ def sweep(command: str, words: Sequence[str], own: Path | None) -> int:
                 metric = search.metric
                 search.run(launch)
             else:
-                combinations = [hydra.combination(values) for values in hydra.grid()]
+                every = list(hydra.grid())
+                combinations = [hydra.combination(v) for v in progress(every, "composing the runs", len(every))]
                 results.note(hydra.folder, command, own, sweeper, combinations)
                 launch(combinations)
         except Stopped as stopped:

@@ -18,6 +18,7 @@ from alignlab.comparison.sweep.job import STOP, Job, Stopped, at_work
 from alignlab.comparison.sweep.settings import JoblibSettings, Launcher
 from alignlab.comparison.sweep.state import FAILED, begin, failed, is_over, standing
 from alignlab.core import AlignlabError, ConfigError, Interrupted
+from alignlab.data.progress import progress
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.progress import console
 
@@ -116,7 +117,8 @@ class Launch:
         """Those that are to be launched. What cannot be right is noted as failed at once."""
         from alignlab.training.run import check
 
-        over = [c for c in combinations if is_over(self.command, c, self.own)]
+        looked = progress(combinations, "looking for what is finished", len(combinations))
+        over = [c for c in looked if is_over(self.command, c, self.own)]
         for combination in over:
             (combination.folder / FAILED).unlink(missing_ok=True)
         if over:

@@ -77,8 +77,6 @@ def submit(
             "launcher=slurm: there is no Slurm here (sbatch is not on the PATH): run this on a login node of your "
             "cluster, try it on a cluster of virtual nodes (slurm/local-cluster.sh start), or use launcher=joblib"
         )
-    if settings.stages:
-        raise ConfigError("launcher.stages: is for `alignlab submit` alone: the runs of a sweep are all alike")
     counts = {tasks(settings, c.config) if command == "train" else 1 for c in combinations}
     if command == "compare" and settings.nodes > 1:
         raise ConfigError(f"launcher.nodes={settings.nodes}: a comparison runs on one node; for more: alignlab submit")
