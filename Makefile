@@ -15,7 +15,7 @@ test: $(VENV)/.test
 # On a real Slurm of virtual nodes, beside any other on this machine. Needs root, and installs Debian's packages.
 test-slurm: export ALIGNLAB_SLURM = /tmp/alignlab-test-slurm
 test-slurm: export ALIGNLAB_SLURM_CONF = $(ALIGNLAB_SLURM)/etc
-test-slurm: export ALIGNLAB_SLURM_PORT = 26817
+test-slurm: export ALIGNLAB_SLURM_PORT = 21817
 test-slurm: export SLURM_CONF = $(ALIGNLAB_SLURM_CONF)/slurm.conf
 test-slurm: $(VENV)/.test
 	slurm/local-cluster.sh start

@@ -232,7 +232,14 @@ class _Plan:
             used.append(place)
             return place.text
 
-        return re.sub(r"(?<!\$)\{(\w+)\}", text, word)
+        filled = re.sub(r"(?<!\$)\{(\w+)\}", text, word)
+        key, _, value = filled.partition("=")
+        # The folder of a comparison in a sweep is called after settings: `beta=0.1,seed=2`.
+        return (
+            f"{key}={quoted(value)}"
+            if filled != word and re.fullmatch(r"[^'\"\[\]{}]*[=,][^'\"\[\]{}]*", value)
+            else filled
+        )
 
 
 def as_words(sections: dict[str, Any], prefix: str = "") -> Words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,10 @@ def test_the_best_is_named_with_the_words_that_do_it_again(home: Path, grid: Pat
     told = sweeps.told(grid)
     assert (told["best"], told["metric"], told["direction"]) == (best, "loss", "minimize")
     assert [r["value"] for r in told["runs"]] == sorted(losses.values())
-    words = [w for w in told["runs"][0]["words"] if not w.startswith("out=")]
+    command = re.search(r"^ +(alignlab train .*)$", (grid / "sweep.md").read_text(), re.MULTILINE)
+    assert command is not None
+    words = [w for w in shlex.split(command[1])[2:] if not w.startswith("out=")]
+    assert words == [w for w in told["runs"][0]["words"] if not w.startswith("out=")]
     assert main(["train", *words, f"out={home}/again"]) == 0
     assert runs.identical(runs.weights(home, "again"), runs.weights(grid, best))
 
@@ -220,6 +224,7 @@ def test_a_comparison_is_over_when_all_its_parts_are_as_planned(
     from alignlab.comparison.sweep.state import is_over, standing
     from alignlab.config import compose, resolve
 
+    folder = tmp_path / "beta=0.1,seed=2"  # as a sweep names it
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
     from alignlab.benchmarks.evaluate import build_benchmark
     from alignlab.comparison.graph import write_plan
@@ -228,21 +233,21 @@ def test_a_comparison_is_over_when_all_its_parts_are_as_planned(
     from alignlab.config import section
 
     def combination(*words: str) -> Combination:
-        config = resolve(compose("compare", ["experiment=demo", f"out={tmp_path}/c", *words]))
-        return Combination("c", tmp_path / "c", {}, [], config)
+        config = resolve(compose("compare", ["experiment=demo", f"out='{folder}'", *words]))
+        return Combination("c", folder, {}, [], config)
 
     now = combination()
     settings = section(ComparisonSettings, now.config["comparison"], "comparison")
-    nodes = plan(now.config, settings, build_benchmark(now.config["benchmark"]), tmp_path / "c", None)
+    nodes = plan(now.config, settings, build_benchmark(now.config["benchmark"]), folder, None)
     assert standing("compare", now.folder).state == "unfinished"
     for node in nodes:
         node.begin()
         for made in (c.config["path"] for c in node.commands if c.name == "base"):
             Path(made).mkdir(parents=True)
         (node.folder / "done.json").write_text(json.dumps({"key": node.key}))
-    write_plan(tmp_path / "c", nodes)
+    write_plan(folder, nodes)
     assert standing("compare", now.folder).state == "unfinished"  # no leaderboard yet
-    (tmp_path / "c/leaderboard.json").write_text(json.dumps({"rows": [{"algorithm": "dpo", "reward": 0.5}]}))
+    (folder / "leaderboard.json").write_text(json.dumps({"rows": [{"algorithm": "dpo", "reward": 0.5}]}))
     assert standing("compare", now.folder).state == "finished"
     assert is_over("compare", now, None)
     assert not is_over("compare", combination("comparison.seeds=[7]"), None)

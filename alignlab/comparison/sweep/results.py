@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +93,12 @@ class Results:
     def reproduce(self, run: Run) -> str:
         """The command that does a run by itself."""
         options = [] if self.own is None else ["--config-dir", self.own]
-        return shlex.join(["alignlab", self.command, *options, *run.words])
+        return " ".join(_quoted(word) for word in ("alignlab", self.command, *options, *run.words))
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where the word has single ones."""
+    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
 def note(
