@@ -31,8 +31,8 @@ __all__ = [
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
 
-OPEN = ("launcher.stages.", "launcher.additional_parameters.")
-"""Keys below which any key may be given."""
+OPEN = re.compile(r"launcher\.(stages|additional_parameters)[.=]")
+"""Settings whose keys the user makes up, which Hydra takes only when told so."""
 
 
 def config_folder() -> Path:
@@ -136,7 +136,7 @@ def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     Args:
         sweep: commas part several paths.
     """
-    if word.startswith(OPEN):
+    if OPEN.match(word):
         return f"++{word}"
     key, _, value = word.partition("=")
     if value.startswith("~/"):

@@ -86,6 +86,10 @@ class Job:
         found: dict[str, Any] = self.tasks[0].commands[0].config.get("distributed", {}) if self.trains else {}
         return found
 
+    @property
+    def distributes(self) -> bool:
+        return str(self.distributed.get("mode", "single")) != "single"
+
 
 def jobs_of(nodes: Sequence[Node]) -> list[Job]:
     """The jobs of a comparison but for its report, each after those it waits for."""
@@ -142,8 +146,7 @@ def _checked(asked: SlurmSettings, job: Job) -> SlurmSettings:
     """What a job asks for, where that and its runs' mode of distribution can be."""
     if not job.trains:  # one process
         return asked.model_copy(update={"nodes": 1})
-    mode = job.distributed.get("mode", "single")
-    if asked.nodes > 1 and mode == "single":
+    if asked.nodes > 1 and not job.distributes:
         raise ConfigError(
             f"launcher.nodes={asked.nodes}: {job.name} has distributed=single, one process: choose a mode, as in "
             f"distributed=zero2, or give it one node: launcher.stages.{job.stages[-1]}.nodes=1"

@@ -87,10 +87,9 @@ def submit(config: dict[str, Any], out: Path, own: Path | None = None, dry_run: 
     jobs = jobs_of(nodes)
     graph = _Graph(config["name"], out, jobs, resources(slurm, jobs), Ledger.read(out))
     batches = graph.batches()
-    for job in jobs:
-        gpus = graph.asked[job.name].gpus_per_node
-        if job.trains and gpus > 1 and job.distributed.get("mode", "single") == "single":
-            print(f"note: {job.name} asks for {gpus} GPUs, and with distributed=single it uses one", file=sys.stderr)
+    idle = [j.name for j in jobs if j.trains and graph.asked[j.name].gpus_per_node > 1 and not j.distributes]
+    if idle:
+        print(f"note: {', '.join(idle)}: several GPUs are asked for; distributed=single uses one", file=sys.stderr)
     if dry_run:
         for batch in batches:
             print(f"==> {folder_of_logs(out) / batch.file}\n\n{batch.script}")

@@ -214,7 +214,7 @@ def test_gpus_that_would_idle_are_noted(
     submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit("launcher.stages.sft.gpus_per_node=4", "--dry-run")
-    assert capsys.readouterr().err == "note: sft asks for 4 GPUs, and with distributed=single it uses one\n"
+    assert capsys.readouterr().err == "note: sft: several GPUs are asked for; distributed=single uses one\n"
 
 
 def test_what_slurm_refuses_leaves_nothing_behind(

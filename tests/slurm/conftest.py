@@ -38,8 +38,11 @@ def _problem() -> str:
     """Why no job may be submitted here; empty where all is well."""
     if shutil.which("sbatch") is None:
         return f"Slurm is not installed here: {START}"
-    found = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    alive = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True)
+    try:  # without a controller they wait for one, without a configuration for a name server
+        found = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=15)
+        alive = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=15)
+    except subprocess.TimeoutExpired:
+        return f"no Slurm answers here: {START}"
     if found.returncode or alive.returncode:
         return f"no Slurm answers here: {START}"
     values = dict(line.split("=", 1) for line in found.stdout.splitlines() if "=" in line)

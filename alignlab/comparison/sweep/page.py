@@ -38,7 +38,7 @@ def slices(results: Results) -> str:
     panels = [panel(results, runs, key, name) for key, name in shortest(results.varied).items()] if runs else []
     note = "The best run is ringed"
     note += (
-        "; those that were pruned are faint: their value is the last before."
+        "; those that were pruned are faint, at the last value that they had."
         if any(r.state == "pruned" for r in runs)
         else "."
     )
@@ -107,7 +107,10 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _runs(results: Results) -> str:
-    head = "".join(f'<th scope="col" class="name">{escape(title)}</th>' for title in headings(results))
+    head = "".join(
+        f'<th scope="col" class="narrow{"" if index else " name"}">{escape(title)}</th>'
+        for index, title in enumerate(headings(results))
+    )
     rows = []
     for run in results.runs:
         name, *rest = cells(results, run)

@@ -19,9 +19,6 @@ from alignlab.training.pruning import Direction, PrunerKind
 OURS = re.compile(r"[+~]{0,2}(launcher|sweeper)(?=[=.@]|$)")
 """How a word begins that is of one of these groups."""
 
-OPEN = re.compile(r"launcher\.additional_parameters[.=]")
-"""A setting whose keys the user makes up, which Hydra takes only when told so."""
-
 PACKAGES = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "launcher=joblib"),
     "slurm": ("hydra_plugins.hydra_submitit_launcher", "launcher=slurm"),
@@ -95,7 +92,7 @@ def chosen(words: Sequence[str], own: Path | None) -> tuple[Launcher, Sweeper, l
             raise ConfigError(f"{word}: a sweep has one {word.partition('=')[0]}")
         if word.lstrip("+~").startswith("launcher.stages"):
             raise ConfigError(f"{word}: is for `alignlab submit` alone: the runs of a sweep are all alike")
-    config = resolve(compose("sweep", [f"++{w}" if OPEN.match(w) else w for w in ours], own))
+    config = resolve(compose("sweep", ours, own))
     launcher, sweeper = (_section(config[group], group) for group in KINDS)
     return launcher, sweeper, [w for w in words if not OURS.match(w)]
 

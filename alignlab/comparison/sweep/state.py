@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from alignlab.comparison.collect import BOARD
 from alignlab.comparison.graph import NODES, is_result
 from alignlab.comparison.sweep.combinations import Combination
 from alignlab.core.files import write_json
@@ -17,8 +18,6 @@ from alignlab.training.run import RESULT, essence
 
 FAILED = "failed.json"
 """Left by a run that failed: `reason`, and `log`, where there is more to read."""
-
-BOARD = "leaderboard.json"
 
 NO_FIGURES = ("step", "time")
 """Numbers in metrics.jsonl that say where a line belongs."""
