@@ -17,6 +17,7 @@ from alignlab.training.budget import OutOfMemory, TokenBudget, random_state, set
 from alignlab.training.checkpoints import Checkpoints
 from alignlab.training.engine import Engine
 from alignlab.training.iteration import Collector
+from alignlab.training.ownership import Ownership
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.pruning import Pruning
 from alignlab.training.schedule import learning_rate_factor
@@ -48,6 +49,7 @@ class Trainer:
         temperature: log-probs are of softmax(logits / temperature); that of the sampler, for a rollout source.
         pruning: of a trial of a search, on the main process: says whether to end it early.
         pruned: whether it was ended early; there is no model then.
+        owner: of the run's folder, on the main process: ends the run where it has lost it.
     """
 
     algorithm: Algorithm
@@ -66,6 +68,7 @@ class Trainer:
     keep_samples: Samples | None = None
     pruning: Pruning | None = None
     pruned: bool = False
+    owner: Ownership | None = None
 
     def __post_init__(self) -> None:
         per_iteration = self.settings.batch_size
@@ -122,6 +125,8 @@ class Trainer:
                 self._figures = {}
                 self._log(passed, lr, norm)
                 metric, better = self._evaluate_if_due()
+                if self.owner is not None:
+                    self.owner.check_now_and_then()
                 asked = self.processes.gather((stop.signal, self._hopeless()))
                 stopping = next((s for s, _ in asked if s), None)
                 if any(hopeless for _, hopeless in asked):
@@ -345,6 +350,8 @@ class Trainer:
     # ------------------------------------------------------------------ disk
 
     def _checkpoint(self, metric: float | None = None) -> None:
+        if self.owner is not None:
+            self.owner.check()
         with self.checkpoints.write(self.state.step, metric) as folder:
             save_state(folder, self.state, self.engine, self.reference, self.train)
 

@@ -35,6 +35,7 @@ from alignlab.training.budget import FILE as BUDGET
 from alignlab.training.checkpoints import Checkpoints
 from alignlab.training.engine import DIVIDING, make_engine
 from alignlab.training.loop import Trainer
+from alignlab.training.ownership import Ownership
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.pruning import PRUNED, Pruning
@@ -74,8 +75,10 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
 
     processes = Processes(settings.mixed_precision, checked.distributed)
-    if processes.is_main:
+    owner = Ownership(out) if processes.is_main else None
+    if owner is not None:
         _claim(out, config, settings)
+        owner.take()
     processes.barrier()
     processes.watch(out / LOGS)
     divides = checked.distributed.mode in DIVIDING
@@ -149,6 +152,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         progress=ProgressDisplay(settings.progress, processes.is_main),
         keep_samples=_keep_samples(out),
         pruning=Pruning.of(out) if processes.is_main else None,
+        owner=owner,
     )
     if processes.is_main:
         files = [Path(p) for p in data_settings.paths if Path(p).exists()]
@@ -160,6 +164,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
     with tracker, trainer.progress, processes.peers():
         state = trainer.run()
+        if owner is not None:
+            owner.check()
     result = {
         "step": state.step,
         "trained_tokens": state.trained_tokens,

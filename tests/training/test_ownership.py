@@ -1,0 +1,61 @@
+"""Two at work on one run, as where a node is lost whose processes live on: the last to begin has it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignlab.core import AlignlabError
+from alignlab.training.ownership import OWNER, Ownership
+from tests.slurm import pace
+from tests.training import forks, runs
+
+STEPS = 16
+
+
+def words(folder: Path, out: str) -> list[str]:
+    slow = "scoring.function.path=tests.slurm.pace.count_of_a"
+    more = [slow, "training.batch_size=4", "source.prompts=4", f"training.steps={STEPS}", "training.checkpoint_every=2"]
+    return ["train", *runs.words_for(folder, "rejection_sampling", out, *more)]
+
+
+def test_the_last_to_begin_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.prepare(tmp_path)
+    hold = tmp_path / "hold"
+    monkeypatch.setenv(pace.HOLD, str(hold))
+    assert forks.wait(forks.fork(forks.command(words(tmp_path, "alone")), tmp_path / "alone.log")) == 0
+    hold.write_text("0.03")  # seconds for each of a step's twelve responses
+    first = forks.fork(forks.command(words(tmp_path, "run")), tmp_path / "first.log")
+    metrics = tmp_path / "run/metrics.jsonl"
+    end = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < end, (tmp_path / "first.log").read_text()
+        time.sleep(0.05)
+    second = forks.fork(forks.command(words(tmp_path, "run")), tmp_path / "second.log")
+    assert forks.wait(first) == 2
+    said = (tmp_path / "first.log").read_text()
+    assert f"alignlab: {tmp_path}/run: process {second} on " in said
+    assert "has begun to work on this run since" in said
+    assert forks.wait(second) == 0
+    assert "Traceback" not in said + (tmp_path / "second.log").read_text()
+    alone, run = runs.weights(tmp_path, "alone"), runs.weights(tmp_path, "run")
+    assert all(torch.equal(alone[name], run[name]) for name in alone)
+    assert sorted(tmp_path.glob("run/checkpoints/step-*"))[-1].name.endswith(str(STEPS))
+
+
+def test_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Ownership(tmp_path), Ownership(tmp_path)
+    first.take()
+    first.check()
+    second.take()
+    second.check()
+    first.check_now_and_then()  # not yet
+    monkeypatch.setattr("alignlab.training.ownership.EVERY", 0.0)
+    second.check_now_and_then()
+    with pytest.raises(AlignlabError, match="has begun to work on this run since"):
+        first.check_now_and_then()
+    (tmp_path / OWNER).unlink()
+    first.check()  # nobody else's
