@@ -21,10 +21,6 @@
 #   ALIGNLAB_SLURM_LOOPBACK=auto       1|0: all daemons listen on loopback alone; needs a host name that is 127.0.0.1
 set -euo pipefail
 
-for name in "" _CONF _PORT _NODES _GPUS _GPU_TYPE _CPUS _MEM _ACCT _NS _LOOPBACK; do   # the settings' former names
-  new=ALIGNLAB_SLURM$name old=SLURM_LAB$name
-  if [ -z "${!new:-}" ] && [ -n "${!old:-}" ]; then declare "$new=${!old}"; fi
-done
 LAB=${ALIGNLAB_SLURM:-${TMPDIR:-/tmp}/slurm-lab}
 CONF=${ALIGNLAB_SLURM_CONF:-/etc/slurm}
 PORT=${ALIGNLAB_SLURM_PORT:-16817}
