@@ -43,7 +43,15 @@ options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, and
     128 + n when stopped by signal n with a checkpoint saved."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    status = _command(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:  # in a process of its own, which now ends: it must not look as if it had been stopped
+        import signal
+
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    return status
+
+
+def _command(words: list[str]) -> int:
     words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it, and a variable too
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))

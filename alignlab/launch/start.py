@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -89,11 +90,9 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
     if distributed.mode == "single" or launched() is not None:
         from alignlab.training.run import train as run
 
-        if threading.current_thread() is threading.main_thread():
-            # It asks the training loop to stop; it must not end the process while that loads, or saves the model.
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
-            return run(config, out)
+            with _deaf():
+                return run(config, out)
         except Exception as error:
             if not is_memory_error(error):
                 raise
@@ -102,6 +101,19 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
     if status:
         raise Failed(status)
     return None
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """SIGUSR1 asks the training loop to stop; it must not end the process while that loads, or saves the model."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL if former is None else former)
 
 
 class Failed(AlignlabError):

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignlab.cli import main
 from alignlab.core import DataError
 from alignlab.training import loop, step
 from alignlab.training.checkpoints import Checkpoints
@@ -350,3 +351,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_a_finished_run_leaves_signals_as_they_were(tmp_path: Path) -> None:
+    """Its caller's children would inherit what it ignores, and bash cannot trap what it inherited as ignored."""
+    runs.prepare(tmp_path)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert main(["train", *runs.words_for(tmp_path, "sft", "run", "training.steps=1")]) == 0
+    assert signal.getsignal(signal.SIGUSR1) == before
