@@ -170,8 +170,7 @@ def _status(words: list[str]) -> int:
     if not folders:
         raise AlignlabError("status: nothing was submitted from runs/: name the folder, alignlab status DIR")
     if as_json:
-        for folder in folders:
-            print(status.as_json(folder))
+        print(status.as_json(folders))
         return 0
     return max(status.show(folder) for folder in folders)
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from alignlab.comparison import leaderboard as board
-from alignlab.comparison.graph import PLAN, is_result
+from alignlab.comparison.graph import DONE, NODES, PLAN, is_result
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
 from alignlab.training.tracking import how_to_sync
@@ -70,6 +70,15 @@ def collect(out: Path) -> board.Leaderboard:
         provenance=provenance,
     )
     return found
+
+
+def is_current(out: Path) -> bool:
+    """Whether the leaderboard was made after what it is made of: the plan, and what of it has finished."""
+    board = out / BOARD
+    if not board.exists():
+        return False
+    parts = [out / name / DONE for name in _json(out / NODES)]
+    return all(p.stat().st_mtime_ns <= board.stat().st_mtime_ns for p in (out / NODES, *parts) if p.exists())
 
 
 def rebuild(out: Path) -> None:

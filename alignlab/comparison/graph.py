@@ -103,6 +103,11 @@ def write_plan(out: Path, nodes: Sequence[Node]) -> None:
     write_json(out / NODES, {n.name: n.key for n in nodes})
 
 
+def is_planned(out: Path, nodes: Sequence[Node]) -> bool:
+    """Whether that is what was written last."""
+    return _read(out / NODES) == {n.name: n.key for n in nodes}
+
+
 def is_result(out: Path, folder: Path) -> bool:
     """Whether a folder holds a finished part of the comparison as it was last planned, not one of an earlier plan."""
     key = _read(out / NODES).get(str(folder.relative_to(out)))

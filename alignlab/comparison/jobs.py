@@ -88,6 +88,7 @@ class Job:
 
     @property
     def distributes(self) -> bool:
+        """Whether its runs are of several processes."""
         return str(self.distributed.get("mode", "single")) != "single"
 
 
@@ -120,12 +121,8 @@ def resources(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, SlurmSe
     """What each job asks for, by its name.
 
     Raises:
-        ConfigError: `launcher.stages` names what there is not, or what it says cannot be.
+        ConfigError: what `launcher.stages` says cannot be.
     """
-    known = {stage for job in jobs for stage in job.stages} | {REPORT}
-    for stage in settings.stages:
-        if stage not in known | {"base", "pairs", "reward_model", "sft"}:  # which a comparison may lack
-            raise ConfigError(f"launcher.stages.{stage}: this comparison has no such part{did_you_mean(stage, known)}")
     found = {}
     for name, stages in [*((j.name, j.stages) for j in jobs), (REPORT, [REPORT])]:
         values = settings.model_dump() | {"stages": {}}
@@ -136,10 +133,20 @@ def resources(settings: SlurmSettings, jobs: Sequence[Job]) -> dict[str, SlurmSe
                     unknown = did_you_mean(key, SlurmSettings.model_fields)
                     raise ConfigError(f"launcher.stages.{stage}.{key}: unknown key{unknown}")
             values |= own
-        found[name] = section(SlurmSettings, values, f"launcher.stages.{stages[-1]}" if stages else "launcher")
+        found[name] = section(SlurmSettings, values, f"launcher.stages.{stages[-1]}")
     for job in jobs:
         found[job.name] = _checked(found[job.name], job)
     return found
+
+
+def unknown_stages(settings: SlurmSettings, jobs: Sequence[Job]) -> list[str]:
+    """What to tell of `launcher.stages` that no job has: a mistake, or meant for other comparisons on this cluster."""
+    known = {stage for job in jobs for stage in job.stages} | {REPORT}
+    return [
+        f"launcher.stages.{stage}: this comparison has no such part{did_you_mean(stage, known)}"
+        for stage in settings.stages
+        if stage not in known
+    ]
 
 
 def _checked(asked: SlurmSettings, job: Job) -> SlurmSettings:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.comparison.collect import BOARD
+from alignlab.comparison.collect import is_current
 from alignlab.comparison.graph import NODES, PLAN, is_result, last_words
 from alignlab.comparison.jobs import EVALUATE, REPORT
 from alignlab.comparison.ledger import FILE, Entry, Ledger
@@ -104,7 +104,7 @@ def _said(parent: str, part: str) -> str:
 def _done(out: Path, name: str, entry: Entry | None) -> bool:
     """Whether a task's result is there, as it was last planned."""
     if name == REPORT:
-        return (out / BOARD).exists()
+        return is_current(out)
     folder = out / name.removesuffix(EVALUATE)
     if is_result(out, folder):
         return True
@@ -165,9 +165,9 @@ def show(out: Path) -> int:
     return 1 if any(p.state == FAILED for p in found) else 0
 
 
-def as_json(out: Path) -> str:
-    """The parts of a comparison for programs."""
-    return json.dumps([asdict(part) for part in parts(out)], indent=2)
+def as_json(folders: Sequence[Path]) -> str:
+    """The parts of comparisons for programs, by folder."""
+    return json.dumps({str(out): [asdict(part) for part in parts(out)] for out in folders}, indent=2)
 
 
 def cancel(out: Path) -> None:

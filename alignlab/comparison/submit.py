@@ -17,9 +17,9 @@ import yaml
 
 from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.build import section
-from alignlab.comparison.collect import BOARD
-from alignlab.comparison.graph import Node, write_plan
-from alignlab.comparison.jobs import EVALUATE, REPORT, Job, Task, folder_of_logs, jobs_of, resources
+from alignlab.comparison.collect import is_current
+from alignlab.comparison.graph import Node, is_planned, write_plan
+from alignlab.comparison.jobs import EVALUATE, REPORT, Job, Task, folder_of_logs, jobs_of, resources, unknown_stages
 from alignlab.comparison.ledger import Entry, Ledger
 from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
@@ -85,8 +85,10 @@ def submit(config: dict[str, Any], out: Path, own: Path | None = None, dry_run: 
     slurm = section(SlurmSettings, config["launcher"], "launcher")
     nodes = plan(config, settings, build_benchmark(config["benchmark"]), out, own)
     jobs = jobs_of(nodes)
-    graph = _Graph(config["name"], out, jobs, resources(slurm, jobs), Ledger.read(out))
+    graph = _Graph(config["name"], out, nodes, jobs, resources(slurm, jobs), Ledger.read(out))
     batches = graph.batches()
+    for text in unknown_stages(slurm, jobs):
+        print(f"note: {text}", file=sys.stderr)
     idle = [j.name for j in jobs if j.trains and graph.asked[j.name].gpus_per_node > 1 and not j.distributes]
     if idle:
         print(f"note: {', '.join(idle)}: several GPUs are asked for; distributed=single uses one", file=sys.stderr)
@@ -101,16 +103,22 @@ def submit(config: dict[str, Any], out: Path, own: Path | None = None, dry_run: 
         write_text(out / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
         for batch in batches:
             write_text(folder_of_logs(out) / batch.file, batch.script)
-    graph.hand_over(batches, nodes)
+    graph.hand_over(batches)
 
 
 class _Graph:
     """The jobs of a comparison, and what of them is done, in the queue, or to be handed over."""
 
     def __init__(
-        self, name: str, out: Path, jobs: Sequence[Job], asked: dict[str, SlurmSettings], ledger: Ledger
+        self,
+        name: str,
+        out: Path,
+        nodes: Sequence[Node],
+        jobs: Sequence[Job],
+        asked: dict[str, SlurmSettings],
+        ledger: Ledger,
     ) -> None:
-        self.name, self.out, self.jobs, self.asked, self.ledger = name, out, jobs, asked, ledger
+        self.name, self.out, self.nodes, self.jobs, self.asked, self.ledger = name, out, nodes, jobs, asked, ledger
         self.tasks = {task.name: task for job in jobs for task in job.tasks}
         self.active = ledger.active()
         for task, entry in self.active.items():
@@ -149,7 +157,8 @@ class _Graph:
             for number, tasks in enumerate(together.values()):
                 name = job.name if number == 0 else f"{job.name}.{number + 1}"
                 found.append(self._batch(name, job, tasks))
-        if found or not (REPORT in self.active or (self.out / BOARD).exists()):
+        reported = is_planned(self.out, self.nodes) and (REPORT in self.active or is_current(self.out))
+        if found or not reported:
             found.append(self._report([*self.active, *(t.name for b in found for _, t in b.tasks)]))
         return found
 
@@ -192,7 +201,7 @@ class _Graph:
 
     # ------------------------------------------------------------------ handing over
 
-    def hand_over(self, batches: Sequence[Batch], nodes: Sequence[Node]) -> None:
+    def hand_over(self, batches: Sequence[Batch]) -> None:
         """Give Slurm the scripts that are written; note each at once."""
         if not batches:
             print(f"{self._counted()}: nothing to hand over")
@@ -201,7 +210,7 @@ class _Graph:
         for batch in batches:  # nothing is handed over where something would be refused
             with _said_of(batch):
                 commands.probe(scripts / batch.file)
-        write_plan(self.out, nodes)
+        write_plan(self.out, self.nodes)
         if REPORT in self.active:  # it would come too early
             commands.cancel([self.active.pop(REPORT).id])
         self.ledger.graph = {name: [n for _, n in self.after(task)] for name, task in self.tasks.items()}

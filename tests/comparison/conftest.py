@@ -1,15 +1,20 @@
-"""Comparisons whose nodes are forked, not spawned."""
+"""Comparisons whose nodes are forked, not spawned; and those that are submitted to a stand-in for Slurm."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from alignlab.cli import main
 from alignlab.comparison import execute
+from alignlab.launch.slurm import commands
+from tests.comparison import small
+from tests.comparison.cluster import SMALL, Cluster
 from tests.comparison.small import EXPERIMENT, write
 from tests.training import forks
 
@@ -25,3 +30,25 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         write(folder, "tiny", EXPERIMENT)
         yield folder
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    found = Cluster()
+    monkeypatch.setattr(commands, "probe", found.probe)
+    monkeypatch.setattr(commands, "submit", found.submit)
+    monkeypatch.setattr(commands, "cancel", found.cancel)
+    monkeypatch.setattr("alignlab.comparison.ledger.states", found.answer)
+    return found
+
+
+@pytest.fixture
+def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+
+    def act(*words: str, experiment: dict[str, Any] = small.EXPERIMENT) -> int:
+        small.write(tmp_path, "tiny", experiment)
+        return main(["submit", "--config-dir", "configs", "experiment=tiny", "out=out", *SMALL, *words])
+
+    return act

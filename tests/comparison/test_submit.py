@@ -5,113 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from alignlab.cli import main
 from alignlab.comparison import status
-from alignlab.comparison.graph import finish
-from alignlab.core import AlignlabError
-from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import State
 from tests.comparison import small
-
-SMALL = ["launcher.cpus_per_task=1", "launcher.mem_gb=2"]
-
-
-class Cluster:
-    """What Slurm would be asked, and what it answers.
-
-    Attributes:
-        given: (name of the script, its --dependency, its text), in order.
-        states: by id; a job that was submitted waits.
-        refuses: a word of a script that it does not take → what it says.
-    """
-
-    def __init__(self) -> None:
-        self.given: list[tuple[str, str, str]] = []
-        self.states: dict[str, State] = {}
-        self.refuses: dict[str, str] = {}
-        self.cancelled: list[str] = []
-
-    def probe(self, script: Path) -> None:
-        for word, said in self.refuses.items():
-            if word in script.read_text():
-                raise AlignlabError(commands.explain(said))
-
-    def submit(self, script: Path, options: Sequence[str] = ()) -> str:
-        job = str(100 + len(self.given))
-        waits = next((o.removeprefix("--dependency=") for o in options if o.startswith("--dependency=")), "")
-        assert bool(waits) == ("--kill-on-invalid-dep=yes" in options)
-        text = script.read_text()
-        self.given.append((script.stem, waits, text))
-        array = next((w for w in text.splitlines() if w.startswith("#SBATCH --array=")), "").partition("=")[2]
-        first, _, last = array.partition("%")[0].partition("-")
-        tasks = [f"_{i}" for i in range(int(first), int(last or first) + 1)] if array else [""]
-        self.states |= {job + task: State("PENDING", "Dependency" if waits else "Priority", "0:00") for task in tasks}
-        return job
-
-    def answer(self, jobs: Iterable[str]) -> dict[str, State]:
-        wanted = set(jobs)
-        return {name: state for name, state in self.states.items() if name.split("_")[0] in wanted}
-
-    def cancel(self, jobs: Sequence[str]) -> None:
-        self.cancelled += jobs
-        self.states |= {job: State("CANCELLED") for job in jobs}
-
-    def graph(self) -> dict[str, str]:
-        """Script → what it waits for, with names for the ids, as in "afterok:sft:pairs"."""
-        names = {str(100 + i): name for i, (name, _, _) in enumerate(self.given)}
-        return {
-            n: ":".join(names.get(w, w) for w in waits.replace(",", ":,:").split(":")) for n, waits, _ in self.given
-        }
-
-    def forget(self) -> None:
-        """Begin to read anew; ids go on."""
-        self.given = [("", "", "")] * len(self.given)
-
-    @property
-    def new(self) -> list[str]:
-        return [name for name, _, _ in self.given if name]
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    found = Cluster()
-    monkeypatch.setattr(commands, "probe", found.probe)
-    monkeypatch.setattr(commands, "submit", found.submit)
-    monkeypatch.setattr(commands, "cancel", found.cancel)
-    monkeypatch.setattr("alignlab.comparison.ledger.states", found.answer)
-    return found
-
-
-@pytest.fixture
-def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-
-    def act(*words: str, experiment: dict[str, Any] = small.EXPERIMENT) -> int:
-        small.write(tmp_path, "tiny", experiment)
-        return main(["submit", "--config-dir", "configs", "experiment=tiny", "out=out", *SMALL, *words])
-
-    return act
-
-
-def done(*names: str) -> None:
-    """Have parts done, as their jobs would."""
-    for name in names:
-        folder = Path("out") / name.removesuffix(".train")
-        if name.endswith(".train"):
-            (folder / "result.json").write_text("{}")
-        else:
-            finish(folder, 1.0)
-        if name == "base":
-            Path(json.loads((folder / "node.json").read_text())["commands"][0][1]["path"]).mkdir(parents=True)
-
+from tests.comparison.cluster import SMALL, Cluster, done
 
 SHARED = ["base", "data", "sft", "pairs", "reward_model"]
 GRAPH = {
@@ -217,6 +123,61 @@ def test_gpus_that_would_idle_are_noted(
     assert capsys.readouterr().err == "note: sft: several GPUs are asked for; distributed=single uses one\n"
 
 
+def test_a_leaderboard_older_than_its_runs_is_made_again(submit: Callable[..., int], cluster: Cluster) -> None:
+    """As where the job that was to make it failed, or an algorithm was taken out."""
+    submit()
+    runs = [f"runs/{name}-seed{seed}" for name in ("dpo", "rejection_sampling", "sft") for seed in (0, 1)]
+    done(*SHARED, *runs[:-1])
+    Path("out/leaderboard.json").write_text("{}")  # without the last one
+    cluster.states = {job: State("COMPLETED") for job in cluster.states}
+    assert status.parts(Path("out"))[-1].state == "done"
+    time.sleep(0.01)
+    done(runs[-1])
+    assert status.parts(Path("out"))[-1].state == "failed"
+    cluster.forget()
+    submit()
+    assert cluster.new == ["report"]
+    Path("out/leaderboard.json").write_text("{}")
+    cluster.states = {job: State("COMPLETED") for job in cluster.states}
+    cluster.forget()
+    submit()
+    assert cluster.new == []
+    submit("~comparison.algorithms.dpo")
+    assert cluster.new == ["report"]
+
+
+def test_stages_of_other_comparisons_are_noted(
+    submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of resources serves a cluster, not one comparison."""
+    assert submit("launcher.stages.ppo.mem_gb=3", "--dry-run") == 0
+    assert "note: launcher.stages.ppo: this comparison has no such part" in capsys.readouterr().err
+
+
+NAMELESS = """
+import getpass
+
+def nameless():
+    raise KeyError("uid not found")
+
+getpass.getuser = nameless
+from alignlab.launch.slurm import commands  # as every comparison does
+print(commands.states(["1"]), commands.explain("Invalid account"))
+"""
+
+
+def test_a_user_without_a_name(tmp_path: Path) -> None:
+    """As in containers: Slurm takes the number too, and nobody asks before Slurm is."""
+    asked = tmp_path / "squeue"
+    asked.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\n')
+    asked.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-c", NAMELESS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{} launcher.account: Invalid account")
+    assert f"--user={os.getuid()} " in (tmp_path / "asked").read_text()
+
+
 def test_what_slurm_refuses_leaves_nothing_behind(
     submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,7 +211,12 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
         "stages.evaluate.gpus_per_node=0",
         "stages.data.gpus_per_node=1",
     ]
-    words += ["stages.report.mem_gb=1", "partition=big", "array_parallelism=1", "additional_parameters.mail-type=FAIL"]
+    words += [
+        "stages.report.mem_gb=1",
+        "partition=big",
+        "array_parallelism=1",
+        "additional_parameters.comment='to be read'",
+    ]
     submit(*(f"launcher.{word}" for word in words))
     texts = {name: text for name, _, text in cluster.given}
     times = {name: next(w for w in t.splitlines() if "--time=" in w).partition("time=")[2] for name, t in texts.items()}
@@ -262,14 +228,13 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
     }  # fmt: skip
     assert "--mem=1024M\n" in texts["report"] and "--mem=2048M\n" in texts["dpo"]
     for text in texts.values():
-        assert "#SBATCH --partition=big\n" in text and "#SBATCH --mail-type=FAIL\n" in text
+        assert "#SBATCH --partition=big\n" in text and '#SBATCH --comment="to be read"\n' in text
     assert "#SBATCH --array=0-1%1\n" in texts["dpo"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["launcher.stages.ppo.mem_gb=3"], "launcher.stages.ppo: this comparison has no such part"),
         (["launcher.stages.dpo.mem=3"], "launcher.stages.dpo.mem: unknown key; did you mean 'mem_gb'?"),
         (["launcher.stages.dpo.mem_gb=-1"], "launcher.stages.dpo.mem_gb=-1"),
         (["launcher.nodes=2"], "launcher.nodes=2: sft has distributed=single"),
@@ -331,109 +296,6 @@ def test_hooks_come_before_the_run(submit: Callable[..., int], cluster: Cluster)
         ]
         assert places == sorted(places)
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-
-
-# ------------------------------------------------------------------ what Slurm says
-
-
-@pytest.mark.parametrize(
-    ("said", "setting"),
-    [
-        (
-            "sbatch: error: invalid partition specified: nope\nsbatch: error: Invalid partition name specified",
-            "partition",
-        ),
-        ("allocation failure: Invalid account or account/partition combination specified", "account"),
-        ("sbatch: error: Batch job submission failed: Invalid qos specification", "qos"),
-        ("sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification", "gpus_per_node"),
-        ("allocation failure: Invalid feature specification", "constraint"),
-        ("allocation failure: Requested time limit is invalid (missing or exceeds some limit)", "timeout_min"),
-        (
-            "allocation failure: Requested node configuration is not available",
-            "nodes, gpus_per_node, cpus_per_task or mem_gb",
-        ),
-    ],
-)
-def test_complaints_name_the_setting(said: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")  # what there is to choose from cannot be asked for
-    found = commands.explain(said)
-    assert found.startswith(f"launcher.{setting}: ")
-    assert "error:" not in found
-
-
-def test_ids_of_tasks_that_have_not_begun() -> None:
-    assert commands._tasks("12_[0-2,5%4]") == ["12_0", "12_1", "12_2", "12_5"]
-    assert commands._tasks("12_3") == ["12_3"]
-    assert commands._tasks("12") == ["12"]
-
-
-# ------------------------------------------------------------------ status
-
-
-def test_states_of_parts(submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    submit()
-    done("base", "data", "sft")
-    ids = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given)}
-    cluster.states |= {ids[name]: State("COMPLETED") for name in ("base", "data", "sft")}
-    cluster.states[ids["pairs"]] = State("RUNNING", "", "0:42", "node7")
-    cluster.states[ids["reward_model"]] = State("OUT_OF_MEMORY", "", "1:00", "node7")
-    Path("out/slurm/reward_model.log").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
-    cluster.states[f"{ids['rejection_sampling']}_0"] = State("CANCELLED")
-    cluster.states[f"{ids['dpo']}_0"] = State("FAILED", "", "0:03", "node1")
-    Path("out/slurm/dpo-0.log").write_text(
-        "alignlab: pairs.jsonl:3: no key 'chosen'\nsrun: error: node1: task 0: Exited\n"
-    )
-    cluster.states[f"{ids['dpo']}_1"] = State("RUNNING", "", "0:05", "node2")
-    folder = Path("out/runs/dpo-seed1")
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "time": 1.0, "trained_tokens": 40}) + "\n")
-    del cluster.states[ids["sft.evaluate"] + "_0"]
-    found = {part.name: part for part in status.parts(Path("out"))}
-    assert [found[n].state for n in ("base", "data", "sft")] == ["done"] * 3
-    assert (found["pairs"].state, found["pairs"].nodes, found["pairs"].elapsed) == ("running", "node7", "0:42")
-    assert found["reward_model"].state == "failed"
-    assert "launcher.mem_gb" in found["reward_model"].why
-    assert (found["runs/rejection_sampling-seed0"].state, found["runs/rejection_sampling-seed0"].why) == (
-        "not run",
-        "needs reward_model",
-    )
-    assert found["runs/rejection_sampling-seed1"].state == "waiting"
-    assert found["runs/dpo-seed0"].why == "FAILED: pairs.jsonl:3: no key 'chosen'"
-    assert found["runs/dpo-seed1"].progress == "step 3, 40 of 100 trained tokens"
-    assert found["runs/dpo-seed1.evaluate"].why == "after reward_model, its training"
-    assert found["runs/sft-seed0"].state == "failed"
-    assert "no longer knows" in found["runs/sft-seed0"].why
-    assert found["report"].why == "when all others have ended"
-    capsys.readouterr()
-    assert main(["status", "out"]) == 1
-    said = capsys.readouterr().out
-    assert "out: 3 done, 2 running, " in said
-    assert main(["status", "out", "--json"]) == 0
-    assert {p["name"]: p["state"] for p in json.loads(capsys.readouterr().out)} == {
-        n: p.state for n, p in found.items()
-    }
-
-
-def test_cancelling(submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    submit()
-    cluster.states["100"] = State("COMPLETED")
-    assert main(["cancel", "out"]) == 0
-    assert "100" not in cluster.cancelled
-    assert len(cluster.cancelled) == len(cluster.states) - 1
-    assert {p.state for p in status.parts(Path("out"))} <= {"failed", "cancelled", "not run"}
-    assert main(["cancel", "out"]) == 0
-    assert "0 jobs cancelled" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["status", "cancel"])
-def test_where_nothing_was_submitted(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, str(tmp_path)]) == 2
-    assert "no comparison was submitted from here" in capsys.readouterr().err
-
-
-def test_a_damaged_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "submitted.json").write_text("{")
-    assert main(["status", str(tmp_path)]) == 2
-    assert "submitted.json: damaged" in capsys.readouterr().err
 
 
 def test_settings_of_the_launcher_are_no_part_of_the_comparison(submit: Callable[..., int], cluster: Cluster) -> None:

@@ -99,7 +99,7 @@ def test_slurm_where_there_is_none(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sweeps.sweep(home, "nowhere", "launcher=slurm", "training.seed=0,1") == 2
     (said,) = (line for line in capfd.readouterr().err.splitlines() if line)
-    assert said.startswith("alignlab: launcher=slurm: there is no Slurm here (sbatch is not on the PATH): run this on")
+    assert said.startswith("alignlab: there is no Slurm here (sbatch is not on the PATH): run this on")
 
 
 def test_tasks_of_a_job() -> None:

@@ -19,6 +19,7 @@ from alignlab.comparison.graph import last_words
 from alignlab.comparison.sweep.state import FAILED, failed
 from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.memory import release_memory
+from alignlab.launch.slurm.commands import states
 from alignlab.launch.start import HANDLED, Failed, end_with_parent
 from alignlab.training.watchdog import LOGS
 
@@ -168,16 +169,22 @@ def queue_again(name: str) -> None:
     number = signal.Signals[name].value
     if os.environ.get("SLURM_PROCID", "0") != "0":
         raise SystemExit(128 + number)
-    if name != "SIGUSR2" and not _runs(os.environ["SLURM_JOB_ID"]):
+    if name != "SIGUSR2" and not _runs():
         raise SystemExit(128 + number)
     signal.raise_signal(signal.SIGUSR2)  # submitit's own handler, in place again, queues the job and ends the process
     raise SystemExit(128 + number)
 
 
-def _runs(job: str) -> bool:
-    """Whether Slurm still means a job to run."""
-    said = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
-    return said.stdout.strip() in ("RUNNING", "SUSPENDED", "PREEMPTED")
+def _runs() -> bool:
+    """Whether Slurm still means this job, or this task of an array, to run."""
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job  # whose job id may be the whole array's
+    try:
+        found = states([array or job]).get(task)
+    except AlignlabError as error:
+        print(f"alignlab: {error}", file=sys.stderr)
+        return False
+    return found is not None and found.state in ("RUNNING", "SUSPENDED", "PREEMPTED")
 
 
 def _slurm_log() -> Path | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from alignlab.comparison.sweep.state import failed, read, standing
 from alignlab.config import section
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_json
+from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import State, explain, states
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.settings import DistributedSettings
@@ -72,11 +72,7 @@ def submit(
     import submitit
     from hydra.core.singleton import Singleton
 
-    if shutil.which("sbatch") is None:
-        raise AlignlabError(
-            "launcher=slurm: there is no Slurm here (sbatch is not on the PATH): run this on a login node of your "
-            "cluster, try it on a cluster of virtual nodes (slurm/local-cluster.sh start), or use launcher=joblib"
-        )
+    commands.require()
     counts = {tasks(settings, c.config) if command == "train" else 1 for c in combinations}
     if command == "compare" and settings.nodes > 1:
         raise ConfigError(f"launcher.nodes={settings.nodes}: a comparison runs on one node; for more: alignlab submit")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from alignlab.comparison.collect import BOARD
+from alignlab.comparison.collect import BOARD, is_current
 from alignlab.comparison.graph import NODES, is_result
 from alignlab.comparison.sweep.combinations import Combination
 from alignlab.core.files import write_json
@@ -118,7 +118,7 @@ def _finished(command: str, folder: Path) -> bool:
     if command == "train":
         return (folder / RESULT).exists()
     nodes = read(folder / NODES)
-    return (folder / BOARD).exists() and bool(nodes) and all(is_result(folder, folder / name) for name in nodes)
+    return is_current(folder) and bool(nodes) and all(is_result(folder, folder / name) for name in nodes)
 
 
 def _same(folder: Path, config: dict[str, Any]) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from alignlab.core import AlignlabError
 
 ABSENT = (
     "there is no Slurm here ({command} is not on the PATH): run this on a login node of your cluster, try it on a "
-    "cluster of virtual nodes on this machine (slurm/local-cluster.sh start), or do without: alignlab compare"
+    "cluster of virtual nodes on this machine (slurm/local-cluster.sh start), or do without: alignlab compare for "
+    "comparisons, launcher=joblib for sweeps"
 )
 
 QUEUED = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
@@ -24,13 +27,11 @@ GOING = frozenset(
 PATIENCE = 60
 """Seconds that a command of Slurm's may take before its controller counts as dead."""
 
+ASSOCIATIONS = ("sacctmgr", "-nP", "show", "associations", "user={user}")
 
 ABOUT = {
-    "account": (
-        "launcher.account",
-        "your accounts",
-        ("sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account"),
-    ),
+    "accounting/qos": ("launcher", "your limits", (*ASSOCIATIONS, "format=account,maxjobs,maxsubmit,maxwall,grptres")),
+    "account": ("launcher.account", "your accounts", (*ASSOCIATIONS, "format=account")),
     "partition": ("launcher.partition", "partitions here", ("sinfo", "--noheader", "--format=%R")),
     "qos": ("launcher.qos", "there are", ("sacctmgr", "-nP", "show", "qos", "format=name")),
     "gres": ("launcher.gpus_per_node", "nodes have", ("sinfo", "--noheader", "--format=%G")),
@@ -60,6 +61,15 @@ class State:
     def active(self) -> bool:
         """Whether it is in the queue: waiting or going on."""
         return self.state in QUEUED | GOING
+
+
+def require() -> None:
+    """
+    Raises:
+        AlignlabError: Slurm is not here.
+    """
+    if shutil.which("sbatch") is None:
+        raise AlignlabError(ABSENT.format(command="sbatch"))
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
@@ -95,9 +105,8 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
         return {}
     found: dict[str, State] = {}
     # `--array`: a line for each task that waits. Old ids among the jobs make squeue fail where it is given ids.
-    for line in _run(
-        ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%r|%M|%N"]
-    ).splitlines():
+    queue = _run(["squeue", "--noheader", "--array", f"--user={_user()}", "--format=%i|%T|%r|%M|%N"])
+    for line in queue.splitlines():
         name, state, reason, elapsed, nodes = (part.strip() for part in line.split("|"))
         if name.split("_")[0] in ids:
             found[name] = State(state, "" if reason == "None" else reason, elapsed, nodes)
@@ -106,26 +115,17 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
 
 def _finished(ids: Sequence[str]) -> dict[str, State]:
     """What the accounting says of jobs, or, where there is none, the controller of those it has not forgotten."""
+    asked = [f"--jobs={','.join(ids)}", "--format=JobID,State,Elapsed,NodeList"]
     try:
-        said = _run(
-            [
-                "sacct",
-                "--noheader",
-                "--parsable2",
-                "--allocations",
-                f"--jobs={','.join(ids)}",
-                "--format=JobID,State,Elapsed,NodeList",
-            ]
-        )
+        said = _run(["sacct", "--noheader", "--parsable2", "--allocations", *asked])
     except AlignlabError:
         return _remembered(ids)
     found = {}
     for line in said.splitlines():
         name, state, elapsed, nodes = line.split("|")
+        where = "" if nodes == "None assigned" else nodes
         for each in _tasks(name):
-            found[each] = State(
-                state.split()[0], "", elapsed.removeprefix("00:"), "" if nodes == "None assigned" else nodes
-            )
+            found[each] = State(state.split()[0], "", elapsed.removeprefix("00:"), where)
     return found
 
 
@@ -162,6 +162,14 @@ def cancel(jobs: Sequence[str]) -> None:
         _run(["scancel", *jobs])
 
 
+def _user() -> str:
+    """The user's name, or number where a container has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def _run(words: Sequence[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
@@ -180,9 +188,8 @@ def explain(said: str, command: str = "sbatch") -> str:
     """What a command of Slurm's complains of, with the setting that it is about and what there is to choose from."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [re.sub(r"^(\w+: )?(error: )?", "", line) for line in lines if "error" in line.lower()] or lines[-1:]
-    text = (
-        "; ".join(dict.fromkeys(e.removeprefix("Batch job submission failed: ") for e in errors)) or f"{command} failed"
-    )
+    errors = [error.removeprefix("Batch job submission failed: ") for error in errors]
+    text = "; ".join(dict.fromkeys(errors)) or f"{command} failed"
     low = text.lower()
     for word, (setting, what, query) in ABOUT.items():
         if word in low:
@@ -197,7 +204,8 @@ def explain(said: str, command: str = "sbatch") -> str:
 
 def _choices(query: Sequence[str], what: str) -> str:
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        words = [word.format(user=_user()) for word in query]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     found = sorted({line.strip() for line in done.stdout.splitlines()} - {"", "(null)"})

@@ -44,7 +44,7 @@ def render(
         processes: of a run on each node; matters where there are several nodes.
     """
     options: dict[str, object] = {
-        "job-name": name,
+        "job-name": _quoted(name),
         "output": _quoted(str(log.absolute()).replace("%", "%%").replace("%%a", "%a")),
         "open-mode": "append",
         "chdir": _quoted(str(folder.absolute())),
@@ -64,7 +64,8 @@ def render(
     if array:
         limit = f"%{settings.array_parallelism}" if settings.array_parallelism < len(tasks) else ""
         options["array"] = f"{_ranges([i for i, _ in tasks])}{limit}"
-    options |= {k.replace("_", "-"): None if v is True else v for k, v in settings.additional_parameters.items()}
+    for key, value in settings.additional_parameters.items():
+        options[key.replace("_", "-")] = None if value is True else _quoted(str(value))
     lines = [
         "#!/bin/bash",
         f"# {title}",

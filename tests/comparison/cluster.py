@@ -1,0 +1,82 @@
+"""A stand-in for Slurm's commands, and a small comparison that is submitted to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from alignlab.comparison.graph import finish
+from alignlab.core import AlignlabError
+from alignlab.launch.slurm import commands
+from alignlab.launch.slurm.commands import State
+
+SMALL = ["launcher.cpus_per_task=1", "launcher.mem_gb=2"]
+
+
+class Cluster:
+    """What Slurm would be asked, and what it answers.
+
+    Attributes:
+        given: (name of the script, its --dependency, its text), in order.
+        states: by id; a job that was submitted waits.
+        refuses: a word of a script that it does not take → what it says.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, str, str]] = []
+        self.states: dict[str, State] = {}
+        self.refuses: dict[str, str] = {}
+        self.cancelled: list[str] = []
+
+    def probe(self, script: Path) -> None:
+        for word, said in self.refuses.items():
+            if word in script.read_text():
+                raise AlignlabError(commands.explain(said))
+
+    def submit(self, script: Path, options: Sequence[str] = ()) -> str:
+        job = str(100 + len(self.given))
+        waits = next((o.removeprefix("--dependency=") for o in options if o.startswith("--dependency=")), "")
+        assert bool(waits) == ("--kill-on-invalid-dep=yes" in options)
+        text = script.read_text()
+        self.given.append((script.stem, waits, text))
+        array = next((w for w in text.splitlines() if w.startswith("#SBATCH --array=")), "").partition("=")[2]
+        first, _, last = array.partition("%")[0].partition("-")
+        tasks = [f"_{i}" for i in range(int(first), int(last or first) + 1)] if array else [""]
+        self.states |= {job + task: State("PENDING", "Dependency" if waits else "Priority", "0:00") for task in tasks}
+        return job
+
+    def answer(self, jobs: Iterable[str]) -> dict[str, State]:
+        wanted = set(jobs)
+        return {name: state for name, state in self.states.items() if name.split("_")[0] in wanted}
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        self.cancelled += jobs
+        self.states |= {job: State("CANCELLED") for job in jobs}
+
+    def graph(self) -> dict[str, str]:
+        """Script → what it waits for, with names for the ids, as in "afterok:sft:pairs"."""
+        names = {str(100 + i): name for i, (name, _, _) in enumerate(self.given)}
+        return {
+            n: ":".join(names.get(w, w) for w in waits.replace(",", ":,:").split(":")) for n, waits, _ in self.given
+        }
+
+    def forget(self) -> None:
+        """Begin to read anew; ids go on."""
+        self.given = [("", "", "")] * len(self.given)
+
+    @property
+    def new(self) -> list[str]:
+        return [name for name, _, _ in self.given if name]
+
+
+def done(*names: str) -> None:
+    """Have parts done, as their jobs would."""
+    for name in names:
+        folder = Path("out") / name.removesuffix(".train")
+        if name.endswith(".train"):
+            (folder / "result.json").write_text("{}")
+        else:
+            finish(folder, 1.0)
+        if name == "base":
+            Path(json.loads((folder / "node.json").read_text())["commands"][0][1]["path"]).mkdir(parents=True)
