@@ -2,14 +2,17 @@
 
 A token attends to its own prompt and to the earlier tokens of its own response, never to a sibling; positions
 restart at the end of the prompt for each response; the first token of each response is predicted from the last
-token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). Models that cannot be masked so (see
-`alignlab.models.probe`) get the `plain` layout: a right-padded row for each response.
+token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). In the `flat` layout all groups follow
+each other in one row without padding; in the `packed` one they share rows of equal length, behind a mask. Models that
+cannot be masked so (see `alignlab.models.probe`) get the `plain` layout: a right-padded row for each response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from heapq import heapreplace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -17,10 +20,19 @@ from torch import Tensor
 
 from alignlab.core import Group
 
-Layout = Literal["packed", "plain"]
+Layout = Literal["flat", "packed", "plain"]
 
 PADDING = -1
 TRUNK = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a group is in a flat row: its trunk from `start`, then its branches, each as long as this."""
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
 
 
 @dataclass
@@ -35,7 +47,8 @@ class Rows:
         place_T: flat index of the loss-bearing token itself.
         target_T: its token id.
         last_N: flat index of the last token of each response.
-        layout: whether rows need the trunk-and-branches mask or plain causal attention.
+        layout: whether attention goes over `spans`, through the trunk-and-branches mask, or is plainly causal.
+        spans: of a flat row, the groups in it.
     """
 
     input_ids_RL: Tensor
@@ -47,6 +60,7 @@ class Rows:
     target_T: Tensor
     last_N: Tensor
     layout: Layout
+    spans: tuple[Span, ...] = ()
 
     def to(self, device: torch.device | str) -> Rows:
         held = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -78,7 +92,7 @@ class Rows:
 
 def group_cost(group: Group, layout: Layout) -> int:
     """Length of the longest row that the group needs."""
-    if layout == "packed":
+    if layout != "plain":
         return group.packed_length
     return len(group.prompt_ids) + max((len(r.token_ids) for r in group.responses), default=0)
 
@@ -93,6 +107,8 @@ def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout = "
     batches: list[list[int]] = []
     free: list[int] = []  # room left in each row of the micro-batch being filled
     length = 0
+    if layout == "flat":
+        return _fill_flat([group_cost(g, layout) for g in groups], token_budget)
     for i in order:
         cost = group_cost(groups[i], layout)
         rows = 1 if layout == "packed" else len(groups[i].responses)
@@ -110,6 +126,26 @@ def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout = "
     return batches
 
 
+def _fill_flat(costs: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Items in micro-batches of at most `token_budget`, about equally full: the longest first, each into the emptiest
+    of as few micro-batches as there must be, or of one more where that fails."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    alone = sum(2 * cost > token_budget for cost in costs)  # no two of these share a micro-batch
+    count = max(-(-sum(costs) // token_budget), alone, 1)
+    while True:
+        batches: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, b) for b in range(count)]
+        for i in order:
+            used, place = emptiest[0]
+            if used and used + costs[i] > token_budget:
+                break
+            heapreplace(emptiest, (used + costs[i], place))
+            batches[place].append(i)
+        else:
+            return [batch for batch in batches if batch]
+        count += 1
+
+
 def lay_out(
     groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0, score_skips: int | None = None
 ) -> Rows:
@@ -122,13 +158,16 @@ def lay_out(
             the prompt. Transformers' sequence classifiers take the last token that is not their pad token, which for
             some models is the end token.
     """
-    if layout == "packed":
+    if layout != "plain":
         units = [(g, list(range(len(g.responses)))) for g in groups]
     else:
         units = [(g, [k]) for g in groups for k in range(len(g.responses))]
     lengths = [len(g.prompt_ids) + sum(len(g.responses[k].token_ids) for k in ks) for g, ks in units]
-    row_length = max(lengths, default=1)
-    start = _place(lengths, row_length, stack=layout == "packed")
+    row_length = max(1, sum(lengths)) if layout == "flat" else max(lengths, default=1)
+    if layout == "flat":
+        start = list(accumulate(lengths, initial=0))[:-1]
+    else:
+        start = _place(lengths, row_length, stack=layout == "packed")
     size = (max((s // row_length for s in start), default=0) + 1) * row_length
 
     ids, position = [pad_id] * size, [0] * size
@@ -175,6 +214,12 @@ def lay_out(
         flat(target),
         flat(last),
         layout,
+        tuple(
+            Span(at, len(g.prompt_ids), tuple(len(r.token_ids) for r in g.responses))
+            for (g, _), at in zip(units, start, strict=True)
+        )
+        if layout == "flat"
+        else (),
     )
 
 

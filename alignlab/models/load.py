@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
+from alignlab.models.features import Features
 from alignlab.models.heads import add_language_head
 from alignlab.models.packed_model import PackedModel
 from alignlab.models.probe import probe
@@ -80,7 +81,7 @@ def load_model(
     elif adapter.kind == "lora" and trainable:
         network = _new_adapter(network, adapter, kind)
     model = PackedModel(network, tokenizer, kind).to(device)
-    model.source = settings.path
+    model.source, model.dropout, model.features = settings.path, settings.dropout, Features()
     if saved_adapter is not None:
         model.notes += _notes_on_saved_adapter(network, settings, adapter, trainable)
     if model.max_length:  # many tokenizers name no limit

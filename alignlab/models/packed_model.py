@@ -15,10 +15,12 @@ from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.core.memory import in_halves
 from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.adapters import adapter_in_use
+from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
+from alignlab.models.features import Features
+from alignlab.models.log_probs import Scaling, chunks, log_probs
+from alignlab.models.lora import fuse
+from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
-
-CHUNK_ELEMENTS = 1 << 23
-"""Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
 
 CRITIC = "critic"
 """The name of a critic's own adapter, beside "default"."""
@@ -47,7 +49,10 @@ class PackedModel(nn.Module):
         network: the transformers model, or the PEFT model around it.
         tokenizer: its tokenizer.
         kind: "policy", "score" or "step".
-        layout: "packed", or "plain" where the probe found that the model cannot be packed exactly.
+        layout: "flat", "packed" where attention must go through a mask, or "plain" where the probe found that the
+            model cannot be packed exactly.
+        features: what makes it fast; on from `load_model` on.
+        dropout: whether it keeps its own dropout in training.
         whole_logits: use the model's own forward for logits; set by the probe where its head is more than a linear
             map with the usual scalings. Slower, needs memory for [R, L, V].
         head_use: how the map to the vocabulary is used for each chunk of log-probs: as a module; by its weight alone,
@@ -65,6 +70,8 @@ class PackedModel(nn.Module):
         self.tokenizer = tokenizer
         self.kind: ModelKind = kind
         self.layout: Layout = "packed"
+        self._features = Features()
+        self.dropout = False
         self.whole_logits = False
         self.head_use: Literal["module", "weight", "once"] = "module"
         self.notes: list[str] = []
@@ -73,6 +80,16 @@ class PackedModel(nn.Module):
         self.critic_decoder: Any = None
         self.language_head: nn.Module | None = None
         self.source = ""
+
+    @property
+    def features(self) -> Features:
+        return self._features
+
+    @features.setter
+    def features(self, features: Features) -> None:
+        self._features = features
+        if hasattr(self.network, "peft_config"):
+            fuse(self.network, features.fused_lora)
 
     @property
     def base(self) -> Any:
@@ -120,10 +137,19 @@ class PackedModel(nn.Module):
     def lay_out(self, groups: Sequence[Group]) -> Rows:
         """The groups as rows in this model's layout, on this model's device."""
         skips = self.config.pad_token_id if self.kind == "score" else None
-        return lay_out(groups, self.layout, self.pad_id, skips).to(self.device)
+        return lay_out(groups, self._layout_for(groups), self.pad_id, skips).to(self.device)
 
     def micro_batches(self, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
-        return micro_batches(groups, token_budget, self.layout)
+        return micro_batches(groups, token_budget, self._layout_for(groups))
+
+    def _layout_for(self, groups: Sequence[Group]) -> Layout:
+        """Flat rows where the model takes them and pieces are large enough to be worth a call to the kernel each."""
+        if self.layout != "flat":
+            return self.layout
+        longest = max((len(g.prompt_ids) + len(r.token_ids) for g in groups for r in g.responses), default=0)
+        limit = shortest_window(self.config)
+        within = limit is None or longest <= limit
+        return "flat" if self.features.segments and within and worthwhile(groups, self.device) else "packed"
 
     def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> dict[str, Tensor]:
         """The values of `core.Outputs` for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.
@@ -144,7 +170,8 @@ class PackedModel(nn.Module):
         hidden = torch.empty(0)
         if self.whole_logits and self.kind == "policy" and speaks:
             logits = self._run(self.network, rows).logits.flatten(0, 1)
-            logp = _from_logits(logits[rows.predict_T], rows.target_T, temperature, entropy)
+            scaled = Scaling(temperature=temperature)(logits[rows.predict_T])
+            logp = _from_logits(scaled, rows.target_T, entropy)
         if logp is None or reads & {"value", "score", "step"}:
             hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
         if speaks:
@@ -175,11 +202,13 @@ class PackedModel(nn.Module):
         """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
         if rows.layout == "plain":  # padding comes last, where a causal model does not look: no mask is needed
             return module(input_ids=rows.input_ids_RL, use_cache=False)
+        plan = {PLAN: plan_of(rows)} if rows.layout == "flat" else {}
         return module(
             input_ids=rows.input_ids_RL,
             position_ids=rows.position_RL,
             attention_mask=self._masks(rows),
             use_cache=False,
+            **plan,
         )
 
     def _masks(self, rows: Rows) -> Tensor | dict[str, Tensor]:
@@ -192,6 +221,8 @@ class PackedModel(nn.Module):
             )
 
         def build(limit: int | None) -> Tensor:
+            if rows.layout == "flat":  # has four axes, so that transformers makes none of its own
+                return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.input_ids_RL.device)
             allowed = rows.attention(limit)
             if self.config._attn_implementation == "eager":  # adds the mask to the scores
                 dtype = self.base.dtype
@@ -219,14 +250,17 @@ class PackedModel(nn.Module):
         return self.vocabulary_head
 
     def _log_probs(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
-        """Log-probs of `target` (T,) from hidden states (T, D), in chunks whose logits are recomputed in the
-        backward pass: memory does not grow with T times the vocabulary."""
+        """Log-probs of `target` (T,) from hidden states (T, D), in chunks: memory does not grow with T times the
+        vocabulary. Where the head is more than a weight, chunks are computed again in the backward pass."""
+        head, scaling = self._vocabulary_head, self._scaling(temperature)
+        if self._plain_head(head) and entropy != "gradient":
+            return log_probs(hidden, target, head, scaling, entropy == "value")
         vocabulary = int(self.config.vocab_size)  # not the head's own size: its weight may be elsewhere right now
-        size = max(1, CHUNK_ELEMENTS // vocabulary if self.head_use != "once" else len(target))
+        parts = chunks(len(target), vocabulary if self.head_use != "once" else 1)
         pieces: list[Sequence[Tensor]] = []
-        for start in range(0, len(target), size):
-            chunk = (hidden[start : start + size], target[start : start + size], temperature, entropy)
-            if torch.is_grad_enabled() and len(target) > size:
+        for part in parts:
+            chunk = (hidden[part], target[part], scaling, entropy)
+            if torch.is_grad_enabled() and len(parts) > 1:
                 pieces.append(checkpoint(self._chunk, *chunk, use_reentrant=False))
             else:
                 pieces.append(self._chunk(*chunk))
@@ -235,20 +269,20 @@ class PackedModel(nn.Module):
             return empty, empty.detach()
         return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
-    def _chunk(self, hidden: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    def _plain_head(self, head: Any) -> bool:
+        """Whether the map to the vocabulary is a weight, which may be used without calling the module."""
+        return self.features.eager_grad and self.head_use == "module" and is_weight(head)
+
+    def _chunk(self, hidden: Tensor, target: Tensor, scaling: Scaling, entropy: Entropy) -> tuple[Tensor, Tensor]:
         head = self._vocabulary_head
         logits = head(hidden) if self.head_use != "weight" else nn.functional.linear(hidden, head.weight, head.bias)
-        return _from_logits(self._scaled(logits), target, temperature, entropy)
+        return _from_logits(scaling(logits), target, entropy)
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    def _scaling(self, temperature: float) -> Scaling:
         """What architectures do to logits after the linear map: Cohere and Granite scale, Gemma caps softly."""
-        config = self.config
-        if getattr(config, "logit_scale", None) is not None:
-            logits = logits * config.logit_scale
-        if getattr(config, "logits_scaling", None) is not None:
-            logits = logits / config.logits_scaling
-        cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        scale /= getattr(self.config, "logits_scaling", None) or 1.0
+        return Scaling(scale, getattr(self.config, "final_logit_softcapping", None) or None, temperature)
 
     @torch.no_grad()
     def outputs(
@@ -292,11 +326,8 @@ class PackedModel(nn.Module):
         return found
 
 
-def _from_logits(logits: Tensor, target: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor]:
-    """(log-prob of target, entropy or zeros) from logits (T, V), computed in float32 or better."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if temperature != 1.0:
-        logits = logits / temperature
+def _from_logits(logits: Tensor, target: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    """(log-prob of target, entropy or zeros) from scaled logits (T, V)."""
     normaliser = logits.logsumexp(-1)
     logp = logits.gather(-1, target[:, None]).squeeze(-1) - normaliser
     if entropy == "no":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group, Response
-from alignlab.data.packing import Rows
+from alignlab.data.packing import Rows, Span, lay_out
+from alignlab.models.attention import shortest_window, use_plans
 from alignlab.models.packed_model import PackedModel, evaluating
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
@@ -20,6 +21,9 @@ TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 first alone would pass wrong masks where attention contributes little, as in a model with random weights; in trained
 models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
+
+FITS = 64
+"""The longest sequence of the trial is shorter than this."""
 
 SHORT_WINDOW = 8
 """Sliding windows are shortened to this for the trial, so that its sequences go beyond them."""
@@ -58,6 +62,26 @@ def probe(model: PackedModel) -> None:
             f"({why if math.isfinite(difference) else 'it takes no mask of ours'}): "
             "plain sequences are used, which cost more where prompts are shared"
         )
+        return
+    with torch.no_grad(), evaluating(model):
+        if _takes_flat(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
+            model.layout = "flat"
+
+
+def _takes_flat(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:
+    """Whether attention over the pieces of a row without padding is exact too, where no sliding window interferes."""
+    window = shortest_window(model.config)
+    if model.dropout or not use_plans(model.base) or (window or FITS) < FITS:
+        return False
+    expected = _one_by_one(model, groups)
+
+    def difference(rows: Rows) -> float:
+        return _difference(model, rows, expected)
+
+    rows = lay_out(groups, "flat", model.pad_id).to(model.device)
+    shared = replace(rows, spans=(Span(0, rows.input_ids_RL.shape[1], ()),))
+    shared = replace(shared, group_RL=torch.zeros_like(rows.group_RL), branch_RL=torch.zeros_like(rows.branch_RL))
+    return difference(rows) <= limit(difference(shared))
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from alignlab.models.packed_model import PackedModel
 NAME = "reference"
 """The frozen adapter's name beside "default", the one that is trained."""
 
+NO_MATTER = ("_name_or_path", "_commit_hash", "transformers_version", "use_cache")
+"""Keys of a model's config that change nothing about what it computes."""
+
 
 class Reference:
     """The policy as it was when training started, or when it was last refreshed.
@@ -50,6 +53,20 @@ class Reference:
     def held_in(self) -> PackedModel:
         """The model that has its weights: the copy, or the policy with its adapters."""
         return self._policy if self._copy is None else self._copy
+
+    def contents(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        """All that its log-probs follow from, where it has not been divided among processes: every tensor, and the
+        settings of its architecture. The same for the same weights, whether another adapter sits on them or not."""
+        network, mine = self.held_in.network, set() if self._fresh else {NAME}
+        others = set(getattr(network, "peft_config", ())) - mine
+        settings = {k: v for k, v in self.held_in.base.config.to_dict().items() if k not in NO_MATTER}
+        for path, module in network.named_modules() if mine else ():
+            if isinstance(scaling := getattr(module, "scaling", None), dict) and NAME in scaling:
+                settings[f"scaling of {path}"] = scaling[NAME]
+        named = {n.replace(".base_layer.", "."): t for n, t in network.state_dict().items()}
+        prefix = "base_model.model."  # PEFT's
+        tensors = {n.removeprefix(prefix): t for n, t in named.items() if not others & set(n.split("."))}
+        return tensors, settings
 
     @contextmanager
     def model(self) -> Iterator[PackedModel]:

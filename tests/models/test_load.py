@@ -42,7 +42,7 @@ def logp(model: PackedModel) -> torch.Tensor:
 def test_full(saved: Saved) -> None:
     model = load(saved())
     assert trained(model) == every(model)
-    assert (model.layout, model.kind, model.notes) == ("packed", "policy", [])
+    assert (model.layout, model.kind, model.notes) == ("flat", "policy", [])
     with torch.no_grad():
         expected = tiny.plain_log_probs(tiny.network(), tiny.some_groups())
     torch.testing.assert_close(logp(model), expected, atol=1e-5, rtol=0)
@@ -229,7 +229,7 @@ def test_a_layout_asked_for_is_taken_without_trial(saved: Saved, layout: str) ->
 
 
 def test_attention(saved: Saved) -> None:
-    assert load(saved()).config._attn_implementation == "sdpa"
+    assert load(saved(), layout="packed").config._attn_implementation == "sdpa"
     assert load(saved(), attention="eager").config._attn_implementation == "eager"
     assert load(saved("gemma2"), attention="sdpa").config._attn_implementation == "eager", "it has no other"
 
