@@ -70,6 +70,9 @@ def attention(
         return found
     if dropout or any(options.get(name) is not None for name in UNKNOWN):
         raise ValueError("attention with dropout, soft caps, sinks or biases goes through a mask")
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does: rotary embeddings are left in full precision
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return plan.attend(module, query, key, value, scaling), None
 
 

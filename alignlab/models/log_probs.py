@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from alignlab.models.products import linear
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
+
+Entropy = Literal["no", "value", "gradient"]
+"""Whether entropies are computed, and whether they have a gradient."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Scaling:
 
 
 def log_probs(
-    hidden: Tensor, target: Tensor, head: nn.Linear, scaling: Scaling, entropy: bool
+    hidden: Tensor, target: Tensor, head: nn.Linear, scaling: Scaling, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, and the entropies (without gradient; zeros where not asked for), in nats.
+    """Log-prob of each target, and the entropies (zeros where they are not asked for), in nats.
 
     One pass over the logits. While a chunk's logits are there, so is all that the gradient with respect to the hidden
     states needs: d logp / d h = W_target - sum_v p_v W_v, a vector for each token, whatever comes down the graph later.
@@ -58,6 +61,7 @@ def log_probs(
         hidden: shape (T, D).
         target: token ids, shape (T,).
         head: the map to the vocabulary.
+        entropy: whether entropies are computed, and whether they have a gradient.
 
     Returns:
         two tensors of shape (T,), float32 or better.
@@ -83,40 +87,44 @@ class _LogProbs(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         scaling: Scaling,
-        entropy: bool,
+        entropy: Entropy,
         training: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logp, spread = (torch.zeros(len(target), dtype=wide, device=hidden.device) for _ in range(2))
         eager = training and hidden.requires_grad and not _trained(weight, bias)
         jacobian = torch.empty_like(hidden) if eager else None
+        of_spread = torch.empty_like(hidden) if eager and entropy == "gradient" else None
         for part in chunks(len(target), weight.shape[0]):
             logits = linear(hidden[part], weight, bias)
-            z = scaling(logits)
+            z, dtype = scaling(logits), logits.dtype
+            del logits
             log_p = z.log_softmax(-1)
             column = target[part, None]
             logp[part] = log_p.gather(-1, column)[:, 0]
-            if not eager and not entropy:
-                continue
-            p = log_p.exp() if entropy else log_p.exp_()
-            if entropy:
-                spread[part] = -(p * log_p).sum(-1)
+            if entropy != "no":
+                spread[part] = -(log_p.exp() * log_p).sum(-1)
+            if of_spread is not None:
+                slope = scaling.slope_(_of_entropy(log_p, spread[part, None]), z).to(dtype)
+                of_spread[part] = linear(slope, weight.to(dtype).t())
             if jacobian is not None:
-                one = torch.ones_like(column, dtype=p.dtype)
-                of_logits = _of_logits(p, column, one, scaling, z).to(logits.dtype)
-                jacobian[part] = linear(of_logits, weight.to(logits.dtype).t())
-        ctx.scaling, ctx.autocast = scaling, torch.is_autocast_enabled(hidden.device.type)
-        kept = (jacobian,) if eager else (hidden, weight, bias, target) if training else ()
-        ctx.eager = eager
-        ctx.save_for_backward(*kept)
-        ctx.mark_non_differentiable(spread)
+                slope = scaling.slope_(_of_logp(log_p.exp_(), column, torch.ones_like(logp[part, None])), z).to(dtype)
+                jacobian[part] = linear(slope, weight.to(dtype).t())
+        ctx.scaling, ctx.eager, ctx.entropy = scaling, eager, entropy
+        ctx.autocast = torch.is_autocast_enabled(hidden.device.type)
+        ctx.save_for_backward(*((jacobian, of_spread) if eager else (hidden, weight, bias, target) if training else ()))
+        if entropy != "gradient":
+            ctx.mark_non_differentiable(spread)
         return logp, spread
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.eager:
-            (jacobian,) = ctx.saved_tensors
-            return (jacobian * grad[:, None].to(jacobian.dtype), *[None] * 6)
+            jacobian, of_spread = ctx.saved_tensors
+            found = jacobian * grad[:, None].to(jacobian.dtype)
+            if of_spread is not None:
+                found += of_spread * grad_entropy[:, None].to(of_spread.dtype)
+            return (found, *[None] * 6)
         hidden, weight, bias, target = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -125,15 +133,22 @@ class _LogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=ctx.autocast):
             for part in chunks(len(target), weight.shape[0]):
                 logits = linear(hidden[part], weight, bias)
-                z = ctx.scaling(logits)
-                p = torch.softmax(z, -1)
-                of_logits = _of_logits(p, target[part, None], grad[part, None], ctx.scaling, z).to(logits.dtype)
+                z, dtype = ctx.scaling(logits), logits.dtype
+                if ctx.entropy == "gradient":
+                    log_p = z.log_softmax(-1)
+                    slope = _of_entropy(log_p, -(log_p.exp() * log_p).sum(-1, keepdim=True))
+                    slope.mul_(grad_entropy[part, None]).add_(
+                        _of_logp(log_p.exp_(), target[part, None], grad[part, None])
+                    )
+                else:
+                    slope = _of_logp(torch.softmax(z, -1), target[part, None], grad[part, None])
+                slope = ctx.scaling.slope_(slope, z).to(dtype)
                 if of_hidden is not None:
-                    of_hidden[part] = linear(of_logits, weight.to(logits.dtype).t())
+                    of_hidden[part] = linear(slope, weight.to(dtype).t())
                 if of_weight is not None:
-                    of_weight += of_logits.t() @ hidden[part].to(logits.dtype)
+                    of_weight += slope.t() @ hidden[part].to(dtype)
                 if of_bias is not None:
-                    of_bias += of_logits.sum(0)
+                    of_bias += slope.sum(0)
         return of_hidden, of_weight, of_bias, None, None, None, None
 
 
@@ -141,7 +156,11 @@ def _trained(weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _of_logits(p: Tensor, column: Tensor, grad: Tensor, scaling: Scaling, z: Tensor) -> Tensor:
-    """d (grad · logp) / d logits, shape (T, V), in place in the probabilities; `column` and `grad` are (T, 1)."""
-    grad = grad.to(p.dtype)
-    return scaling.slope_(p.mul_(-grad).scatter_add_(-1, column, grad), z)
+def _of_logp(p: Tensor, column: Tensor, grad: Tensor) -> Tensor:
+    """d (grad · logp) / dz, shape (T, V), in place in the probabilities; `column` and `grad` are (T, 1)."""
+    return p.mul_(-grad).scatter_add_(-1, column, grad)
+
+
+def _of_entropy(log_p: Tensor, entropy: Tensor) -> Tensor:
+    """dH / dz = -p (log p + H), shape (T, V); `entropy` is (T, 1)."""
+    return (log_p + entropy).mul_(log_p.exp()).neg_()

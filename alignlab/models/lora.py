@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from alignlab.models.products import is_weight, linear
 
-FEWEST_ROWS = 4
-"""Tokens for each unit of rank from which on merging for one product is cheaper than the adapter's own products."""
-
 
 class FusedLinear(Linear):
     """PEFT's LoRA layer, as it was made, with another forward pass wherever that comes to the same.
 
     Dropout on the adapter's input, several adapters at once, quantised bases, mixed precision and weights that are
-    elsewhere (ZeRO-3) go through PEFT's own.
+    elsewhere (ZeRO-3) go through PEFT's own. How many tokens there are does not count: ZeRO exchanges gradients in the
+    order in which they come, which must be the same on every process.
     """
 
     fused: bool
@@ -41,17 +39,14 @@ class FusedLinear(Linear):
         base = self.base_layer
         if torch.is_autocast_enabled(x.device.type) or not is_weight(base) or base.weight.dtype != x.dtype:
             return None
-        enough = x.numel() >= FEWEST_ROWS * max(a.weight.numel() for a in self.lora_A.values())
         if self.disable_adapters:  # by the same product, so that a policy that has learned nothing equals its reference
-            return linear(x, base.weight, base.bias) if enough and not torch.is_grad_enabled() else None
+            return None if torch.is_grad_enabled() else linear(x, base.weight, base.bias)
         name = self._adapter()
         if name is None or self.lora_A[name].weight.dtype != x.dtype:
             return None
         if self.held is not None:
             return linear(x, self.held, base.bias)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if not enough:
-            return None
         out: Tensor = _LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
         return out
 
@@ -120,7 +115,7 @@ class _LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = linear(grads, torch.addmm(weight, b, a, alpha=ctx.scaling).t()).view_as(x)
         if ctx.needs_input_grad[3]:
-            of_a = ((grads @ b).t() @ rows).mul_(ctx.scaling)
+            of_a = (linear(grads, b.t()).t() @ rows).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
-            of_b = (grads.t() @ (rows @ a.t())).mul_(ctx.scaling)
+            of_b = (grads.t() @ linear(rows, a)).mul_(ctx.scaling)
         return of_x, None, None, of_a, of_b, None

@@ -17,16 +17,13 @@ from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
 from alignlab.models.features import Features
-from alignlab.models.log_probs import Scaling, chunks, log_probs
+from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
 from alignlab.models.lora import fuse
 from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
 
 CRITIC = "critic"
 """The name of a critic's own adapter, beside "default"."""
-
-Entropy = Literal["no", "value", "gradient"]
-"""Whether entropies are computed, and whether they have a gradient."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +250,8 @@ class PackedModel(nn.Module):
         """Log-probs of `target` (T,) from hidden states (T, D), in chunks: memory does not grow with T times the
         vocabulary. Where the head is more than a weight, chunks are computed again in the backward pass."""
         head, scaling = self._vocabulary_head, self._scaling(temperature)
-        if self._plain_head(head) and entropy != "gradient":
-            return log_probs(hidden, target, head, scaling, entropy == "value")
+        if self._plain_head(head):
+            return log_probs(hidden, target, head, scaling, entropy)
         vocabulary = int(self.config.vocab_size)  # not the head's own size: its weight may be elsewhere right now
         parts = chunks(len(target), vocabulary if self.head_use != "once" else 1)
         pieces: list[Sequence[Tensor]] = []
@@ -328,12 +325,11 @@ class PackedModel(nn.Module):
 
 def _from_logits(logits: Tensor, target: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
     """(log-prob of target, entropy or zeros) from scaled logits (T, V)."""
-    normaliser = logits.logsumexp(-1)
-    logp = logits.gather(-1, target[:, None]).squeeze(-1) - normaliser
+    log_p = logits.log_softmax(-1)
+    logp = log_p.gather(-1, target[:, None]).squeeze(-1)
     if entropy == "no":
-        return logp, torch.zeros_like(normaliser).detach()
+        return logp, torch.zeros_like(logp).detach()
     with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
-        log_p = logits - normaliser[:, None]
         return logp, -(log_p.exp() * log_p).sum(-1)
 
 

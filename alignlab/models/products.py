@@ -24,5 +24,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _ONEDNN is None or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    found: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    try:
+        found: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    except RuntimeError as error:
+        if "primitive" not in str(error):
+            raise
+        return F.linear(x, weight, bias)  # it has no room for its own code: the BLAS may, or says that memory is out
     return found

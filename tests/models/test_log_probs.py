@@ -40,7 +40,7 @@ def test_the_definition(
     hidden, target, head = problem(bias, trained)
     weight_T = torch.linspace(-1, 2, T, dtype=torch.float64)
     expected = definition(hidden, target, head, scaling)
-    found = log_probs(hidden, target, head, scaling, entropy=True)
+    found = log_probs(hidden, target, head, scaling, entropy="value")
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
     assert not found[1].requires_grad
@@ -51,11 +51,31 @@ def test_the_definition(
         torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [3 * V, 1 << 20])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_entropies_with_a_gradient(
+    scaling: Scaling, trained: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    hidden, target, head = problem(True, trained)
+    weight_T, other_T = torch.linspace(-1, 2, T, dtype=torch.float64), torch.linspace(3, -2, T, dtype=torch.float64)
+    wanted = [hidden, *head.parameters()] if trained else [hidden]
+
+    def gradients(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((outputs[0] * weight_T + outputs[1] * other_T).sum(), wanted)
+
+    expected = gradients(definition(hidden, target, head, scaling))
+    found = gradients(log_probs(hidden, target, head, scaling, "gradient"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+
+
 def test_a_trained_head_over_fixed_hidden_states() -> None:
     hidden, target, head = problem(bias=True, trained=True)
     hidden = hidden.detach()
     expected = torch.autograd.grad(definition(hidden, target, head, Scaling())[0].sum(), list(head.parameters()))
-    found = torch.autograd.grad(log_probs(hidden, target, head, Scaling(), False)[0].sum(), list(head.parameters()))
+    found = torch.autograd.grad(log_probs(hidden, target, head, Scaling(), "no")[0].sum(), list(head.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -63,7 +83,7 @@ def test_a_trained_head_over_fixed_hidden_states() -> None:
 @pytest.mark.parametrize("trained", [False, True])
 def test_finite_differences(trained: bool) -> None:
     hidden, target, head = problem(bias=True, trained=trained)
-    assert torch.autograd.gradcheck(lambda h: log_probs(h, target, head, Scaling(0.5, 2.0, 0.9), False)[0], [hidden])
+    assert torch.autograd.gradcheck(lambda h: log_probs(h, target, head, Scaling(0.5, 2.0, 0.9), "no")[0], [hidden])
 
 
 def test_improbable_tokens_keep_their_log_probs() -> None:
@@ -72,7 +92,7 @@ def test_improbable_tokens_keep_their_log_probs() -> None:
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[0.0], [300.0]]))
     hidden = torch.ones(1, 1, requires_grad=True)
-    logp, _ = log_probs(hidden, torch.tensor([0]), head, Scaling(), False)
+    logp, _ = log_probs(hidden, torch.tensor([0]), head, Scaling(), "no")
     assert float(logp) == -300.0
     assert float(torch.autograd.grad(logp.sum(), hidden)[0]) == -300.0
 
@@ -84,13 +104,13 @@ def test_products_with_the_vocabulary(trained: bool, products: int, monkeypatch:
     right = module.linear
     monkeypatch.setattr(module, "linear", lambda *a: calls.append(1) or right(*a))
     hidden, target, head = problem(bias=False, trained=trained)
-    logp, _ = log_probs(hidden, target, head, Scaling(), False)
+    logp, _ = log_probs(hidden, target, head, Scaling(), "no")
     assert len(calls) == products
     logp.sum().backward()
     assert len(calls) == (products if not trained else 3)
     calls.clear()
     with torch.no_grad():
-        log_probs(hidden, target, head, Scaling(), False)
+        log_probs(hidden, target, head, Scaling(), "no")
     assert len(calls) == 1
 
 
@@ -103,7 +123,7 @@ def test_under_autocast() -> None:
     for trained in (False, True):
         head.requires_grad_(trained)
         with torch.autocast("cpu", torch.bfloat16):
-            found, _ = log_probs(hidden, target, head, Scaling(), False)
+            found, _ = log_probs(hidden, target, head, Scaling(), "no")
         assert found.dtype == torch.float32
         assert 0 < float((found - expected).abs().max()) < 0.05, "in bfloat16, as the module itself would"
         of_found = torch.autograd.grad(found.sum(), [hidden, head.weight] if trained else [hidden])

@@ -36,13 +36,13 @@ def main(file: Path) -> None:
     import torch
 
     from alignlab.launch.environment import quiet
-    from alignlab.models import packed_model
+    from alignlab.models import log_probs
 
     quiet()
     torch.set_num_threads(1)
-    usual = packed_model.CHUNK_ELEMENTS
+    usual = log_probs.CHUNK_ELEMENTS
     for job in json.loads(file.read_text()):
-        packed_model.CHUNK_ELEMENTS = job.get("chunk", usual)
+        log_probs.CHUNK_ELEMENTS = job.get("chunk", usual)
         folder = Path(job["folder"])
         try:
             runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])
