@@ -20,6 +20,7 @@ from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
 from alignlab.rollout import RolloutSettings
 from alignlab.rollout.produce import ProduceSettings
+from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.training.run import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.tracking import TrackerSettings
@@ -94,6 +95,7 @@ FULL = {
     "data": ["base"],
     "distributed": ["ddp"],
     "quantization": ["nf4", "int8"],
+    "rollout": ["vllm"],
     "source": ["rollout"],
     "tracker": ["wandb"],
 }
@@ -146,6 +148,12 @@ def test_the_commands_own_keys() -> None:
     assert Pairs(**sections["pairs"]) == Pairs()
     assert set(sections["budget"]) == set(Budget.model_fields)
     assert set(sections["pairs"]) == set(Pairs.model_fields)
+
+
+def test_a_server_s_section_has_every_key_and_the_class_s_values() -> None:
+    found = composed("train", "rollout=vllm")["rollout"]
+    assert set(found["vllm"]) == set(VllmSettings.model_fields)
+    assert RolloutSettings(**found) == RolloutSettings(vllm=VllmSettings())
 
 
 def targets(value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from alignlab.algorithms.importance import PolicyGradient, weighted
 from alignlab.algorithms.policy_gradient import (
     Aggregation,
     KLEstimator,
@@ -18,10 +19,10 @@ from alignlab.algorithms.policy_gradient import (
     require_siblings,
     rollout_report,
 )
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, segment_max
+from alignlab.core import Batch, Group, Metrics, Outputs, require, segment_max
 
 
-class GRPO(Algorithm):
+class GRPO(PolicyGradient):
     """PPO's clipped objective with the siblings' rewards in the place of a critic, and the KL penalty in the loss.
 
     The penalty acts on each token by itself, not on what it leads to, and k3 as a loss pulls along the gradient of
@@ -73,7 +74,7 @@ class GRPO(Algorithm):
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         """Equation 3, negated."""
         ratio_T = (outputs.logp_T - batch["old_logp_T"]).exp()
-        policy_T = clipped_surrogate(ratio_T, batch["advantage_N"][batch.response_T], self.clip)
+        policy_T = weighted(clipped_surrogate(ratio_T, batch["advantage_N"][batch.response_T], self.clip), batch)
         kl_T = kl_estimate(outputs.logp_T, batch["ref_logp_T"], self.kl_estimator)
         loss = per_response(policy_T + self.kl_coef * kl_T, batch.response_T, batch.N, self.aggregation)
         return loss, policy_metrics(outputs.logp_T, batch["old_logp_T"], self.clip) | {

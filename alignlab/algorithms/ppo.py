@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from alignlab.algorithms.importance import PolicyGradient, weighted
 from alignlab.algorithms.policy_gradient import (
     KLEstimator,
     clipped_surrogate,
@@ -20,7 +21,7 @@ from alignlab.algorithms.policy_gradient import (
     shaped_reward,
     whiten,
 )
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require
+from alignlab.core import Batch, Group, Metrics, Outputs, require
 
 HORIZON = 10_000
 """Responses over which an adaptive KL coefficient adapts: that of Ziegler et al.'s code."""
@@ -38,7 +39,7 @@ def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:
     return kl_coef * (1 + error * min(samples / HORIZON, 1.0))
 
 
-class PPO(Algorithm):
+class PPO(PolicyGradient):
     """Clipped policy gradient with a critic. Losses are means over all tokens of the minibatch, so a long response
     weighs more than a short one. Epochs are `source.passes`, minibatches `training.batch_size` groups.
 
@@ -119,7 +120,7 @@ class PPO(Algorithm):
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         ratio_T = (outputs.logp_T - batch["old_logp_T"]).exp()
-        policy_T = clipped_surrogate(ratio_T, batch["advantage_T"], self.clip)
+        policy_T = weighted(clipped_surrogate(ratio_T, batch["advantage_T"], self.clip), batch)
         value_T = clipped_value_loss(outputs.value_T, batch["old_value_T"], batch["value_target_T"], self.clip)
         loss_T = policy_T + self.value_weight * value_T - self.entropy_weight * outputs.entropy_T
         return loss_T, policy_metrics(outputs.logp_T, batch["old_logp_T"], self.clip) | {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from alignlab.algorithms.importance import PolicyGradient, weighted
 from alignlab.algorithms.policy_gradient import (
     clipped_surrogate,
     gae,
@@ -18,10 +19,10 @@ from alignlab.algorithms.policy_gradient import (
     shaped_reward,
     whiten,
 )
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require
+from alignlab.core import Batch, Group, Metrics, Outputs, require
 
 
-class ReinforcePP(Algorithm):
+class ReinforcePP(PolicyGradient):
     """PPO's clipped objective, a mean over each response's tokens and then over responses (equation 1), with
 
     * the return from each token on, its KL penalty included: A_t = r - β·Σ_{i>=t} log(π_old/π_ref)_i, normalised over
@@ -60,7 +61,7 @@ class ReinforcePP(Algorithm):
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         ratio_T = (outputs.logp_T - batch["old_logp_T"]).exp()
-        policy_T = clipped_surrogate(ratio_T, batch["advantage_T"], self.clip)
+        policy_T = weighted(clipped_surrogate(ratio_T, batch["advantage_T"], self.clip), batch)
         loss_T = policy_T
         if self.baseline:
             loss_T = policy_T + self.kl_coef * kl_estimate(outputs.logp_T, batch["ref_logp_T"], "k2")

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from alignlab.algorithms.importance import PolicyGradient, weighted
 from alignlab.algorithms.policy_gradient import (
     leave_one_out_advantage,
     policy_metrics,
     require_siblings,
     rollout_report,
 )
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, segment_sum
+from alignlab.core import Batch, Group, Metrics, Outputs, require, segment_sum
 
 
-class RLOO(Algorithm):
+class RLOO(PolicyGradient):
     """The policy gradient itself: a response is one action, its reward r - β·log(π/π_ref), its baseline the mean of its
     siblings' rewards. At the first update on an iteration's responses the gradient is an unbiased estimate of that of
     E[r] - β·KL(π‖π_ref), whose optimum is π_ref·exp(r/β). Later ones are REINFORCE on slightly old samples, without
@@ -46,7 +47,7 @@ class RLOO(Algorithm):
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         """-A·log π(y|x) per response (section 2.3)."""
-        logp_N = segment_sum(outputs.logp_T, batch.response_T, batch.N)
+        logp_N = segment_sum(weighted(outputs.logp_T, batch), batch.response_T, batch.N)
         return -batch["advantage_N"] * logp_N, policy_metrics(outputs.logp_T, batch["old_logp_T"]) | {
             "entropy": outputs.entropy_T
         }

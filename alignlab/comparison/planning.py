@@ -18,13 +18,14 @@ from alignlab.comparison.graph import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
+from alignlab.training.folder import REFERENCE_CACHE
 from alignlab.training.run import check
 from alignlab.training.tracking import named
 
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
-STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs")
+STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", REFERENCE_CACHE)
 """Names within a comparison's folder that no further model may take."""
 
 
@@ -69,6 +70,7 @@ class _Plan:
         self.label = tracker.pop("name", None) or config["name"]  # the comparison's, not that of each of its runs
         self.config, self.own = {**config, "tracker": tracker}, own
         self.settings, self.benchmark, self.out = settings, benchmark, out
+        self.cache = str(out / REFERENCE_CACHE)
         self.nodes: list[Node] = []
         self.stages: list[Node] = []
         self.start = Place(base, self.stages[:])
@@ -145,6 +147,7 @@ class _Plan:
             start = f"model.path={quoted(self.start.text)}"
             composed = resolve(compose("train", [*as_words(common), *filled, start], self.own))
             composed |= {"name": name, "out": str(folder)}
+            composed["training"]["reference_cache"] = composed["training"]["reference_cache"] or self.cache
             check(composed)
             composed["tracker"] = self._tracked(composed["tracker"], name)
         except ConfigError as error:

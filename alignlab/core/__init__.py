@@ -1,7 +1,11 @@
-"""The vocabulary: groups, batches, ragged operations, the interfaces. Imports torch and nothing else of ours."""
+"""The vocabulary: groups, batches, ragged operations, the interfaces. Imports torch and nothing else of ours, and
+torch only once something is asked for that needs it: commands that compute nothing start without."""
 
-from alignlab.core.algorithm import Algorithm, Metrics, ModelKind, Outputs, aggregate
-from alignlab.core.batch import Batch, Pairs, Unit
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from alignlab.core.errors import (
     AlignlabError,
     ConfigError,
@@ -15,15 +19,19 @@ from alignlab.core.errors import (
 )
 from alignlab.core.group import Group, Response
 from alignlab.core.interfaces import Benchmark, Sampler, Scorer
-from alignlab.core.ragged import (
-    segment_count,
-    segment_max,
-    segment_mean,
-    segment_std,
-    segment_sum,
-    segments,
-    split_segments,
-)
+
+if TYPE_CHECKING:
+    from alignlab.core.algorithm import Algorithm, Metrics, ModelKind, Outputs, aggregate
+    from alignlab.core.batch import Batch, Pairs, Unit
+    from alignlab.core.ragged import (
+        segment_count,
+        segment_max,
+        segment_mean,
+        segment_std,
+        segment_sum,
+        segments,
+        split_segments,
+    )
 
 __all__ = [
     "Algorithm",
@@ -56,3 +64,14 @@ __all__ = [
     "segments",
     "split_segments",
 ]
+
+WITH_TORCH = ("algorithm", "batch", "ragged")
+"""Modules whose names are looked up when first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in map(import_module, (f"{__name__}.{m}" for m in WITH_TORCH)):
+            if hasattr(module, name):
+                return globals().setdefault(name, getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

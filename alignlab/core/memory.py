@@ -26,6 +26,17 @@ ADVICE = (
 )
 
 
+TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 8192
+"""Tokens of a micro-batch where nobody says how many. A CPU is hardly faster with more: with 32 pairs of 270 tokens and
+a Llama of 21 million parameters, 512 took 18 % more time than 2048, while 8192 saved 6 % and needed twice the memory;
+models of 0.1 and of 100 million parameters gained nothing. A GPU needs more to be busy."""
+
+
+def usual_tokens(on_cpu: bool) -> int:
+    """How many tokens a micro-batch has on such a device, where nobody says."""
+    return TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Whether memory ran out, on the device or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

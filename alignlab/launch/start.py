@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import IO, Any
 import yaml
 
 from alignlab.core import AlignlabError, ConfigError, PeerLost, StartAgain
+from alignlab.core.children import end_with_parent, free_port
 from alignlab.core.files import write_text
 from alignlab.core.memory import ADVICE, is_memory_error, said
 from alignlab.training.processes import launched
@@ -201,7 +201,7 @@ class Team:
             write_text(logs / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise AlignlabError(f"out={self.out}: cannot be written: {error.strerror}") from error
-        port = _free_port()
+        port = free_port()
         self.members = [_start(rank, self.count, port, logs) for rank in range(self.count)]
         failed: list[Member] = []
         deadline = float("inf")
@@ -280,18 +280,3 @@ def _start(rank: int, count: int, port: int, logs: Path) -> Member:
     if file is not None:
         file.close()
     return Member(rank, process, log, begun)
-
-
-def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent dies, even by `kill -9`; on Linux alone."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

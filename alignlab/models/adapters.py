@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,3 +48,12 @@ def copy_adapter(network: Any, name: str, trained: bool) -> None:
     for path, parameter in mine.items():
         if f".{name}." in path:
             parameter.requires_grad_(trained)
+
+
+def merged(network: Any) -> AbstractContextManager[None]:
+    """`lora.merged`, where there is an adapter: only then is PEFT imported, which takes a second."""
+    if not hasattr(network, "peft_config"):
+        return nullcontext()
+    from alignlab.models import lora
+
+    return lora.merged(network)

@@ -18,7 +18,6 @@ from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
 from alignlab.models.features import Features
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
-from alignlab.models.lora import fuse
 from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
 
@@ -86,6 +85,8 @@ class PackedModel(nn.Module):
     def features(self, features: Features) -> None:
         self._features = features
         if hasattr(self.network, "peft_config"):
+            from alignlab.models.lora import fuse  # with PEFT, which takes a second
+
             fuse(self.network, features.fused_lora)
 
     @property

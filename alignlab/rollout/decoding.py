@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ ROUNDING = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 """Largest mean absolute difference of log-probs put down to rounding: in nats, and as a part of what the context
 contributes. The first alone would pass anything where attention contributes little, as with random weights."""
 FULL_PRECISION = (1e-4, 0.01)
+
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
+"""What architectures raise at inputs that they were not made for."""
 
 _modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
 
@@ -47,20 +50,43 @@ class Decoding:
 
     logits_RV: Tensor
 
-    def __init__(self, model: PackedModel, prompts: Sequence[Sequence[int]], cached: bool) -> None:
+    tokens = 0
+    """Kept for others than its rows: none come on the way."""
+
+    def __init__(self, model: PackedModel, prompts: Sequence[Sequence[int]] = (), cached: bool = True) -> None:
         """Run the prompts, a row for each."""
         self._network = model.base
         self._accepts = inspect.signature(self._network.forward).parameters
         self._states = "cache_params" in self._accepts  # what state-space models call their cache
         self._cached = cached
         self._cache: Any = None
+        self._device = model.device
+        if prompts:
+            self._begin(prompts)
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
         length = max(len(p) for p in prompts)
         padding = [length - len(p) for p in prompts]
         # Any token serves as padding, since it is masked; a real one makes the trial below notice where it is not.
         ids = [[p[0]] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)]
-        self._ids_RL = torch.tensor(ids, device=model.device)
-        self._mask_RL = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=model.device)
+        self._ids_RL = torch.tensor(ids, device=self._device)
+        self._mask_RL = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=self._device)
         self._run(length)
+
+    def admit(self, contexts: Sequence[Sequence[int]], counts: Sequence[int], room: int) -> None:
+        """Begin `counts` rows with each context; once, at the start."""
+        self._begin(contexts)
+        self.select([i for i, count in enumerate(counts) for _ in range(count)])
+
+    def retain(self, going: Sequence[int]) -> list[int]:
+        """Let the other rows go, at once: every step copies the cache anyway.
+
+        Returns:
+            The rows that go on, in their new order.
+        """
+        if going:
+            self.select(going)
+        return list(going)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be taken several times."""
@@ -113,7 +139,7 @@ def _probe(model: PackedModel) -> Mode:
             try:
                 if _exact(model, mode):
                     break
-            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError):
+            except REFUSALS:
                 continue  # some architectures have no cache, or one that cannot be indexed
         else:
             mode = Mode(False, False)
@@ -127,29 +153,46 @@ def _probe(model: PackedModel) -> Mode:
 
 def _exact(model: PackedModel, mode: Mode) -> bool:
     """Whether a prefill and two steps, with rows repeated, dropped and reordered, give what the plain forward gives."""
+    random = random_tokens(model)
+    longest = max(1, min(7, (model.max_length or 1024) - 2))
+
+    def trial() -> Iterator[tuple[Tensor, list[list[int]]]]:
+        sequences = [random(longest), random(max(1, longest // 3) if mode.padded else longest)]
+        decoding = Decoding(model, sequences, mode.cached)
+        yield decoding.logits_RV, sequences
+        for chosen in ([1, 0, 0], [2, 0]):
+            decoding.select(chosen)
+            tokens = random(len(chosen))
+            sequences = [[*sequences[i], token] for i, token in zip(chosen, tokens, strict=True)]
+            decoding.append(torch.tensor(tokens, device=model.device))
+            yield decoding.logits_RV, sequences
+
+    return is_exact(model, trial())
+
+
+def random_tokens(model: PackedModel) -> Callable[[int], list[int]]:
+    """The next so many of a stream of random tokens, always the same."""
     generator = torch.Generator().manual_seed(0)
 
     def random(count: int) -> list[int]:
         return torch.randint(0, int(model.config.vocab_size), (count,), generator=generator).tolist()
 
+    return random
+
+
+def is_exact(model: PackedModel, trial: Iterable[tuple[Tensor, list[list[int]]]]) -> bool:
+    """Whether logits of the token after each sequence are those of the network's own forward, up to rounding."""
+
     def plain(ids: list[int]) -> Tensor:
         tokens = torch.tensor([ids], device=model.device)
         return model.base(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
 
-    longest = max(1, min(7, (model.max_length or 1024) - 2))
-    sequences = [random(longest), random(max(1, longest // 3) if mode.padded else longest)]
-    decoding = Decoding(model, sequences, mode.cached)
     differences: list[Tensor] = []
     contributions: list[Tensor] = []
-    for chosen in ([0, 1], [1, 0, 0], [2, 0]):
-        if differences:
-            decoding.select(chosen)
-            tokens = random(len(chosen))
-            sequences = [[*sequences[i], token] for i, token in zip(chosen, tokens, strict=True)]
-            decoding.append(torch.tensor(tokens, device=model.device))
+    for logits_RV, sequences in trial:
         expected = torch.stack([plain(ids) for ids in sequences])
         without_context = torch.stack([plain(ids[-1:]) for ids in sequences])
-        differences.append((decoding.logits_RV.float().log_softmax(-1) - expected).abs().mean())
+        differences.append((logits_RV.float().log_softmax(-1) - expected).abs().mean())
         contributions.append((without_context - expected).abs().mean())
     absolute, relative = ROUNDING.get(model.dtype, FULL_PRECISION)
     limit = min(absolute, relative * float(torch.stack(contributions).mean()))

@@ -5,56 +5,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
-from alignlab.core import ConfigError, DataError, Group, NonFiniteError, Response
+from alignlab.core import ConfigError, DataError, Group, NonFiniteError
 from alignlab.core.memory import in_halves
 from alignlab.data.progress import progress
 from alignlab.models import PackedModel, evaluating
+from alignlab.models.adapters import merged
+from alignlab.rollout.batching import LOGITS, Queue, Row, batches
+from alignlab.rollout.continuous import ContinuousDecoding, takes_plans
 from alignlab.rollout.decoding import Decoding, decoding_mode
-from alignlab.rollout.sampling import draw, filtered_log_probs, stream_key, uniforms
+from alignlab.rollout.quick import quick_products
+from alignlab.rollout.sampling import sample, stream_key, uniforms
 from alignlab.rollout.settings import RolloutSettings
 from alignlab.rollout.stopping import Stopping
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Row:
-    """A response being drawn; one with tokens is gone on with.
-
-    Attributes:
-        key, sample: which random numbers are its own.
-        limit: the most tokens it may have.
-        begun: how many tokens it had when drawing was last begun.
-    """
-
-    prompt: list[int]
-    origin: str
-    key: bytes
-    sample: int
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    text: str = ""
-    finished: bool = False
-    begun: int = 0
-
-    @property
-    def context(self) -> list[int]:
-        """What the next token is predicted from."""
-        return self.prompt + self.tokens if self.tokens else self.prompt
-
-    @property
-    def final_length(self) -> int:
-        return len(self.prompt) + self.limit
-
-    def response(self) -> Response:
-        columns: dict[str, float | list[float]] = {"behaviour_logp": self.logp}
-        return Response(self.tokens, columns=columns, finished=self.finished, text=self.text, source="policy")
 
 
 class LocalEngine:
@@ -115,8 +84,12 @@ class LocalEngine:
         """
         for row in rows:
             row.begun = len(row.tokens)
-        with torch.no_grad(), evaluating(self.model):
-            ended = self._draw(rows, settings or self.settings, until)
+        settings = settings or self.settings
+        network = self.model.network
+        # A compiler knows quick products of its own.
+        quick = nullcontext() if settings.compile else quick_products(network)
+        with torch.no_grad(), evaluating(self.model), merged(network), quick:
+            ended = self._draw(rows, settings, until)
             for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
                 pass
         self.generated_tokens += sum(len(row.tokens) - row.begun for row in rows)
@@ -159,65 +132,68 @@ class LocalEngine:
     def _draw(
         self, rows: Sequence[Row], settings: RolloutSettings, until: Callable[[Row], bool] | None
     ) -> Iterator[Row]:
-        """Fill the rows in; yields each when it has ended or pauses."""
-        mode = decoding_mode(self.model)
+        """Fill the rows in; yields each when it has ended or pauses. Nothing is lost where memory runs out: rows that
+        had ended are left alone, the others go on where they are, fewer at a time."""
         done: set[int] = set()
 
-        def decode(batch: list[Row]) -> Iterator[Row]:
-            # Rows that had ended when memory ran out are left alone; the others go on where they are.
-            if going := [row for row in batch if id(row) not in done]:
-                for row in self._decode(going, settings, mode.cached, until):
-                    done.add(id(row))
-                    yield row
+        def going(some: Sequence[Row]) -> list[Row]:
+            return [row for row in some if id(row) not in done]
 
-        yield from in_halves(self._batches(rows, mode.padded), decode, "sampling")
+        def finish(decoding: Decoding | ContinuousDecoding, queue: Queue) -> Iterator[Row]:
+            for row in self._decode(decoding, queue, settings, until):
+                done.add(id(row))
+                yield row
 
-    def _batches(self, rows: Sequence[Row], padded: bool) -> Iterator[list[Row]]:
-        """Rows in batches of at most `token_budget` tokens when all reach their limit, or of one row.
+        def in_batch(batch: list[Row]) -> Iterator[Row]:
+            if some := going(batch):
+                yield from finish(Decoding(self.model, cached=mode.cached), Queue.of_one(some))
 
-        Like lengths together, the longest first; the rows of one prompt are parted only where a batch cannot hold
-        them all.
-        """
-        contexts = sorted(((row.context, i) for i, row in enumerate(rows)), key=lambda c: (-len(c[0]), c[0]))
-        batch: list[Row] = []
-        room = length = 0
-        for context, same in groupby(contexts, key=lambda c: c[0]):
-            unit = [rows[i] for _, i in same]
-            mixed = bool(batch) and len(context) != length
-            if batch and (len(unit) > room or (mixed and not padded)):
-                yield batch
-                batch = []
-            if not batch:
-                length = len(context)
-                room = most = max(1, self.settings.token_budget // unit[0].final_length)
-                while len(unit) > most:
-                    yield unit[:most]
-                    unit = unit[most:]
-            batch += unit
-            room -= len(unit)
-        if batch:
-            yield batch
+        def in_places(places: list[int]) -> Iterator[Row]:
+            """As many rows at a time as there are places, with their part of the budget."""
+            if some := going(rows):
+                fewer = len(places) < most
+                budget = settings.token_budget * len(places) // most
+                queue = Queue(some, budget, len(places) if fewer else self._most_rows(), settings.compile)
+                yield from finish(ContinuousDecoding(self.model, settings.compile), queue)
+
+        name = type(self.model.base).__name__
+        longest = max((row.final_length for row in rows), default=0)
+        if rows and takes_plans(self.model, longest):
+            most = Queue(rows, settings.token_budget, self._most_rows(), settings.compile).first
+            yield from in_halves([list(range(most))], in_places, "sampling")
+        elif rows:
+            mode = decoding_mode(self.model)
+            if settings.compile:
+                log.warning("rollout.compile: %s is not compiled, it goes through transformers' own cache", name)
+            yield from in_halves(batches(rows, settings.token_budget, mode.padded), in_batch, "sampling")
 
     def _decode(
-        self, rows: list[Row], settings: RolloutSettings, cached: bool, until: Callable[[Row], bool] | None
+        self,
+        decoding: Decoding | ContinuousDecoding,
+        queue: Queue,
+        settings: RolloutSettings,
+        until: Callable[[Row], bool] | None,
     ) -> Iterator[Row]:
-        """Draw a batch of rows, those of one context adjacent, to their ends."""
-        stopping = self._stopping
-        repeats = [(context, len(list(same))) for context, same in groupby(row.context for row in rows)]
-        decoding = Decoding(self.model, [context for context, _ in repeats], cached)
-        decoding.select([i for i, (_, count) in enumerate(repeats) for _ in range(count)])
-        longest = max(row.limit - len(row.tokens) for row in rows)
-        uniform_RT = torch.stack(
-            [uniforms(row.key, row.sample, len(row.tokens) + longest)[len(row.tokens) :] for row in rows]
-        ).to(self.model.device)
-        for step in range(longest):
+        """Draw what the queue holds, token by token, each row to its end."""
+        stopping, device = self._stopping, self.model.device
+        rows: list[Row] = []
+        streams: dict[int, Any] = {}
+        while rows or queue:
+            if units := queue.take(decoding.tokens, len(rows)):
+                room = max(unit.room for unit in units)
+                decoding.admit([unit.context for unit in units], [len(unit.rows) for unit in units], room)
+                rows += [row for unit in units for row in unit.rows]
+                for row in rows:
+                    if id(row) not in streams:
+                        streams[id(row)] = uniforms(row.key, row.sample, row.limit).numpy()
+            uniform_R = torch.tensor([streams[id(row)][len(row.tokens)] for row in rows], dtype=torch.float64)
             logits_RV = self._ban(decoding.logits_RV, rows)
-            logp_RV = filtered_log_probs(logits_RV, settings)
-            token_R = draw(logp_RV, uniform_RT[:, step])
-            logp_R = logp_RV.gather(-1, token_R[:, None]).squeeze(-1)
-            self._check_finite(logits_RV, rows)
+            token_R, logp_R, finite_R = sample(logits_RV, uniform_R.to(device), settings)
+            if not finite_R.all():
+                raise _not_finite([row for row, good in zip(rows, finite_R.tolist(), strict=True) if not good])
+            tokens = token_R.tolist()
             going = []
-            for i, (row, token, logp) in enumerate(zip(rows, token_R.tolist(), logp_R.tolist(), strict=True)):
+            for i, (row, token, logp) in enumerate(zip(rows, tokens, logp_R.tolist(), strict=True)):
                 row.tokens.append(token)
                 row.logp.append(logp)
                 text = stopping.ended(row.tokens)
@@ -227,29 +203,32 @@ class LocalEngine:
                     going.append(i)
                 else:
                     row.text = stopping.text(row.tokens) if text is None else text
+                    del streams[id(row)]
                     yield row
-            if not going:
-                return
-            if len(going) < len(rows):  # at once: it copies the cache, as every step does
-                rows = [rows[i] for i in going]
-                decoding.select(going)
-                token_R, uniform_RT = token_R[going], uniform_RT[going]
-            decoding.append(token_R)
+            if len(going) < len(rows):
+                order = decoding.retain(going)
+                rows = [rows[i] for i in order]
+                token_R = torch.tensor([tokens[i] for i in order], dtype=torch.int64, device=device)
+            if rows:
+                decoding.append(token_R)
+
+    def _most_rows(self) -> int:
+        return max(1, LOGITS // int(self.model.config.vocab_size))
 
     def _ban(self, logits_RV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Without the tokens that may not come next; rows that are gone on with may be of different lengths."""
+        """Without the tokens that may not come next; rows may be of different lengths."""
+        least = self.settings.min_new_tokens
         lengths = [len(row.tokens) for row in rows]
-        if min(lengths) == max(lengths) or min(lengths) >= self.settings.min_new_tokens:
+        if min(lengths) == max(lengths) or min(lengths) >= least:
             return self._stopping.ban(logits_RV, min(lengths))
-        each = [self._stopping.ban(logits_RV[i : i + 1], length) for i, length in enumerate(lengths)]
-        return torch.cat(each)
+        for i, length in enumerate(lengths):
+            self._stopping.ban(logits_RV[i], length)
+        return logits_RV
 
-    @staticmethod
-    def _check_finite(logits_RV: torch.Tensor, rows: Sequence[Row]) -> None:
-        finite = logits_RV.amax(-1).isfinite()
-        if not finite.all():
-            origins = {row.origin or "a group" for row, good in zip(rows, finite.tolist(), strict=True) if not good}
-            raise NonFiniteError(
-                f"{', '.join(sorted(origins)[:3])}: the model's logits are not finite numbers. Its weights have "
-                "diverged (lower the learning rate), or its precision is too low for it"
-            )
+
+def _not_finite(rows: Sequence[Row]) -> NonFiniteError:
+    origins = sorted({row.origin or "a group" for row in rows})
+    return NonFiniteError(
+        f"{', '.join(origins[:3])}: the model's logits are not finite numbers. Its weights have diverged (lower the "
+        "learning rate), or its precision is too low for it"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.rollout.local import LocalEngine
 from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.settings import RolloutSettings
+from alignlab.rollout.vllm.engine import VllmEngine
+from alignlab.rollout.vllm.run import VllmRun
 
 
 class ProduceSettings(Settings):
@@ -52,17 +55,26 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
-    started = time.monotonic()
-    engine = LocalEngine(model, rollout)
-    for scorer in scorers:
-        if isinstance(scorer, MonteCarloLabels):
-            scorer.attach(engine, model.tokenizer)
+    if rollout.vllm is not None and quantization.kind != "none":
+        raise ConfigError(
+            f"quantization={quantization.kind}: a vLLM server samples from the base as it is: leave it out"
+        )
+    server = VllmRun(rollout, model, settings, out) if rollout.vllm is not None else None
     found: list[Group] = []
-    for round_ in range(wanted.rounds):
-        groups = engine.sample(prompts, wanted.samples, wanted.seed + round_)
+    with server or nullcontext():
+        started = time.monotonic()
+        engine = LocalEngine(model, rollout)
+        if server is not None:
+            server.push(model)
+            engine = VllmEngine(model, rollout, server)
         for scorer in scorers:
-            scorer.score(groups)
-        found.extend(groups)
+            if isinstance(scorer, MonteCarloLabels):
+                scorer.attach(engine, model.tokenizer)
+        for round_ in range(wanted.rounds):
+            groups = engine.sample(prompts, wanted.samples, wanted.seed + round_)
+            for scorer in scorers:
+                scorer.score(groups)
+            found.extend(groups)
     write_jsonl(out / "groups.jsonl", [group_to_record(g) for g in found])
     tokens = sum(len(r.token_ids) for g in found for r in g.responses)
     return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - started, 3)}

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from alignlab.core.settings import Settings
+from alignlab.rollout.vllm.settings import VllmSettings
 
 
 class RolloutSettings(Settings):
@@ -25,9 +26,18 @@ class RolloutSettings(Settings):
     stop_tokens: list[int | str] = Field(default_factory=list)
     suppress_tokens: list[int | str] = Field(default_factory=list)
     token_budget: int = Field(16384, ge=1)
+    compile: bool = False
+    vllm: VllmSettings | None = None
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}")
         return self
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether responses are drawn from the model's own distribution, at the temperature, whatever the tokens, and
+        by the very network that is trained."""
+        filters = self.top_k or self.top_p < 1 or self.min_p or self.vllm is not None
+        return not (filters or self.min_new_tokens or self.suppress_tokens or self.temperature == 0)

@@ -24,6 +24,7 @@ class Stopping:
     Attributes:
         tokens: ids of the end tokens.
         strings: the stop strings.
+        suppressed: ids of tokens that are never drawn.
 
     Raises:
         ConfigError: for a token that the model or its tokenizer does not have, or where nothing is left to draw.
@@ -43,17 +44,16 @@ class Stopping:
                 *(special[s] for s in settings.stop if s in special),
             ]
         )
-        self._suppressed = frozenset(self._ids("suppress_tokens", settings.suppress_tokens))
+        self.suppressed = frozenset(self._ids("suppress_tokens", settings.suppress_tokens))
         self._window = max((len(s.encode()) for s in self.strings), default=0) + SPARE_TOKENS
         if len(self._banned(0)) == self._vocabulary:
             raise ConfigError("rollout.suppress_tokens: no token is left that could begin a response")
 
     def ban(self, logits_RV: Tensor, step: int) -> Tensor:
-        """-inf for tokens that may not be number `step` (from 0) of a response."""
-        banned = self._banned(step)
-        if not banned:
-            return logits_RV
-        return logits_RV.index_fill(-1, torch.tensor(banned, device=logits_RV.device), -torch.inf)
+        """-inf, in place, for tokens that may not be number `step` (from 0) of a response."""
+        if banned := self._banned(step):
+            logits_RV.index_fill_(-1, torch.tensor(banned, device=logits_RV.device), -torch.inf)
+        return logits_RV
 
     def ended(self, tokens: list[int]) -> str | None:
         """The response's text where it ends with the last of its tokens, cut before a stop string; None otherwise."""
@@ -74,7 +74,7 @@ class Stopping:
 
     def _banned(self, step: int) -> list[int]:
         early = self.tokens if step < self._least else frozenset()
-        return sorted(i for i in self._suppressed | early if i < self._vocabulary)
+        return sorted(i for i in self.suppressed | early if i < self._vocabulary)
 
     def _ids(self, key: str, tokens: Sequence[int | str]) -> list[int]:
         known = self._tokenizer.get_vocab() if any(isinstance(t, str) for t in tokens) else {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from alignlab.core import Group
+from alignlab.core import Group, Response
 from alignlab.models import InStep, PackedModel
 
 
@@ -18,10 +18,16 @@ def fill_log_probs(
 ) -> None:
     """Set `response.columns[column]` to the log-probs of the response's loss-bearing tokens under `model`, in nats.
 
-    Groups that have the column in every response are left alone, so a frozen model is asked once per group.
+    Responses that have the column are left alone, so a frozen model is asked once for each.
     """
-    missing = [g for g in groups if not all(column in r.columns for r in g.responses)]
+    missing = with_some(groups, lambda _, response: column not in response.columns)
     fill_outputs(model, missing, {"logp": column}, token_budget, temperature, in_step)
+
+
+def with_some(groups: Sequence[Group], wanted: Callable[[Group, Response], bool]) -> list[Group]:
+    """The groups with those of their responses that are wanted, the very same objects; without groups of none."""
+    some = [g.with_responses([r for r in g.responses if wanted(g, r)]) for g in groups]
+    return [g for g in some if g.responses]
 
 
 def fill_outputs(

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may have: what was asked for, until memory runs out."""
+"""How many tokens a micro-batch may have: what was asked for, or suits the device, until memory runs out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import torch
 
 from alignlab.core import AlignlabError, Batch
 from alignlab.core.files import write_json
-from alignlab.core.memory import ADVICE, said
+from alignlab.core.memory import ADVICE, said, usual_tokens
+from alignlab.training.folder import BUDGET
 
 log = logging.getLogger(__name__)
-
-FILE = "token_budget.json"
-"""In a run's folder, once memory has run out."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,17 @@ class TokenBudget:
     """Tokens per micro-batch. Halved when memory runs out, and kept in the run's folder, so that a continuation does
     not learn it anew; a continuation that asks for another budget gets that.
 
+    Args:
+        asked: `training.token_budget`; None: what suits the device.
+
     Attributes:
-        asked: `training.token_budget`.
+        asked: what was asked for or chosen.
         tokens: what is in use.
     """
 
-    def __init__(self, folder: Path, asked: int) -> None:
-        self.path, self.asked, self.tokens = folder / FILE, asked, asked
+    def __init__(self, folder: Path, asked: int | None, device: torch.device) -> None:
+        self.path = folder / BUDGET
+        self.asked = self.tokens = asked or usual_tokens(device.type == "cpu")
 
     def found(self) -> int:
         """What the folder says of a run that asked for as much."""

@@ -15,7 +15,8 @@ from alignlab.core.settings import Settings
 from alignlab.models import PackedModel, add_value_head, load_model, save_model
 from alignlab.training.checkpoints import Checkpoints, verify
 from alignlab.training.engine import Tensors
-from alignlab.training.run import RESULT, check
+from alignlab.training.folder import RESULT
+from alignlab.training.run import check
 from alignlab.training.state import Saved
 
 

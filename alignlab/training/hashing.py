@@ -1,13 +1,18 @@
-"""Checksums of files, with a progress bar where there is much to read."""
+"""Checksums of files and of weights, with a progress bar where there is much to read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignlab.training.progress import console
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHOWN_FROM = 1 << 30
 """Bytes from which on hashing is shown as a progress bar: it takes about two seconds a GiB from a local disk."""
@@ -33,6 +38,23 @@ def sha256_each(paths: Iterable[Path], title: str) -> dict[Path, str]:
     paths = list(paths)
     with _shown(sum(path.stat().st_size for path in paths), title) as advance:
         return {path: sha256(path, advance) for path in paths}
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor], title: str) -> str:
+    """Hex SHA-256 of tensors: their names, types, shapes and every bit, in the order of the names. As many at a time as
+    torch uses threads; with a progress bar where there is much to read."""
+    import torch
+
+    def digest(name: str) -> bytes:
+        tensor = tensors[name].detach().cpu().contiguous()
+        found = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        advance(tensor.nbytes)
+        return found.digest()
+
+    shown = _shown(sum(t.nbytes for t in tensors.values()), title)
+    with shown as advance, ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return hashlib.sha256(b"".join(threads.map(digest, sorted(tensors)))).hexdigest()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from alignlab.training.iteration import Collector
 from alignlab.training.ownership import Ownership
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.pruning import Pruning
+from alignlab.training.reference_cache import ReferenceCache
 from alignlab.training.schedule import learning_rate_factor
 from alignlab.training.settings import SourceSettings, TrainingSettings
 from alignlab.training.signals import StopRequest
@@ -47,6 +48,7 @@ class Trainer:
         scorers: what fills columns, in order.
         sampler: draws responses from a model, for a rollout source.
         temperature: log-probs are of softmax(logits / temperature); that of the sampler, for a rollout source.
+        cache: keeps what the reference says of the data, for other runs too.
         pruning: of a trial of a search, on the main process: says whether to end it early.
         pruned: whether it was ended early; there is no model then.
         owner: of the run's folder, on the main process: ends the run where it has lost it.
@@ -65,6 +67,7 @@ class Trainer:
     reference: Reference | None = None
     sampler: Callable[[PackedModel], Sampler] | None = None
     temperature: float = 1.0
+    cache: ReferenceCache | None = None
     keep_samples: Samples | None = None
     pruning: Pruning | None = None
     pruned: bool = False
@@ -77,7 +80,7 @@ class Trainer:
         self.order = Order(len(self.train), per_iteration, self.settings.seed)
         self.model, self.processes = self.engine.model, self.engine.processes
         self.state = State()
-        self.budget = TokenBudget(self.checkpoints.folder.parent, self.settings.token_budget)
+        self.budget = TokenBudget(self.checkpoints.folder.parent, self.settings.token_budget, self.processes.device)
         self.collector = Collector(
             algorithm=self.algorithm,
             engine=self.engine,
@@ -85,8 +88,9 @@ class Trainer:
             scorers=self.scorers,
             reference=self.reference,
             sampler=self.sampler,
-            token_budget=self.settings.token_budget,
+            token_budget=self.budget.tokens,
             temperature=self.temperature,
+            cache=self.cache,
         )
         self.evaluation: dict[str, float] = {}
         self._figures: dict[str, float] = {}  # of this step
@@ -134,7 +138,7 @@ class Trainer:
                     return self.state
                 keep_best = better and self.settings.keeps_best
                 if stopping or keep_best or self._due(self.settings.checkpoint_every):
-                    self._checkpoint(metric)
+                    self.checkpoint(metric)
                 if stopping:
                     raise Interrupted(stopping, f"checkpoint of step {self.state.step} saved: the same command goes on")
         self.state.seconds = time.monotonic() - started
@@ -207,12 +211,16 @@ class Trainer:
     def _next_iteration(self) -> list[Group]:
         """Draw, sample, score and prepare the next iteration's groups; the same list on every process."""
         index, state = self.state.iteration, self.state
-        state.iteration += 1
-        if index and self.source.refresh and index % self.source.refresh == 0:
+        if index and self.source.refresh and index % self.source.refresh == 0 and state.refreshed != index:
             self._refresh_reference()
-        groups = [self.train[i] for i in self.order.batch(index)]
-        found = self.collector.collect(groups, iteration_seed(self.settings.seed, index))
-        state.report, state.algorithm = dict(self.algorithm.report), dict(self.algorithm.state)
+            state.refreshed = index  # sampling may fail, and be done again after a resume
+        this, following = (
+            ([self.train[k] for k in self.order.batch(i)], iteration_seed(self.settings.seed, i))
+            for i in (index, index + 1)
+        )
+        found = self.collector.collect(*this, step=state.step, following=following)
+        state.iteration += 1
+        state.report, state.algorithm = {**self.algorithm.report, **found.report}, dict(self.algorithm.state)
         if self.source.kind == "rollout":
             state.sampled = found.generated_tokens
             state.generated_tokens += found.generated_tokens
@@ -349,7 +357,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ disk
 
-    def _checkpoint(self, metric: float | None = None) -> None:
+    def checkpoint(self, metric: float | None = None) -> None:
+        """Save where the run stands. Called by all processes."""
         if self.owner is not None:
             self.owner.check()
         with self.checkpoints.write(self.state.step, metric) as folder:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from alignlab.algorithms.importance import PolicyGradient
 from alignlab.config import build, section
-from alignlab.core import Algorithm, AlignlabError, ConfigError, DataError, Group, Sampler, Scorer, require
+from alignlab.core import Algorithm, ConfigError, DataError, Group, Sampler, Scorer, require
 from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
 from alignlab.models import (
@@ -30,31 +30,26 @@ from alignlab.models import (
     save_model,
 )
 from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout.vllm.engine import VllmEngine, check_settings
+from alignlab.rollout.vllm.run import VllmRun
+from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.training import provenance
-from alignlab.training.budget import FILE as BUDGET
 from alignlab.training.checkpoints import Checkpoints
 from alignlab.training.engine import DIVIDING, make_engine
+from alignlab.training.folder import RESULT, claim
 from alignlab.training.loop import Trainer
+from alignlab.training.mismatch import saved_when_lost
 from alignlab.training.ownership import Ownership
 from alignlab.training.processes import Processes
 from alignlab.training.progress import ProgressDisplay
 from alignlab.training.pruning import PRUNED, Pruning
+from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.tracking import Tracker, TrackerSettings
 from alignlab.training.watchdog import LOGS
 
-RESULT = "result.json"
-"""Written last, when a run is finished."""
-
-BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
-"""What a run leaves once it has trained; a folder without any of these holds nothing that could be continued."""
-
 SAMPLES_KEPT = 2
 """Groups of each iteration that go to samples.jsonl."""
-
-MAY_CHANGE = ("tracker", "out", "name", "distributed")
-MAY_CHANGE_TRAINING = ("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume", "token_budget")
-"""What may differ between a run and its continuation."""
 
 
 def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -77,7 +72,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     processes = Processes(settings.mixed_precision, checked.distributed)
     owner = Ownership(out) if processes.is_main else None
     if owner is not None:
-        _claim(out, config, settings)
+        claim(out, config, settings)
         owner.take()
     processes.barrier()
     processes.watch(out / LOGS)
@@ -115,12 +110,22 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
     reference = (
         Reference(model, fresh, moves=source.refresh is not None) if _wants_reference(algorithm, source) else None
     )
+    temperature, cache = rollout.temperature if source.kind == "rollout" else 1.0, None
+    if reference is not None and settings.reference_cache and source.kind == "data" and not source.refresh:
+        known = identity(reference, temperature, settings.mixed_precision) if processes.is_main else ""
+        cache = ReferenceCache(Path(settings.reference_cache), processes.gather(known)[0])
     if "value" in algorithm.reads:
         add_value_head(model, algorithm.critic, settings.seed)
     optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
 
+    server: VllmRun | None = None
+
     def sampler(policy: PackedModel) -> Sampler:
-        engine = LocalEngine(policy, rollout, progress=settings.progress != "off")
+        shown = settings.progress != "off"
+        if server is not None:
+            server.push(policy)
+            return VllmEngine(policy, rollout, server, progress=shown)
+        engine = LocalEngine(policy, rollout, progress=shown)
         return checked.search(engine) if checked.search else engine
 
     with processes.peers():
@@ -139,7 +144,8 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         scorers=scorers,
         reference=reference,
         sampler=sampler,
-        temperature=rollout.temperature if source.kind == "rollout" else 1.0,
+        temperature=temperature,
+        cache=cache,
         checkpoints=Checkpoints(
             out / "checkpoints",
             settings.keep_last,
@@ -161,8 +167,13 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
             out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed
         )
         where = f"{processes.world} process(es), {engine.name}, {processes.device}"
-        print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {model.layout} rows → {out}")
-    with tracker, trainer.progress, processes.peers():
+        rows = f"{model.layout} rows, {trainer.budget.found():,} tokens at a time"
+        print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {rows} → {out}")
+    if source.kind == "rollout" and rollout.vllm is not None:
+        shown = settings.progress != "off"
+        server = VllmRun(rollout, model, checked.model, out, processes.is_main, processes.gather, shown)
+        trainer.collector.vllm = rollout.vllm
+    with server or nullcontext(), tracker, trainer.progress, processes.peers(), saved_when_lost(trainer):
         state = trainer.run()
         if owner is not None:
             owner.check()
@@ -246,11 +257,40 @@ def check(config: dict[str, Any]) -> Checked:
         temperature = checked.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
     _check_columns(checked.algorithm, checked.source, checked.scorers)
+    if checked.source.kind == "rollout" and checked.rollout.vllm is not None:
+        _check_server(checked, checked.rollout.vllm)
     if checked.search and checked.source.kind != "rollout":
         raise ConfigError("search: responses are searched for only with source=rollout")
     if checked.source.refresh and not _wants_reference(checked.algorithm, checked.source):
         raise ConfigError(f"source.refresh: {type(checked.algorithm).__name__} uses no reference policy")
     return checked
+
+
+def _check_server(checked: Checked, server: VllmSettings) -> None:
+    """Raise ConfigError for what cannot be had from a vLLM server, or not without correction."""
+    check_settings(checked.rollout)
+    name, corrects = type(checked.algorithm).__name__, isinstance(checked.algorithm, PolicyGradient)
+    if checked.search:
+        raise ConfigError("search: responses are drawn step by step, which a vLLM server cannot: use rollout=local")
+    if checked.source.policy == "reference":
+        raise ConfigError("source.policy=reference: a vLLM server has the policy that is trained: use rollout=local")
+    if checked.distributed.mode in DIVIDING:
+        raise ConfigError(
+            f"distributed={checked.distributed.mode}: no process has all weights to send: use ddp or zero2"
+        )
+    if server.importance_cap is not None:
+        cap, rule = server.importance_cap, f"{name} does not weigh its loss by importance weights"
+        require(corrects, "rollout.vllm.importance_cap", cap, rule)
+    elif server.asynchronous and "old_logp" in checked.algorithm.needs:
+        raise ConfigError(
+            f"rollout.vllm.asynchronous: {name} takes its samples for the policy's own, and these are an iteration "
+            "old: give rollout.vllm.importance_cap, as in 2"
+        )
+    elif checked.quantization.kind != "none" and "old_logp" in checked.algorithm.needs:
+        raise ConfigError(
+            f"quantization={checked.quantization.kind}: the server samples from the base in full precision: give "
+            "rollout.vllm.importance_cap, as in 2, or use rollout=local"
+        )
 
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:
@@ -316,44 +356,6 @@ def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequen
                 f"scoring: {type(algorithm).__name__} needs the column '{column}' and nothing fills it: "
                 "choose a scorer, as in scoring=reward_model scoring.path=DIR"
             )
-
-
-def _claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> None:
-    """Take the folder: a new one, or that of the same run to be continued."""
-    saved = out / "config.yaml"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if settings.resume == "never":
-            for name in ("checkpoints", "model"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET, PRUNED):
-                (out / name).unlink(missing_ok=True)
-        elif saved.exists() and any((out / name).exists() for name in BEGUN):
-            before, now = essence(yaml.safe_load(saved.read_text())), essence(config)
-            different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-            if different:
-                raise ConfigError(
-                    f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another "
-                    "out=DIR, or training.resume=never to start it anew"
-                )
-        write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
-
-
-def essence(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat, by command-line key."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(v, f"{key}.{k}" if key else str(k))
-        else:
-            flat[key] = value
-
-    walk({k: v for k, v in config.items() if k not in MAY_CHANGE}, "")
-    return {k: v for k, v in flat.items() if k not in {f"training.{n}" for n in MAY_CHANGE_TRAINING}}
 
 
 def _keep_samples(out: Path) -> Any:

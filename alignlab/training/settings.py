@@ -18,7 +18,8 @@ class TrainingSettings(Settings):
     max_generated_tokens: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0)
     batch_size: int = Field(32, ge=1)
-    token_budget: int = Field(8192, ge=1)
+    token_budget: int | None = Field(None, ge=1)
+    reference_cache: str | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(0.0, ge=0, le=1)
     min_lr: float = Field(0.0, ge=0, le=1)

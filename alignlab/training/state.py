@@ -41,6 +41,7 @@ class State:
         pending: the current iteration's groups, scored and prepared, while some of them are still to be trained on.
         trained_tokens, generated_tokens: response tokens trained on and sampled, over all processes.
         sampled: how many of them were sampled for the current iteration.
+        refreshed: the iteration before which the reference was last refreshed.
         seconds: time spent, start-up not counted, over all sittings.
         best: the best value of the watched metric so far.
         bad_evaluations: evaluations since then.
@@ -56,6 +57,7 @@ class State:
     trained_tokens: int = 0
     generated_tokens: int = 0
     sampled: int = 0
+    refreshed: int = 0
     seconds: float = 0.0
     best: float | None = None
     bad_evaluations: int = 0

@@ -73,6 +73,13 @@ def ran(nodes: dict[str, Node], name: str, command: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ what waits for what
 
 
+def test_what_references_say_is_kept_for_all_runs_unless_a_run_says_where(planned: Planned, tmp_path: Path) -> None:
+    nodes = planned(algorithms={"dpo": DPO, "apart": [*DPO, "training.reference_cache=elsewhere"]})
+    for name, place in {"sft": tmp_path / "cache", "runs/dpo-seed0": tmp_path / "cache"}.items():
+        assert ran(nodes, name, "train")["training"]["reference_cache"] == str(place)
+    assert ran(nodes, "runs/apart-seed0", "train")["training"]["reference_cache"] == "elsewhere"
+
+
 def test_each_part_waits_for_what_its_words_name(planned: Planned) -> None:
     nodes = planned(
         models={"ranker": JUDGE, "steps_judge": ["algorithm=sft", "data=demonstrations", "data.path={steps}"]},

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,20 @@ def none_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_combination_has_a_folder_named_after_what_varies(grid: Path) -> None:
-    assert sorted(p.name for p in grid.iterdir() if p.is_dir()) == NAMES
+    assert sorted(p.name for p in grid.iterdir() if p.is_dir()) == [*NAMES, "cache"]
     table = sweeps.table(grid)
     assert sorted(table) == NAMES
     for name, row in table.items():
         assert row["state"] == "finished"
         assert name == f"algorithm.beta={row['algorithm.beta']},optimizer.lr={row['optimizer.lr']}"
         assert float(row["loss"]) == sweeps.lines(grid / name)[-1]["loss"]
+
+
+def test_the_runs_share_what_the_reference_says(grid: Path) -> None:
+    """Of 12 pairs, once."""
+    (path,) = (grid / "cache").iterdir()
+    with sqlite3.connect(path) as file:
+        assert file.execute("SELECT count(*) FROM logps").fetchone() == (24,)
 
 
 def test_the_best_is_named_with_the_words_that_do_it_again(home: Path, grid: Path) -> None:

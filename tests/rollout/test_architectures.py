@@ -10,7 +10,8 @@ import torch
 from alignlab.core import Group
 from alignlab.models import PackedModel
 from alignlab.models.probe import probe
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalEngine, RolloutSettings, local
+from alignlab.rollout.continuous import takes_plans
 from alignlab.rollout.decoding import Mode, decoding_mode
 from tests.rollout.tiny import EOS, PIECES, model, network, plain_logp, prompts, tokenizer
 
@@ -20,7 +21,10 @@ MODES = {
     "gpt2": BOTH,
     "gpt_neox": BOTH,
     "mistral": BOTH,  # a sliding window of 5, shorter than most prompts here
+    "mistral, wide": BOTH,  # a window of 40, longer than all sequences here
     "qwen2": BOTH,
+    "qwen3": BOTH,
+    "phi": BOTH,
     "gemma": BOTH,
     "gemma2": BOTH,  # sliding and full attention, capped logits
     "bloom": BOTH,  # ALiBi
@@ -29,10 +33,29 @@ MODES = {
     "recurrent_gemma": Mode(cached=False, padded=False),  # state inside its modules, no mask in its recurrence
 }
 LENGTHS = (2, 13, 7, 13, 30)
+CONTINUOUS = {"llama", "gpt2", "gpt_neox", "mistral, wide", "qwen2", "qwen3", "phi", "gemma"}
+"""Those whose rows come and go while others are drawn; the rest goes through transformers' cache, batch by batch."""
+
+WAYS = [(name, way) for name in MODES for way in ("continuous", "cached") if way == "cached" or name in CONTINUOUS]
+
+
+@pytest.fixture
+def in_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "cached":
+        monkeypatch.setattr(local, "takes_plans", lambda *_: False)
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_behaviour_logp_is_the_plain_forward_s(name: str) -> None:
+def test_which_networks_take_plans(name: str) -> None:
+    packed = model(name)
+    assert takes_plans(packed, 40) == (name in CONTINUOUS)
+    assert not takes_plans(model("mistral, wide"), 41), "longer than the window"
+    assert packed.base.config._attn_implementation in ("alignlab" if name in CONTINUOUS else "sdpa", "eager")
+
+
+@pytest.mark.usefixtures("in_way")
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_behaviour_logp_is_the_plain_forward_s(name: str, way: str) -> None:
     packed = model(name)
     assert decoding_mode(packed) == MODES[name]
     settings = RolloutSettings(max_new_tokens=10, stop_tokens=["a", "b", "c"])
@@ -44,8 +67,9 @@ def test_behaviour_logp_is_the_plain_forward_s(name: str) -> None:
     assert len({len(r.token_ids) for g in sampled for r in g.responses}) > 3, "rows must end at different times"
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_greedy_is_transformers_generate(name: str) -> None:
+@pytest.mark.usefixtures("in_way")
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_greedy_is_transformers_generate(name: str, way: str) -> None:
     packed = model(name)
     for group in LocalEngine(packed, RolloutSettings(max_new_tokens=10)).greedy(prompts(*LENGTHS)):
         ids = torch.tensor([group.prompt_ids])
@@ -93,7 +117,8 @@ def test_a_network_wrong_under_padding_is_found_out(loudness: float, caplog: pyt
             assert response.columns["behaviour_logp"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba"])
+@pytest.mark.usefixtures("in_way")
+@pytest.mark.parametrize(("name", "way"), [("llama", "cached"), ("mamba", "cached")])
 def test_one_prefill_per_prompt_and_ended_rows_leave(name: str) -> None:
     packed = model(name)
     groups = [*prompts(2, 13, 7, 30), *prompts(13, seed=9)]
@@ -112,7 +137,9 @@ def test_one_prefill_per_prompt_and_ended_rows_leave(name: str) -> None:
     assert [tuple(s) for s in shapes[1:]] == expected, "a token for each row that still goes on"
 
 
-def test_batches_keep_to_the_token_budget() -> None:
+@pytest.mark.usefixtures("in_way")
+@pytest.mark.parametrize("way", ["cached"])
+def test_batches_keep_to_the_token_budget(way: str) -> None:
     packed = model("llama")
     decoding_mode(packed)
     shapes: list[tuple[int, int]] = []

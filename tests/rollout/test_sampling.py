@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from alignlab.rollout import RolloutSettings, filtered_log_probs
-from alignlab.rollout.sampling import draw, stream_key, uniforms
+from alignlab.rollout.sampling import BLOCK, draw, sample, stream_key, uniforms
 
 LAST = 1 - 2.0**-53  # the largest float64 below 1
 
@@ -137,11 +137,90 @@ def test_draw_survives_sums_that_are_not_one(log_total: float) -> None:
 def test_draw_survives_sums_that_go_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parallel running sums, as on GPUs, round differently from place to place."""
     cumsum = torch.Tensor.cumsum
-    bump = torch.tensor([0.0, 2.0**-52, 0.0, 2.0**-52, 0.0], dtype=torch.float64)
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: cumsum(self, dim) + bump)
+
+    def shaken(self: torch.Tensor, dim: int) -> torch.Tensor:
+        return cumsum(self, dim) + 2.0**-52 * (torch.arange(self.shape[-1]) % 2)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", shaken)
     logp = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0]], dtype=torch.float64).log()
     assert draw(logp, torch.tensor([0.5], dtype=torch.float64)).tolist() == [2]
     assert draw(logp, torch.tensor([LAST], dtype=torch.float64)).tolist() == [2]
+    blocks = torch.full((1, 5 * BLOCK), -math.inf, dtype=torch.float64)
+    blocks[0, 7], blocks[0, 2 * BLOCK + 7] = math.log(0.5), math.log(0.5)
+    assert draw(blocks, torch.tensor([0.5], dtype=torch.float64)).tolist() == [2 * BLOCK + 7]
+    assert draw(blocks, torch.tensor([LAST], dtype=torch.float64)).tolist() == [2 * BLOCK + 7]
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7 * BLOCK + 100])
+def test_draw_is_the_quantile_of_the_whole_running_sum(size: int) -> None:
+    """Against Python's own exact sums, in vocabularies of no, one and several blocks."""
+    generator = torch.Generator().manual_seed(size)
+    logp = (2 * torch.randn(40, size, generator=generator)).log_softmax(-1)
+    logp[:, torch.rand(size, generator=generator) < 0.3] = -math.inf
+    u = torch.rand(40, generator=generator, dtype=torch.float64)
+    for row, uniform, token in zip(logp, u.tolist(), draw(logp, u).tolist(), strict=True):
+        p = [math.exp(x) for x in row.tolist()]
+        total = math.fsum(p)
+        assert math.fsum(p[:token]) / total <= uniform + 1e-6
+        assert math.fsum(p[: token + 1]) / total >= uniform - 1e-6
+        assert p[token] > 0
+
+
+def test_where_a_block_s_sum_rounds_up_its_last_possible_token_is_drawn() -> None:
+    """1 + 255·2⁻²⁴ is 1 in float32 if summed one by one, more in pairs; neither is what float64 says."""
+    p = torch.full((1, BLOCK), 2.0**-24)
+    p[0, 0], p[0, -1] = 1.0, 0.0
+    for u in (LAST, 1 - 2.0**-25, 1 - 2.0**-20):
+        token = draw(p.log(), torch.tensor([u], dtype=torch.float64)).item()
+        assert 0 <= token <= BLOCK - 2, "the last is impossible"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.6}, {"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 2.0, "top_p": 0.999}],
+    ids=str,
+)
+def test_sample_is_draw_from_the_filtered_distribution(settings: dict[str, float]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(60, 3 * BLOCK + 50, generator=generator)
+    logits[:, ::7] = -math.inf
+    u = torch.rand(60, generator=generator, dtype=torch.float64)
+    logp = filtered_log_probs(logits, RolloutSettings(**settings))
+    before = logits.clone()
+    token, found, finite = sample(logits, u, RolloutSettings(**settings))
+    assert torch.equal(token, draw(logp, u)) and finite.all()
+    torch.testing.assert_close(found, logp.gather(-1, token[:, None]).squeeze(-1), atol=1e-6, rtol=1e-6)
+    assert torch.equal(logits, before), "the logits given must not change"
+
+
+def test_sample_greedily_and_of_broken_logits() -> None:
+    u = torch.full((4,), 0.5, dtype=torch.float64)
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, math.nan, 1.0], [math.inf, 0.0, 1.0], [-math.inf, 0.0, -math.inf]])
+    for settings in ({"temperature": 0}, {}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
+        token, logp, finite = sample(logits, u, RolloutSettings(**settings))
+        assert finite.tolist() == [True, False, False, True]
+        assert token[3] == 1 and logp[3] == 0
+        if settings == {"temperature": 0}:
+            assert token[0] == 1 and logp[0] == 0
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 0.999999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("top_k", [0, 400])
+def test_the_nucleus_in_a_large_vocabulary(top_p: float, spread: float, top_k: int) -> None:
+    """However many tokens it takes: by sorting all of them."""
+    logits = spread * torch.randn(4, 3000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    kept = filtered_log_probs(logits, RolloutSettings(top_p=top_p, top_k=top_k)).isfinite()
+    for row, found in zip(logits.tolist(), kept, strict=True):
+        order = sorted(range(3000), key=lambda i: (-row[i], i))[: top_k or None]
+        weight = [math.exp(row[i] - row[order[0]]) for i in order]
+        total, mass, expected = math.fsum(weight), 0.0, set()
+        for i, w in zip(order, weight, strict=True):
+            if mass >= top_p * total:
+                break
+            expected.add(i)
+            mass += w
+        assert set(found.nonzero().flatten().tolist()) == expected
 
 
 def test_uniforms_are_the_leading_53_bits_of_a_hash_stream() -> None:

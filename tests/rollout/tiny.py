@@ -58,6 +58,12 @@ def config(name: str, vocabulary: int = len(PIECES)) -> Any:
         return t.MistralConfig(**common, **two, sliding_window=5)
     if name == "qwen2":
         return t.Qwen2Config(**common, **two)
+    if name == "mistral, wide":
+        return t.MistralConfig(**common, **two, sliding_window=40)
+    if name == "qwen3":
+        return t.Qwen3Config(**common, **two, head_dim=16)
+    if name == "phi":
+        return t.PhiConfig(**common, **two)
     if name == "gemma":
         return t.GemmaConfig(**common, **two, head_dim=8)
     if name == "gemma2":

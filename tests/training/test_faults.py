@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, algorithm: str) 
     out = f"{algorithm}-changed"
     interrupted(folder, algorithm, out, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignlab.training.run.essence", lambda config: {})
+        patch.setattr("alignlab.training.folder.essence", lambda config: {})
         with pytest.raises(AlignlabError, match=r"step-00000002: this checkpoint does not fit the run: it holds"):
             runs.train(folder, algorithm, out, *MORE, "adapter.targets=[q_proj]")
 

@@ -131,8 +131,8 @@ def test_records_own_responses_are_kept_beside_the_sampled_ones(folder: Path, mo
     seen: list[iteration.Collected] = []
     collect = iteration.Collector.collect
 
-    def spy(self, groups, seed):  # type: ignore[no-untyped-def]
-        seen.append(collect(self, groups, seed))
+    def spy(self, *groups, **more):  # type: ignore[no-untyped-def]
+        seen.append(collect(self, *groups, **more))
         return seen[-1]
 
     monkeypatch.setattr(iteration.Collector, "collect", spy)

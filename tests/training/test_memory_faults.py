@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError
-from alignlab.core.memory import in_halves, is_memory_error
+from alignlab.core.memory import TOKENS_ON_CPU, TOKENS_ON_GPU, in_halves, is_memory_error, usual_tokens
 from alignlab.training import loop, step
+from alignlab.training.budget import TokenBudget
 from tests.training import forks, runs
 
+USUAL = usual_tokens(on_cpu=not torch.cuda.is_available())
 MORE = ["adapter=lora", "adapter.dropout=0.2", "training.batch_size=6", "training.progress=off"]
 
 
@@ -96,7 +98,7 @@ def test_the_budget_is_halved_and_the_run_is_that_of_a_smaller_budget(
         runs.train(folder, "simpo", out, *MORE)
     said = [r.getMessage() for r in caplog.records if "token_budget" in r.getMessage()]
     kept = json.loads((folder / out / "token_budget.json").read_text())
-    assert kept["asked"] == 8192 and kept["tokens"] <= 40
+    assert kept["asked"] == USUAL and kept["tokens"] <= 40
     assert len(said) == sum(tokens > 40 for tokens in memory.asked) <= 3
     assert re.search(rf"training\.token_budget goes down from [\d,]+ to {kept['tokens']}$", said[-1])
     small = f"{out}-small"
@@ -104,6 +106,21 @@ def test_the_budget_is_halved_and_the_run_is_that_of_a_smaller_budget(
     assert runs.identical(runs.weights(folder, out), runs.weights(folder, small))
     first, second = (runs.metrics(folder, o) for o in (out, small))
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_who_says_nothing_gets_what_suits_the_device(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's line says it, and what an earlier sitting has learnt."""
+    cpu, cuda = (TokenBudget(tmp_path, None, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert (cpu.tokens, cuda.tokens) == (cpu.asked, cuda.asked) == (TOKENS_ON_CPU, TOKENS_ON_GPU)
+    assert TokenBudget(tmp_path, 7, torch.device("cpu")).tokens == 7
+    for out, more, said in (("usual", [], f"{USUAL:,}"), ("asked", ["training.token_budget=3000"], "3,000")):
+        runs.train(folder, "simpo", out, *MORE, "training.steps=1", *more)
+        assert f" rows, {said} tokens at a time → " in capsys.readouterr().out
+    (folder / "usual/token_budget.json").write_text(json.dumps({"asked": USUAL, "tokens": 99}))
+    runs.train(folder, "simpo", "usual", *MORE, "training.steps=1")
+    assert " rows, 99 tokens at a time → " in capsys.readouterr().out
 
 
 def test_a_continuation_keeps_the_budget_and_another_wish_is_granted(folder: Path) -> None:
@@ -149,7 +166,7 @@ def test_two_processes_agree(folder: Path) -> None:
 
         patch.setattr(step, "aggregate", starved)
         forks.train(folder, "dpo", "two", *more)
-    assert json.loads((folder / "two/token_budget.json").read_text())["tokens"] < 8192
+    assert json.loads((folder / "two/token_budget.json").read_text())["tokens"] < USUAL
     assert runs.difference(runs.weights(folder, "two-whole"), runs.weights(folder, "two")) < 1e-5
 
 
@@ -181,12 +198,12 @@ def test_a_single_item_too_many() -> None:
 def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) -> None:
     """Rows that had ended stay as they are, the others go on where they were."""
     from alignlab.models.packed_model import PackedModel
-    from alignlab.rollout.decoding import Decoding
+    from alignlab.rollout.continuous import ContinuousDecoding
 
     more = ["training.steps=2", "training.progress=off", "source.prompts=6"]
     runs.train(folder, "ppo", "plenty", *more)
     failures = {"sampling": 0, "scoring": 0}
-    append, forward = Decoding.append, PackedModel.forward
+    append, forward = ContinuousDecoding.append, PackedModel.forward
 
     def starved_append(self: Any, token_R: torch.Tensor) -> None:
         if len(token_R) > 4:
@@ -201,7 +218,7 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
         return forward(self, rows, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoding, "append", starved_append)
+        patch.setattr(ContinuousDecoding, "append", starved_append)
         patch.setattr(PackedModel, "forward", starved_forward)
         runs.train(folder, "ppo", "little", *more)
     assert failures["sampling"] > 0 and failures["scoring"] > 0
@@ -235,7 +252,7 @@ def test_the_operating_system_refuses_memory(folder: Path) -> None:
         "".join(json.dumps({"prompt": "a b", "completion": " ".join("abcdefgh" * 5)}) + "\n" for _ in range(300))
     )
     words = runs.words_for(folder, "sft", "refused", *MORE, "training.batch_size=300", "training.steps=2")
-    words.append(f"data.path={folder}/long.jsonl")
+    words += [f"data.path={folder}/long.jsonl", "training.token_budget=8192"]
     done = runs.spawn([sys.executable, "-c", LIMITED, "30", *words])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "allocate memory" in done.stderr and "training.token_budget goes down from 8,192 to" in done.stderr

@@ -40,8 +40,8 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[Collected]:
     found: list[Collected] = []
     collect = Collector.collect
 
-    def spy(self: Collector, groups: list[Group], seed: int) -> Collected:
-        found.append(collect(self, groups, seed))
+    def spy(self: Collector, groups: list[Group], seed: int, **more: Any) -> Collected:
+        found.append(collect(self, groups, seed, **more))
         return found[-1]
 
     monkeypatch.setattr(Collector, "collect", spy)
@@ -63,8 +63,8 @@ def test_whitening_per_process(folder: Path, algorithm: str, tmp_path: Path, mon
     not."""
     collect = Collector.collect
 
-    def spy(self: Collector, groups: list[Group], seed: int) -> Collected:
-        found, world, rank = collect(self, groups, seed), self.processes.world, self.processes.rank
+    def spy(self: Collector, groups: list[Group], seed: int, **more: Any) -> Collected:
+        found, world, rank = collect(self, groups, seed, **more), self.processes.world, self.processes.rank
         mine = [found.groups[i] for i in shares(found.groups, world)[rank]]
         told = {"all": column(found.groups, "advantage"), "mine": column(mine, "advantage")}
         (tmp_path / f"{world}-{rank}.json").write_text(json.dumps(told))

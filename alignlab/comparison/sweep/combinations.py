@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from alignlab.comparison.planning import quoted
 from alignlab.config import config_folder, explain, hydra_ready, resolve, sweep_words
 from alignlab.core import ConfigError
+from alignlab.training.folder import REFERENCE_CACHE
 
 LONGEST = 200
 """Bytes that the name of a combination's folder may have; file systems end at 255."""
@@ -92,8 +93,8 @@ class Composer:
         folder = self.folder / name
         words = [*self.steady, *(f"{key}={value}" for key, value in values.items()), f"out={_plain(str(folder))}"]
         config = self._compose(words)
-        if tracking := self._tracking(config, name):
-            words += tracking
+        if ours := [*self._tracking(config, name), *self._cache(config)]:
+            words += ours
             config = self._compose(words)
         return Combination(name, folder, dict(values), words, config, trial)
 
@@ -112,6 +113,13 @@ class Composer:
         group = self.folder.resolve().name
         ours = {"group": group, "name": f"{group}/{name}"}
         return [f"++tracker.{k}={quoted(v)}" for k, v in ours.items() if tracker.get(k) is None]
+
+    def _cache(self, config: dict[str, Any]) -> list[str]:
+        """Where the runs keep what a fixed reference says of the data: what one has computed, the others know."""
+        training = config.get("training", {})
+        if self.command != "train" or training.get("reference_cache") or config["source"]["kind"] != "data":
+            return []
+        return [f"training.reference_cache={_plain(str(self.folder / REFERENCE_CACHE))}"]
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

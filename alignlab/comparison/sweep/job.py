@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 from alignlab.comparison.graph import last_words
 from alignlab.comparison.sweep.state import FAILED, failed
 from alignlab.core import AlignlabError, Interrupted
+from alignlab.core.children import end_with_parent
 from alignlab.core.memory import release_memory
 from alignlab.launch.slurm.commands import states
-from alignlab.launch.start import HANDLED, Failed, end_with_parent
+from alignlab.launch.start import HANDLED, Failed
 from alignlab.training.watchdog import LOGS
 
 LOG, PROCESS = "log.txt", "process"

@@ -19,8 +19,8 @@ from alignlab.comparison.sweep.results import USUAL, chosen_metric, direction_of
 from alignlab.comparison.sweep.settings import OptunaSettings
 from alignlab.comparison.sweep.state import figures, is_over, standing
 from alignlab.core import ConfigError
+from alignlab.training.folder import essence
 from alignlab.training.pruning import Trial, open_study
-from alignlab.training.run import essence
 
 STUDY, NAME = "study.log", "sweep"
 

@@ -13,8 +13,8 @@ from alignlab.comparison.collect import BOARD, is_current
 from alignlab.comparison.graph import NODES, is_result
 from alignlab.comparison.sweep.combinations import Combination
 from alignlab.core.files import write_json
+from alignlab.training.folder import RESULT, essence
 from alignlab.training.pruning import PRUNED
-from alignlab.training.run import RESULT, essence
 
 FAILED = "failed.json"
 """Left by a run that failed: `reason`, and `log`, where there is more to read."""

@@ -65,7 +65,7 @@ def modes(study: Study, devices: int) -> Iterator[str]:
 
 def choices(study: Study, variant: Variant, token_budget: int | None = None) -> Iterator[Choice]:
     """From the cheapest: fewest devices, then the simplest mode."""
-    budget = token_budget or study.checked.training.token_budget
+    budget = token_budget or study.token_budget
     for count in COUNTS:
         for mode in modes(study, count):
             yield Choice(variant, mode, count, budget, study.memory(variant, mode, count, token_budget, per_device=1))

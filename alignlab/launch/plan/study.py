@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from alignlab.core import ConfigError
+from alignlab.core.memory import usual_tokens
 from alignlab.launch.plan.memory import Memory, Optimizer, Setting, device_memory, optimizer_of
 from alignlab.launch.plan.settings import PlanSettings
 from alignlab.launch.plan.shapes import Inventory, Shapes, bare_bytes, extrapolate, read_config, saved_dtype
@@ -109,6 +110,11 @@ class Study:
             return source.samples + (1 if source.keep else 0)
         return 2 if self.checked.algorithm.unit in ("pair", "group") else 1
 
+    @property
+    def token_budget(self) -> int:
+        """Of a run on such a device."""
+        return self.checked.training.token_budget or usual_tokens(self.on_cpu)
+
     def workload(self, token_budget: int | None = None, devices: int = 1) -> Workload:
         """A micro-batch: as many rows as the token budget holds, and no more than a process's share of a step."""
         c, s = self.checked, self.settings
@@ -122,7 +128,7 @@ class Study:
             c.rollout.temperature if self.samples else 1.0,
         )
         share = math.ceil(c.training.batch_size / devices)
-        return replace(one, rows=max(1, min((token_budget or c.training.token_budget) // one.length, share)))
+        return replace(one, rows=max(1, min((token_budget or self.token_budget) // one.length, share)))
 
     def micro_batches(self, work: Workload, devices: int = 1) -> int:
         return math.ceil(math.ceil(self.checked.training.batch_size / devices) / work.rows)

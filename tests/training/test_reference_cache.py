@@ -1,0 +1,370 @@
+"""What a reference says of the data is computed once, kept, and believed only where it was said of the very same."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.core import Group, Response
+from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model
+from alignlab.training import iteration
+from alignlab.training.reference_cache import ReferenceCache, identity, key
+from tests import tiny
+from tests.training import runs
+
+NAME = "a" * 64
+
+
+def groups(count: int = 6, responses: int = 2) -> list[Group]:
+    """Of different tokens, all."""
+    made = []
+    for i in range(count):
+        answers = [Response([10 * i + k, 7, 2], loss_mask=[True, k == 0, True]) for k in range(responses)]
+        made.append(Group([1, i], answers, origin=f"data:{i}"))
+    return made
+
+
+def said(prompt_ids: Sequence[int], response: Response) -> list[float]:
+    """A number in float32 for each token that bears loss, of prompt and response."""
+    first = torch.tensor([prompt_ids[-1] / 3, *(i / 7 for i in response.token_ids)], dtype=torch.float32)
+    return (-first.cumsum(0)[[i + 1 for i in response.predicted]]).tolist()
+
+
+class Model:
+    """Stands for a scoring pass.
+
+    Attributes:
+        read: how many responses it was asked for.
+    """
+
+    def __init__(self, found: Sequence[Group], shift: float = 0.0) -> None:
+        self.found, self.shift, self.read = found, shift, 0
+
+    def __call__(self) -> None:
+        for group in self.found:
+            for response in group.responses:
+                if "ref_logp" not in response.columns:
+                    self.read += 1
+                    values = said(group.prompt_ids, response)
+                    response.columns["ref_logp"] = (torch.tensor(values) + self.shift).tolist()
+
+
+def filled(folder: Path, found: list[Group], name: str = NAME, shift: float = 0.0) -> int:
+    """How many responses had to be read."""
+    model = Model(found, shift)
+    ReferenceCache(folder, name).fill(found, model)
+    return model.read
+
+
+def columns(found: Sequence[Group]) -> list[Any]:
+    return [r.columns["ref_logp"] for g in found for r in g.responses]
+
+
+EXPECTED = [said(g.prompt_ids, r) for g in groups() for r in g.responses]
+
+
+def test_what_was_said_once_is_not_asked_again_and_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    first, second = groups(), groups()
+    assert (filled(tmp_path, first), filled(tmp_path, second, shift=99)) == (12, 0)
+    assert columns(first) == columns(second) == EXPECTED
+
+
+def test_numbers_that_float32_cannot_hold_are_kept_whole(tmp_path: Path) -> None:
+    found, again = groups(1, 1), groups(1, 1)
+    thirds = [-0.1, -1 / 3, -2 / 3]
+    ReferenceCache(tmp_path, NAME).fill(found, lambda: found[0].responses[0].columns.update(ref_logp=thirds))
+    assert filled(tmp_path, again) == 0
+    assert columns(again) == [thirds]
+
+
+def test_responses_are_known_one_by_one(tmp_path: Path) -> None:
+    filled(tmp_path, groups(6, 1))
+    assert filled(tmp_path, groups(6, 2)) == 6, "the second of each group is new"
+
+
+def test_columns_that_records_bring_are_left_alone_and_not_kept(tmp_path: Path) -> None:
+    own = groups(1)
+    for response in own[0].responses:
+        response.columns["ref_logp"] = [5.0, 5.0]
+    assert filled(tmp_path, own) == 0
+    assert columns(own) == [[5.0, 5.0]] * 2
+    assert filled(tmp_path, groups(1)) == 2
+
+
+OTHERS: dict[str, Callable[[Group], None]] = {
+    "prompt": lambda g: g.prompt_ids.append(3),
+    "token": lambda g: g.responses[0].token_ids.__setitem__(1, 8),
+    "longer": lambda g: (g.responses[0].token_ids.append(3), g.responses[0].loss_mask.append(False)),  # type: ignore
+    "mask": lambda g: setattr(g.responses[0], "loss_mask", [False, True, True]),
+    "border": lambda g: (g.prompt_ids.append(g.responses[0].token_ids.pop(0)), g.responses[0].loss_mask.pop(1)),  # type: ignore
+}
+"""What may be other about a group's first response."""
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_tokens_are_another_question(tmp_path: Path, other: str) -> None:
+    filled(tmp_path, groups(1, 1))
+    changed = groups(1, 1)
+    OTHERS[other](changed[0])
+    assert filled(tmp_path, changed) == 1
+    assert columns(changed) == [said(changed[0].prompt_ids, changed[0].responses[0])]
+
+
+def test_a_mask_that_leaves_nothing_out_is_none() -> None:
+    assert key([1, 2], Response([3, 4], loss_mask=[True, True])) == key([1, 2], Response([3, 4]))
+
+
+def test_another_reference_has_another_file(tmp_path: Path) -> None:
+    filled(tmp_path, groups())
+    assert filled(tmp_path, groups(), name="b" * 64) == 12
+
+
+# ---------------------------------------------------------------------- which reference it is
+
+
+def reference(path: Path, adapter: str = "none", **more: Any) -> Reference:
+    model = load_model(ModelSettings(path=str(path), **more), AdapterSettings(kind=adapter))  # type: ignore[arg-type]
+    return Reference(model, fresh_adapter=adapter == "lora" and not (path / "adapter_config.json").exists())
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    tiny.save(folder / "base", std=0.15)
+    network = load_model(ModelSettings(path=str(folder / "base"))).network
+    network.save_pretrained(folder / "moved")
+    load_model(ModelSettings(path=str(folder / "base"))).tokenizer.save_pretrained(folder / "moved")
+    with torch.no_grad():
+        network.get_output_embeddings().weight[-1, -1] += 1e-6
+    network.save_pretrained(folder / "nudged")
+    load_model(ModelSettings(path=str(folder / "base"))).tokenizer.save_pretrained(folder / "nudged")
+    trained = load_model(ModelSettings(path=str(folder / "base")), AdapterSettings(kind="lora", r=4, alpha=8), seed=3)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    for name, alpha in (("adapter", 8), ("stronger", 16)):
+        trained.network.peft_config["default"].lora_alpha = alpha
+        trained.network.save_pretrained(folder / name)
+        trained.tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_the_same_weights_are_the_same_reference_wherever_they_are_and_whatever_is_trained(bases: Path) -> None:
+    plain = identity(reference(bases / "base"), 1.0, "no")
+    assert identity(reference(bases / "base"), 1.0, "no") == plain
+    assert identity(reference(bases / "moved"), 1.0, "no") == plain
+    assert identity(reference(bases / "base", "lora"), 1.0, "no") == plain
+    assert identity(reference(bases / "base", layout="plain"), 1.0, "no") == plain
+
+
+def test_whatever_changes_a_log_prob_is_another_reference(bases: Path) -> None:
+    base = reference(bases / "base")
+    config = base.held_in.base.config
+    found = [
+        identity(base, 1.0, "no"),
+        identity(base, 0.7, "no"),
+        identity(base, 1.0, "bf16"),
+        identity(reference(bases / "nudged"), 1.0, "no"),
+        identity(reference(bases / "base", dtype="float64"), 1.0, "no"),
+        identity(reference(bases / "adapter", "lora"), 1.0, "no"),
+        identity(reference(bases / "stronger", "lora"), 1.0, "no"),
+    ]
+    config.rms_norm_eps *= 2
+    found.append(identity(base, 1.0, "no"))
+    assert len(set(found)) == len(found)
+
+
+def test_what_is_trained_is_no_part_of_the_reference(bases: Path) -> None:
+    """Neither a new adapter, nor one that is trained further, once they differ from what they were."""
+    for path in ("base", "adapter"):
+        found = reference(bases / path, "lora")
+        before = identity(found, 1.0, "no")
+        for parameter in found.held_in.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        assert identity(found, 1.0, "no") == before
+
+
+# ---------------------------------------------------------------------- several, killed, damaged
+
+
+def test_several_at_once_agree_on_the_first_to_write(tmp_path: Path) -> None:
+    """Both ask before either has an answer, and their answers differ by rounding."""
+    found, late = groups(), groups()
+    here = Model(late, shift=1e-3)
+
+    def slower() -> None:
+        assert filled(tmp_path, found) == 12
+        here()
+
+    ReferenceCache(tmp_path, NAME).fill(late, slower)
+    assert here.read == 12
+    assert columns(late) == columns(found) == EXPECTED
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.training.test_reference_cache import filled, groups
+for i in range(30):
+    some = groups(60)[i * 2 % 50 :][:8]
+    filled(Path(sys.argv[1]), some)
+"""
+
+
+def process(code: str, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=runs.REPOSITORY, env=runs.environment())
+
+
+def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
+    writers = [process(WRITER, tmp_path) for _ in range(2)]
+    assert [w.wait(120) for w in writers] == [0, 0]
+    found = groups(56)
+    assert filled(tmp_path, found) == 0
+    assert columns(found) == [said(g.prompt_ids, r) for g in groups(56) for r in g.responses]
+
+
+KILLED = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from alignlab.training import reference_cache
+from tests.training.test_reference_cache import filled, groups, NAME
+filled(Path(sys.argv[1]), groups(2))
+cache = reference_cache.ReferenceCache(Path(sys.argv[1]), NAME)
+file = cache._open()
+file.execute("PRAGMA cache_size = 1")  # pages go to the file before the end of the transaction
+def rows():
+    for i in range(5000):
+        yield i.to_bytes(16, "little"), bytes(400)
+    os.kill(os.getpid(), signal.SIGKILL)
+cache._connection = file
+cache._write("INSERT OR IGNORE INTO logps VALUES (?, ?)", rows())
+"""
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    assert process(KILLED, tmp_path).wait(120) == -signal.SIGKILL
+    assert list(tmp_path.glob("*-journal")), "it was killed in the midst of it"
+    found = groups()
+    assert filled(tmp_path, found) == 8, "the four that were whole are there"
+    assert columns(found) == EXPECTED
+    with sqlite3.connect(next(tmp_path.glob("*.sqlite"))) as file:
+        assert file.execute("SELECT count(*) FROM logps").fetchone() == (12,)
+
+
+def overwrite(path: Path, start: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+@pytest.mark.parametrize("damage", ["not a database", "torn", "bits"])
+def test_what_is_damaged_is_computed_again_and_said(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path, groups())
+    (path,) = tmp_path.glob("*.sqlite")
+    if damage == "bits":
+        whole = path.read_bytes()
+        place = whole.index(torch.tensor(EXPECTED[3]).numpy().tobytes())
+        overwrite(path, place, bytes([whole[place] ^ 1]))
+    else:
+        overwrite(path, 0 if damage == "not a database" else 3900, b"nonsense" * 400)
+    found = groups()
+    with caplog.at_level(logging.WARNING):
+        assert filled(tmp_path, found) == (1 if damage == "bits" else 12)
+    assert columns(found) == EXPECTED
+    assert [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert filled(tmp_path, groups()) == 0, "whole again"
+
+
+def test_where_nothing_can_be_kept_all_is_computed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = groups()
+    with caplog.at_level(logging.WARNING):
+        assert filled(tmp_path / "file", found) == 12
+    assert columns(found) == EXPECTED
+    (told,) = caplog.records
+    assert "training.reference_cache" in told.getMessage() and str(tmp_path / "file") in told.getMessage()
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cached")
+    runs.prepare(made)
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Responses that the reference was asked for, a number for each call."""
+    found: list[int] = []
+    real = iteration.fill_log_probs
+
+    def counted(model: Any, some: Sequence[Group], column: str, *rest: Any) -> None:
+        if column == "ref_logp":
+            found.append(sum(column not in r.columns for g in some for r in g.responses))
+        real(model, some, column, *rest)
+
+    monkeypatch.setattr(iteration, "fill_log_probs", counted)
+    return found
+
+
+def cached(folder: Path, algorithm: str, out: str, *more: str) -> list[dict[str, Any]]:
+    runs.train(folder, algorithm, out, f"training.reference_cache={folder}/cache-{algorithm}", *more)
+    return [{k: v for k, v in line.items() if "second" not in k and k != "time"} for line in runs.metrics(folder, out)]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_the_second_run_asks_nothing_and_is_the_same_run(folder: Path, asked: list[int], algorithm: str) -> None:
+    first = cached(folder, algorithm, f"{algorithm}-first")
+    computed = sum(asked)
+    assert computed >= 24, "of 12 pairs"
+    second = cached(folder, algorithm, f"{algorithm}-second")
+    assert sum(asked) == computed
+    assert first == second
+    runs.train(folder, algorithm, f"{algorithm}-without")
+    assert sum(asked) == 2 * computed
+    weights = [runs.weights(folder, f"{algorithm}-{o}") for o in ("first", "second", "without")]
+    assert runs.identical(*weights[:2]) and runs.identical(weights[0], weights[2])
+
+
+def test_runs_that_train_something_else_share_it(folder: Path, asked: list[int]) -> None:
+    cached(folder, "dpo", "shared", "algorithm.beta=0.3", "training.seed=0")
+    before = sum(asked)
+    cached(folder, "dpo", "lora", "adapter=lora", "training.batch_size=3", "training.seed=5", "algorithm.beta=0.5")
+    assert sum(asked) == before
+    plain = "training.batch_size=3", "training.seed=5", "algorithm.beta=0.5"
+    runs.train(folder, "dpo", "lora-without", "adapter=lora", *plain)
+    found = [runs.weights(folder, out) for out in ("lora", "lora-without")]
+    assert runs.difference(*found) < 1e-3
+
+
+def test_a_reference_that_moves_and_one_of_samples_are_not_kept(folder: Path) -> None:
+    cached(folder, "dpo", "moving", "source.refresh=1", f"training.reference_cache={folder}/none")
+    cached(folder, "grpo", "sampled", f"training.reference_cache={folder}/none")
+    assert not (folder / "none").exists()
+
+
+def test_several_processes_share_it(folder: Path, asked: list[int]) -> None:
+    """Each keeps what it has read; another run, of one process, need not ask."""
+    done = runs.spawn(runs.command(folder, "dpo", "two", f"training.reference_cache={folder}/cache-two", processes=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (folder / "cache-two").iterdir()
+    with sqlite3.connect(path) as file:
+        assert file.execute("SELECT count(*) FROM logps").fetchone() == (24,)
+    runs.train(folder, "dpo", "one", f"training.reference_cache={folder}/cache-two")
+    assert sum(asked) == 0
+    assert runs.difference(*(runs.weights(folder, out) for out in ("one", "two"))) < 1e-3
