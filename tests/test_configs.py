@@ -95,7 +95,7 @@ FULL = {
     "data": ["base"],
     "distributed": ["ddp"],
     "quantization": ["nf4", "int8"],
-    "rollout": ["vllm"],
+    "rollout": ["vllm", "compiled"],
     "source": ["rollout"],
     "tracker": ["wandb"],
 }

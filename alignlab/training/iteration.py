@@ -182,11 +182,11 @@ class Collector:
         with self.processes.accelerator.autocast():  # as in training: not every engine puts it into the model itself
             if "ref_logp" in needs:
                 with self._reference().model() as reference:
-                    ask = (reference, mine, "ref_logp", self.token_budget, self.temperature, in_step)
-                    if self.cache is not None:
-                        self.cache.fill(mine, lambda: fill_log_probs(*ask))
-                    else:
-                        fill_log_probs(*ask)
+                    if self.cache is None:
+                        fill_log_probs(reference, mine, "ref_logp", self.token_budget, self.temperature, in_step)
+                    else:  # each group by itself: what is kept must not depend on what else this run reads
+                        alone = (reference, mine, "ref_logp", 1, self.temperature, in_step)
+                        self.cache.fill(mine, lambda: fill_log_probs(*alone))
             unread = with_some(mine, to_read) if sampled in old.values() and "value" not in old else mine
             fill_outputs(self.model, unread, old, self.token_budget, self.temperature, in_step)
         if self.processes.world == 1:

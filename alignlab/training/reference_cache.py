@@ -2,8 +2,8 @@
 
 A file for each reference, named by a hash of everything that its log-probs follow from: every bit of its weights, its
 architecture, the temperature, the precision. In it, by a hash of prompt, response and loss mask, the log-probs as they
-were computed, to the last bit. Computed beside other responses they would differ by rounding, some 1e-6; of several
-processes that compute the same at the same time, the first to write is believed by all.
+were computed, to the last bit. They are computed a group at a time, so that no rounding depends on the batch that asked
+first: runs may come in any order, and at the same time.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,21 @@ def test_the_second_run_asks_nothing_and_is_the_same_run(folder: Path, asked: li
     runs.train(folder, algorithm, f"{algorithm}-without")
     assert sum(asked) == 2 * computed
     weights = [runs.weights(folder, f"{algorithm}-{o}") for o in ("first", "second", "without")]
-    assert runs.identical(*weights[:2]) and runs.identical(weights[0], weights[2])
+    assert runs.identical(*weights[:2])
+    assert runs.difference(weights[0], weights[2]) < 1e-5, "read with other groups, it differs by rounding"
+
+
+def test_what_is_kept_does_not_depend_on_who_asked_first(folder: Path) -> None:
+    """To the last bit: a comparison's figures are the same in whatever order its runs come."""
+    kept = []
+    for name, words in (("one", ()), ("other", ("training.batch_size=2", "training.seed=5", "training.epochs=1"))):
+        where = folder / f"kept-{name}"
+        runs.train(folder, "dpo", f"dpo-{name}", f"training.reference_cache={where}", "training.steps=12", *words)
+        (file,) = where.glob("*.sqlite")
+        with closing(sqlite3.connect(file)) as connection:
+            kept.append(dict(connection.execute("SELECT key, logp FROM logps").fetchall()))
+    assert len(kept[0]) == 24
+    assert kept[0] == kept[1]
 
 
 def test_runs_that_train_something_else_share_it(folder: Path, asked: list[int]) -> None:
