@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -25,6 +29,8 @@ ADVICE = (
     "(distributed=zero3)"
 )
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers for how many bytes of free memory it keeps, and from how many on it asks the system for a piece."""
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 8192
 """Tokens of a micro-batch where nobody says how many. A CPU is hardly faster with more: with 32 pairs of 270 tokens and
@@ -49,6 +55,20 @@ def release_memory() -> None:
     and these tensors."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for what is made next, instead of giving it back to the system, which fills
+    every page with zeros before it lends it again: a tenth of a step's time on CPUs. With glibc alone."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            library = ctypes.CDLL(None)
+            library.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that it takes
+            library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def in_halves(batches: Iterable[list[T]], work: Callable[[list[T]], Iterator[R]], what: str) -> Iterator[R]:

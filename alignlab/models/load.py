@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
+from alignlab.core.memory import keep_freed_memory
 from alignlab.models.features import Features
 from alignlab.models.heads import add_language_head
 from alignlab.models.packed_model import PackedModel
@@ -63,6 +64,8 @@ def load_model(
             be trained itself.
     """
     torch.manual_seed(seed)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     adapter, quantization = adapter or AdapterSettings(), quantization or QuantizationSettings()
     if trainable:
         check_adapter(quantization, adapter)

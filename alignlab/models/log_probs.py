@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from alignlab.models.products import linear
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits held at a time, in numbers (32 MB in float32), whatever the vocabulary."""
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at a time on a CPU, in numbers (16 MB in float32), whatever the vocabulary."""
+
+GPU_CHUNKS = 8
+"""On a GPU so many times as many: it needs more to be busy."""
 
 Entropy = Literal["no", "value", "gradient"]
 """Whether entropies are computed, and whether they have a gradient."""
@@ -72,9 +75,10 @@ def log_probs(
     return found
 
 
-def chunks(tokens: int, vocabulary: int) -> list[slice]:
+def chunks(target: Tensor, vocabulary: int) -> list[slice]:
     """Parts of the T axis whose logits are held together."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    elements = CHUNK_ELEMENTS * (GPU_CHUNKS if target.device.type == "cuda" else 1)
+    size, tokens = max(1, elements // vocabulary), len(target)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -95,20 +99,23 @@ class _LogProbs(torch.autograd.Function):
         eager = training and hidden.requires_grad and not _trained(weight, bias)
         jacobian = torch.empty_like(hidden) if eager else None
         of_spread = torch.empty_like(hidden) if eager and entropy == "gradient" else None
-        for part in chunks(len(target), weight.shape[0]):
+        for part in chunks(target, weight.shape[0]):
             logits = linear(hidden[part], weight, bias)
             z, dtype = scaling(logits), logits.dtype
             del logits
             log_p = z.log_softmax(-1)
             column = target[part, None]
             logp[part] = log_p.gather(-1, column)[:, 0]
+            p = None
             if entropy != "no":
-                spread[part] = -(log_p.exp() * log_p).sum(-1)
-            if of_spread is not None:
-                slope = scaling.slope_(_of_entropy(log_p, spread[part, None]), z).to(dtype)
+                p = log_p.exp()
+                spread[part] = -torch.linalg.vecdot(p, log_p)
+            if of_spread is not None and p is not None:
+                slope = scaling.slope_(_of_entropy(p, log_p, spread[part, None]), z).to(dtype)
                 of_spread[part] = linear(slope, weight.to(dtype).t())
             if jacobian is not None:
-                slope = scaling.slope_(_of_logp(log_p.exp_(), column, torch.ones_like(logp[part, None])), z).to(dtype)
+                p = log_p.exp_() if p is None else p
+                slope = scaling.slope_(_of_logp(p, column, torch.ones_like(logp[part, None])), z).to(dtype)
                 jacobian[part] = linear(slope, weight.to(dtype).t())
         ctx.scaling, ctx.eager, ctx.entropy = scaling, eager, entropy
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type)
@@ -131,15 +138,14 @@ class _LogProbs(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if wanted[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
         with torch.autocast(hidden.device.type, enabled=ctx.autocast):
-            for part in chunks(len(target), weight.shape[0]):
+            for part in chunks(target, weight.shape[0]):
                 logits = linear(hidden[part], weight, bias)
                 z, dtype = ctx.scaling(logits), logits.dtype
                 if ctx.entropy == "gradient":
                     log_p = z.log_softmax(-1)
-                    slope = _of_entropy(log_p, -(log_p.exp() * log_p).sum(-1, keepdim=True))
-                    slope.mul_(grad_entropy[part, None]).add_(
-                        _of_logp(log_p.exp_(), target[part, None], grad[part, None])
-                    )
+                    p = log_p.exp()
+                    slope = _of_entropy(p, log_p, -torch.linalg.vecdot(p, log_p)[:, None])
+                    slope.mul_(grad_entropy[part, None]).add_(_of_logp(p, target[part, None], grad[part, None]))
                 else:
                     slope = _of_logp(torch.softmax(z, -1), target[part, None], grad[part, None])
                 slope = ctx.scaling.slope_(slope, z).to(dtype)
@@ -161,6 +167,6 @@ def _of_logp(p: Tensor, column: Tensor, grad: Tensor) -> Tensor:
     return p.mul_(-grad).scatter_add_(-1, column, grad)
 
 
-def _of_entropy(log_p: Tensor, entropy: Tensor) -> Tensor:
+def _of_entropy(p: Tensor, log_p: Tensor, entropy: Tensor) -> Tensor:
     """dH / dz = -p (log p + H), shape (T, V); `entropy` is (T, 1)."""
-    return (log_p + entropy).mul_(log_p.exp()).neg_()
+    return (log_p + entropy).mul_(p).neg_()

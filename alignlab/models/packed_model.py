@@ -254,7 +254,7 @@ class PackedModel(nn.Module):
         if self._plain_head(head):
             return log_probs(hidden, target, head, scaling, entropy)
         vocabulary = int(self.config.vocab_size)  # not the head's own size: its weight may be elsewhere right now
-        parts = chunks(len(target), vocabulary if self.head_use != "once" else 1)
+        parts = chunks(target, vocabulary if self.head_use != "once" else 1)
         pieces: list[Sequence[Tensor]] = []
         for part in parts:
             chunk = (hidden[part], target[part], scaling, entropy)

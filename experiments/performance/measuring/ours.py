@@ -33,7 +33,7 @@ from measuring.work import LEARNING_RATE, LORA, Pair, Scale, Shape, model_folder
 
 Options = Mapping[str, Any]
 """What is other than the defaults: `training`, `model`, `quantization` (settings), `features` (switches of the forward
-pass), `adapter` ("lora" or "none")."""
+pass), `adapter` ("lora" or "none"), `whole_logits` (of all tokens, by the network's own forward)."""
 
 
 class Clock(Tracker):
@@ -64,6 +64,7 @@ def load(scale: Scale, options: Options, kind: ModelKind = "policy", shape: Shap
     if adapter == "lora":
         set_trained(model.network)
     use_features(model, options.get("features", {}))
+    model.whole_logits = options.get("whole_logits", model.whole_logits)
     own_weights(model)
     return model
 

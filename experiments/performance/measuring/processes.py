@@ -68,8 +68,6 @@ def prepare(scale: Scale) -> None:
         "OMP_NUM_THREADS": str(scale.threads),
         "ALIGNLAB_CACHE": str(Path(scale.folder) / "cache"),  # nothing of an earlier study is found again
     }
-    # Threads that spin while they wait make any other process on the machine slow the measurement down many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if scale.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         peers = () if missing("trl") else PRELOADED_PEERS

@@ -23,9 +23,9 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks": ("+ in chunks, recomputed backward", {"layout": "plain", "budget": WHOLE}),
     "branches": ("+ trunk and branches", {"budget": WHOLE}),
     "budget": ("+ token budget (2,048)", {}),
-    "segments": ("+ attention in segments, without mask", {"on": ["segments"]}),
-    "eager": ("+ log-probs' gradient made in the forward pass", {"on": ["segments", "eager_grad"]}),
-    "fused": ("+ base and adapter in one product", {"on": ["segments", "eager_grad", "fused_lora"]}),
+    "segments": ("+ attention in segments, without mask", {"layout": "auto", "on": ["segments"]}),
+    "eager": ("+ log-probs' gradient made in the forward pass", {"layout": "auto", "on": ["segments", "eager_grad"]}),
+    "fused": ("+ base and adapter in one product", {"layout": "auto", "on": ["segments", "eager_grad", "fused_lora"]}),
 }
 """Key → label, and what the step is measured with; each has all of those before it."""
 
@@ -53,20 +53,13 @@ def ours(
     from alignlab.models import log_probs
     from measuring import ours as side
 
-    load = side.load
-
-    def loaded(*arguments: Any, **options: Any) -> Any:
-        model = load(*arguments, **options)
-        model.whole_logits = logits == "all"
-        return model
-
     if logits == "completion":
         log_probs.CHUNK_ELEMENTS = WHOLE  # one chunk of everything
-    side.load = loaded
     options = {
         "model": {"layout": layout},
         "training": {"token_budget": budget},
         "features": OFF | dict.fromkeys(on, True),
+        "whole_logits": logits == "all",
     }
     return side.train(scale, DPO(beta=BETA), side.pair_groups(batches(scale)), options)
 
