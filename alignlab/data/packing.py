@@ -103,14 +103,15 @@ def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout = "
     Returns lists of indices into `groups`; every index once. A group longer than the budget gets a micro-batch of
     its own: a group is never cut, since losses compare its responses.
     """
-    order = sorted(range(len(groups)), key=lambda i: (-group_cost(groups[i], layout), i))
+    costs = [group_cost(g, layout) for g in groups]
+    if layout == "flat":
+        return _fill_flat(costs, token_budget)
+    order = sorted(range(len(groups)), key=lambda i: (-costs[i], i))
     batches: list[list[int]] = []
     free: list[int] = []  # room left in each row of the micro-batch being filled
     length = 0
-    if layout == "flat":
-        return _fill_flat([group_cost(g, layout) for g in groups], token_budget)
     for i in order:
-        cost = group_cost(groups[i], layout)
+        cost = costs[i]
         rows = 1 if layout == "packed" else len(groups[i].responses)
         if layout == "packed":
             row = next((r for r, room in enumerate(free) if room >= cost), None)
