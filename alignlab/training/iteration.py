@@ -73,7 +73,11 @@ class Collector:
         self._ahead: Ahead | None = None
 
     def collect(
-        self, groups: list[Group], seed: int, step: int = 0, following: tuple[list[Group], int] | None = None
+        self,
+        groups: list[Group],
+        seed: int,
+        step: int = 0,
+        following: Callable[[], tuple[list[Group], int]] | None = None,
     ) -> Collected:
         """From records or prompts to what the loss is computed on, in the order of the records.
 
@@ -91,7 +95,7 @@ class Collector:
                     stale = step - self._ahead.step
                 mine, drawn, exact = self._sample(mine, seed)
                 if following is not None and self.vllm is not None and self.vllm.asynchronous:
-                    self._draw_ahead(*following, step)
+                    self._draw_ahead(*following(), step)
             for scorer in self.scorers:
                 scorer.score(mine)
             parts = self.processes.gather((mine, drawn))

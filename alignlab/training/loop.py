@@ -214,11 +214,7 @@ class Trainer:
         if index and self.source.refresh and index % self.source.refresh == 0 and state.refreshed != index:
             self._refresh_reference()
             state.refreshed = index  # sampling may fail, and be done again after a resume
-        this, following = (
-            ([self.train[k] for k in self.order.batch(i)], iteration_seed(self.settings.seed, i))
-            for i in (index, index + 1)
-        )
-        found = self.collector.collect(*this, step=state.step, following=following)
+        found = self.collector.collect(*self._drawn(index), step=state.step, following=lambda: self._drawn(index + 1))
         state.iteration += 1
         state.report, state.algorithm = {**self.algorithm.report, **found.report}, dict(self.algorithm.state)
         if self.source.kind == "rollout":
@@ -228,6 +224,10 @@ class Trainer:
             if self.keep_samples is not None and self.processes.is_main:
                 self.keep_samples(state.iteration, state.step, found.sampled)
         return found.groups
+
+    def _drawn(self, index: int) -> tuple[list[Group], int]:
+        """Records of an iteration, and the seed of what is sampled for them."""
+        return [self.train[i] for i in self.order.batch(index)], iteration_seed(self.settings.seed, index)
 
     def _refresh_reference(self) -> None:
         """Move the reference to the policy; what it said of records before no longer holds."""

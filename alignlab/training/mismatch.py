@@ -1,4 +1,5 @@
-"""How far the policy that sampled is from the one that is trained, and what is done about it."""
+"""Samples from a server: how far the policy that drew them is from the one that is trained, what is done about it, and
+what becomes of a run that loses its server."""
 
 from __future__ import annotations
 

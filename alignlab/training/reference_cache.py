@@ -1,9 +1,9 @@
 """What a frozen reference says of the data, kept on disk: a sweep or a comparison computes it once.
 
 A file for each reference, named by a hash of everything that its log-probs follow from: every bit of its weights, its
-architecture, the temperature, the precision. In it, by a hash of prompt, response and loss mask, the log-probs as they
-were computed, to the last bit. They are computed a group at a time, so that no rounding depends on the batch that asked
-first: runs may come in any order, and at the same time.
+architecture, the temperature, the precision. In it, by a hash of the prompt and of the responses that are read with it,
+the log-probs as they were computed, to the last bit. They are computed a group at a time, so that no rounding depends
+on the batch that asked first: runs may come in any order, and at the same time.
 """
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ def identity(reference: Reference, temperature: float, mixed_precision: str) -> 
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def key(prompt_ids: Sequence[int], response: Response) -> bytes:
-    """16 bytes for what is read: the prompt, the response, and which of its tokens bear loss."""
-    parts = ([len(prompt_ids)], prompt_ids, [len(response.token_ids)], response.token_ids, response.predicted)
-    return hashlib.blake2b(np.concatenate([np.asarray(p, np.int64) for p in parts]).tobytes(), digest_size=16).digest()
+def keys(prompt_ids: Sequence[int], responses: Sequence[Response]) -> list[bytes]:
+    """16 bytes for each of the responses that are read together: for all that is read, the prompt, the responses, and
+    which of their tokens bear loss; and for which of them it is."""
+    parts: list[Sequence[int]] = [[len(prompt_ids)], prompt_ids]
+    for r in responses:
+        parts += [[len(r.token_ids), r.loss_tokens], r.token_ids, r.predicted]
+    read = np.concatenate([np.asarray(p, np.int64) for p in parts]).tobytes()
+    return [hashlib.blake2b(read, digest_size=16, salt=i.to_bytes(8, "little")).digest() for i in range(len(responses))]
 
 
 class ReferenceCache:
@@ -81,7 +85,10 @@ class ReferenceCache:
         Args:
             compute: sets it for those that the file does not have, which are then kept.
         """
-        lacking = [(key(g.prompt_ids, r), r) for g in groups for r in g.responses if COLUMN not in r.columns]
+        lacking: list[tuple[bytes, Response]] = []
+        for group in groups:
+            together = [r for r in group.responses if COLUMN not in r.columns]
+            lacking += zip(keys(group.prompt_ids, together), together, strict=True)
         self._look_up(lacking)
         new = [(k, r) for k, r in lacking if COLUMN not in r.columns]
         compute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from alignlab.core import AlignlabError, Group
 
 
 class Order:
-    """A seeded order over records, in batches, without state: batch i is the same whoever asks, whenever.
+    """A seeded order over records, in batches: batch i is the same whoever asks, whenever.
 
     Each epoch is a fresh permutation; its last batch may be smaller, so every record comes exactly once an epoch.
     """
@@ -21,12 +22,15 @@ class Order:
             raise AlignlabError("there are no records to train on")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.batches_per_epoch = math.ceil(count / batch_size)
+        self._epoch = lru_cache(maxsize=1)(self._permuted)
 
     def batch(self, index: int) -> list[int]:
         """Indices of the records of batch `index`, counted over all epochs."""
         epoch, place = divmod(index, self.batches_per_epoch)
-        permutation = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        return permutation[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        return self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
 def shares(groups: Sequence[Group], world_size: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ import torch
 from alignlab.core import Group, Response
 from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model
 from alignlab.training import iteration
-from alignlab.training.reference_cache import ReferenceCache, identity, key
+from alignlab.training.reference_cache import ReferenceCache, identity, keys
 from tests import tiny
 from tests.training import runs
 
@@ -87,9 +87,21 @@ def test_numbers_that_float32_cannot_hold_are_kept_whole(tmp_path: Path) -> None
     assert columns(again) == [thirds]
 
 
-def test_responses_are_known_one_by_one(tmp_path: Path) -> None:
+def test_other_siblings_are_another_question(tmp_path: Path) -> None:
+    """Read beside others, a response's log-probs may differ in the last bit."""
     filled(tmp_path, groups(6, 1))
-    assert filled(tmp_path, groups(6, 2)) == 6, "the second of each group is new"
+    assert filled(tmp_path, groups(6, 2)) == 12
+    assert filled(tmp_path, groups(6, 1)) == filled(tmp_path, groups(6, 2)) == 0
+
+
+def test_a_response_that_is_there_already_is_no_sibling(tmp_path: Path) -> None:
+    """What is read is what lacks the column: here the second responses, by themselves."""
+    found = groups(6, 2)
+    for group in found:
+        group.responses[0].columns["ref_logp"] = [5.0, 5.0, 5.0]
+    assert filled(tmp_path, found) == 6
+    alone = [g.with_responses(g.responses[1:]) for g in groups(6, 2)]
+    assert filled(tmp_path, alone) == 0
 
 
 def test_columns_that_records_bring_are_left_alone_and_not_kept(tmp_path: Path) -> None:
@@ -121,7 +133,15 @@ def test_other_tokens_are_another_question(tmp_path: Path, other: str) -> None:
 
 
 def test_a_mask_that_leaves_nothing_out_is_none() -> None:
-    assert key([1, 2], Response([3, 4], loss_mask=[True, True])) == key([1, 2], Response([3, 4]))
+    assert keys([1, 2], [Response([3, 4], loss_mask=[True, True])]) == keys([1, 2], [Response([3, 4])])
+
+
+def test_places_in_a_group_are_told_apart() -> None:
+    """Of two like responses, too: where one ends and the next begins counts."""
+    twice = keys([1], [Response([3]), Response([3])])
+    assert (
+        len({*twice, *keys([1], [Response([3])]), *keys([1], [Response([3, 3])]), *keys([1, 3], [Response([3])])}) == 5
+    )
 
 
 def test_another_reference_has_another_file(tmp_path: Path) -> None:
