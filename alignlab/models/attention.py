@@ -32,7 +32,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class AttentionPlan(Protocol):
-    """How the tokens of a forward pass attend to each other."""
+    """How the tokens of a forward pass attend to each other.
+
+    One that has `wanted` (a tensor of positions, ascending) says which are read from the last layer.
+    """
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of one layer.
@@ -96,9 +99,11 @@ class Segments:
 
     Args:
         spans: where the groups are.
+        wanted: positions that are read from the last layer, ascending; None for all.
     """
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], wanted: Tensor | None = None) -> None:
+        self.wanted = wanted
         self.pieces: list[tuple[slice, list[slice]]] = []
         for span in spans:
             ends = [span.start + span.trunk]
@@ -169,11 +174,11 @@ class _SegmentAttention(torch.autograd.Function):
             every = slice(branches[0].start, branches[-1].stop)
             of_query, of_key, of_value = piece(every, trunk, False)
             grads[0][:, :, every] = of_query
-            grads[1][:, :, trunk] += of_key
-            grads[2][:, :, trunk] += of_value
+            grads[1][:, :, trunk].add_(of_key)
+            grads[2][:, :, trunk].add_(of_value)
             for branch in branches:
                 of_query, of_key, of_value = piece(branch, branch, True)
-                grads[0][:, :, branch] += of_query
+                grads[0][:, :, branch].add_(of_query)
                 grads[1][:, :, branch] = of_key
                 grads[2][:, :, branch] = of_value
         return grads[0], grads[1], grads[2], None, None
@@ -211,10 +216,10 @@ def shortest_window(config: Any) -> int | None:
     return int(window) if window else None
 
 
-def plan_of(rows: Rows) -> AttentionPlan:
-    """How the tokens of a flat row attend to each other."""
+def plan_of(rows: Rows, wanted: Tensor | None = None) -> AttentionPlan:
+    """How the tokens of a flat row attend to each other, of which `wanted` are read from the last layer."""
     if rows.input_ids_RL.device.type == "cpu":
-        return Segments(rows.spans)
+        return Segments(rows.spans, wanted)
     from alignlab.models.flex import FlexPlan
 
-    return FlexPlan(rows)
+    return FlexPlan(rows, wanted)

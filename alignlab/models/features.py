@@ -14,8 +14,10 @@ class Features:
         eager_grad: the gradient of log-probs with respect to hidden states is made in the forward pass, while the
             logits are there, instead of from logits computed anew.
         fused_lora: a LoRA layer multiplies by base and adapter at once.
+        narrow_last: the last layer's MLP is computed only where it is read; on where the probe finds it exact.
     """
 
     segments: bool = True
     eager_grad: bool = True
     fused_lora: bool = True
+    narrow_last: bool = False

@@ -17,11 +17,13 @@ class FlexPlan:
 
     Args:
         rows: in the flat layout.
+        wanted: positions that are read from the last layer, ascending; None for all.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, wanted: Tensor | None = None) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
+        self.wanted = wanted
         group, branch = rows.group_RL[0], rows.branch_RL[0]
         length = len(group)
 

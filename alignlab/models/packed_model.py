@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from alignlab.models.features import Features
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
 from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
+
+NARROW = 0.8
+"""Share of a row's tokens from which on its last layer is computed for all."""
 
 CRITIC = "critic"
 """The name of a critic's own adapter, beside "default"."""
@@ -165,42 +168,71 @@ class PackedModel(nn.Module):
         entropy: Entropy = "gradient" if "entropy_grad" in reads else "value" if "entropy" in reads else "no"
         speaks = bool(reads & {"logp", "entropy"})
         logp: tuple[Tensor, Tensor] | None = None
-        hidden = torch.empty(0)
         if self.whole_logits and self.kind == "policy" and speaks:
             logits = self._run(self.network, rows).logits.flatten(0, 1)
             scaled = Scaling(temperature=temperature)(logits[rows.predict_T])
             logp = _from_logits(scaled, rows.target_T, entropy)
-        if logp is None or reads & {"value", "score", "step"}:
-            hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
+        places: dict[str, Tensor] = {}
+        if (speaks and logp is None) or ("value" in reads and self.critic == "shared"):
+            places["predict"] = rows.predict_T
+        if "score" in reads:
+            places["score"] = rows.last_N
+        if "step" in reads:
+            places["step"] = rows.place_T
+        hidden = self._hidden(self.decoder, rows, places)
         if speaks:
-            logp = logp or self._log_probs(hidden[rows.predict_T], rows.target_T, temperature, entropy)
+            logp = logp or self._log_probs(hidden["predict"], rows.target_T, temperature, entropy)
             values["logp_T"] = logp[0]
             if entropy != "no":
                 values["entropy_T"] = logp[1]
         if "value" in reads:
-            values["value_T"] = self._values(hidden, rows)
+            values["value_T"] = self._values(hidden.get("predict"), rows)
         if "score" in reads:
-            values["score_N"] = self._apply_head(self.head, hidden[rows.last_N]).squeeze(-1)
+            values["score_N"] = self._apply_head(self.head, hidden["score"]).squeeze(-1)
         if "step" in reads:
-            values["step_TL"] = self._apply_head(self.head, hidden[rows.place_T])
+            values["step_TL"] = self._apply_head(self.head, hidden["step"])
         return values
 
-    def _values(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """The critic's values where a token is about to be chosen, shape (T,)."""
+    def _values(self, hidden: Tensor | None, rows: Rows) -> Tensor:
+        """The critic's values where a token is about to be chosen, shape (T,).
+
+        Args:
+            hidden: the policy's hidden states there, for a critic on the same trunk.
+        """
         if self.value_head is None:
             raise AlignlabError("this model has no value head: see `add_value_head`")
+        places = {"predict": rows.predict_T}
         if self.critic_decoder is not None:
-            hidden = self._run(self.critic_decoder, rows).last_hidden_state.flatten(0, 1)
+            hidden = self._hidden(self.critic_decoder, rows, places)["predict"]
         elif self.critic == "own":
             with adapter_in_use(self.network, CRITIC):
-                hidden = self._run(self.decoder, rows).last_hidden_state.flatten(0, 1)
-        return self._apply_head(self.value_head, hidden[rows.predict_T]).squeeze(-1)
+                hidden = self._hidden(self.decoder, rows, places)["predict"]
+        assert hidden is not None
+        return self._apply_head(self.value_head, hidden).squeeze(-1)
 
-    def _run(self, module: Any, rows: Rows) -> Any:
-        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
+    def _hidden(self, decoder: Any, rows: Rows, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hidden states (·, D) at flat indices of `rows`, by name, from a single pass; none where none is asked for."""
+        if not places:
+            return {}
+        every = torch.cat(list(places.values()))
+        wanted: Tensor | None = None
+        if rows.layout == "flat" and self.features.narrow_last and len(every) > 0:
+            unique, inverse = torch.unique(every, return_inverse=True)
+            if len(unique) < NARROW * rows.input_ids_RL.shape[1]:
+                wanted, every = unique, inverse
+        hidden = self._run(decoder, rows, wanted).last_hidden_state.flatten(0, 1)
+        found = hidden[every].split([len(p) for p in places.values()])
+        return dict(zip(places, found, strict=True))
+
+    def _run(self, module: Any, rows: Rows, wanted: Tensor | None = None) -> Any:
+        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise.
+
+        Args:
+            wanted: of a flat row, the positions whose hidden states are put out, ascending; all by default.
+        """
         if rows.layout == "plain":  # padding comes last, where a causal model does not look: no mask is needed
             return module(input_ids=rows.input_ids_RL, use_cache=False)
-        plan = {PLAN: plan_of(rows)} if rows.layout == "flat" else {}
+        plan = {PLAN: plan_of(rows, wanted)} if rows.layout == "flat" else {}
         return module(
             input_ids=rows.input_ids_RL,
             position_ids=rows.position_RL,

@@ -14,6 +14,7 @@ from torch import Tensor
 from alignlab.core import Group, Response
 from alignlab.data.packing import Rows, Span, lay_out
 from alignlab.models.attention import shortest_window, use_plans
+from alignlab.models.last_layer import narrow_last_layer
 from alignlab.models.packed_model import PackedModel, evaluating
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
@@ -21,6 +22,9 @@ TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 first alone would pass wrong masks where attention contributes little, as in a model with random weights; in trained
 models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
+
+ROUNDING = {torch.bfloat16: 0.01, torch.float16: 0.002}
+"""Largest difference of hidden states put down to rounding, as a part of their norm; 1e-4 in full precision."""
 
 FITS = 64
 """The longest sequence of the trial is shorter than this."""
@@ -66,6 +70,24 @@ def probe(model: PackedModel) -> None:
     with torch.no_grad(), evaluating(model):
         if _takes_flat(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
             model.layout = "flat"
+            if _takes_narrow(model, groups):
+                model.features = replace(model.features, narrow_last=True)
+
+
+def _takes_narrow(model: PackedModel, groups: list[Group]) -> bool:
+    """Whether the last layer's hidden states are the same where it is computed for some positions alone."""
+    if not narrow_last_layer(model.decoder):
+        return False
+    rows = lay_out(groups, "flat", model.pad_id).to(model.device)
+    wanted = torch.unique(rows.predict_T)
+    whole = model._run(model.decoder, rows).last_hidden_state[:, wanted].float()
+    try:
+        narrow = model._run(model.decoder, rows, wanted).last_hidden_state.float()
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return False
+    return bool(
+        narrow.shape == whole.shape and (narrow - whole).norm() <= ROUNDING.get(model.dtype, 1e-4) * whole.norm()
+    )
 
 
 def _takes_flat(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:

@@ -80,23 +80,27 @@ def step_flops(shape: Shape, groups: Sequence[Group], lora: bool, reference: boo
 
     Every token once through every linear map, 2 for each weight; as much for the gradient with respect to its input,
     and as much for the gradient of each weight that is trained (with an adapter, the base's are not, and the inputs
-    of the first layer's q, k and v need no gradient). Attention: 4 for each of its entries and each unit of width
-    forward, 8 backward. Logits: of loss-bearing tokens only. Nothing is counted for norms, activations or the softmax.
+    of the first layer's q, k and v need no gradient). Of the last layer, o and the MLP only where a token that bears
+    loss is predicted. Attention: 4 for each of its entries and each unit of width forward, 8 backward. Logits: of
+    loss-bearing tokens only. Nothing is counted for norms, activations or the softmax.
 
     Args:
         reference: a frozen model's log-probs of the same tokens are part of the step, forward only, no adapter.
     """
     tokens = sum(g.packed_length for g in groups)
     loss_tokens = sum(r.loss_tokens for g in groups for r in g.responses)
+    predicting = sum(1 + sum(r.loss_tokens - 1 for r in g.responses) for g in groups)  # prompts' last tokens once
     maps = linear_parameters(shape)
-    base = shape.layers * sum(maps.values())
+    base = shape.layers * sum(maps.values()) * tokens
+    base -= (maps["o"] + maps["gate"] + maps["up"] + maps["down"]) * (tokens - predicting)
     attention = 4.0 * attention_entries(groups) * shape.hidden * shape.layers
     logits = 2.0 * shape.hidden * shape.vocabulary * loss_tokens
-    forward = 2.0 * base * tokens + attention + logits
+    forward = 2.0 * base + attention + logits
     if lora:
-        adapter = shape.layers * lora_parameters(shape)
-        unneeded = maps["q"] + maps["k"] + maps["v"]
-        training = forward + 2.0 * (base - unneeded) * tokens + 2 * attention + logits + 3 * 2.0 * adapter * tokens
+        adapter = shape.layers * lora_parameters(shape) * tokens
+        adapter -= LORA["r"] * (2 * shape.hidden + 3 * (shape.hidden + shape.intermediate)) * (tokens - predicting)
+        unneeded = (maps["q"] + maps["k"] + maps["v"]) * tokens
+        training = forward + 2.0 * (base - unneeded) + 2 * attention + logits + 3 * 2.0 * adapter
     else:
-        training = forward + 2 * 2.0 * base * tokens + 2 * attention + 2 * logits
+        training = forward + 2 * 2.0 * base + 2 * attention + 2 * logits
     return training + (forward if reference else 0.0)
