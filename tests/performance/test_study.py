@@ -35,12 +35,13 @@ def test_attention_pairs_are_those_of_the_mask_of_trunk_and_branches() -> None:
 
 def test_useful_arithmetic_by_hand() -> None:
     groups = [group(3, 2)]  # 5 tokens, 2 with loss; 15 pairs of attention
-    # q, o: 16 each; k, v: 4·2 = 8 each; gate, up, down: 24 each. 120 in a layer, 240 in two.
-    linear, attention, logits = 2 * 240 * 5, 4 * 15 * 4 * 2, 2 * 4 * 10 * 2
+    # q, o: 16 each; k, v: 4·2 = 8 each; gate, up, down: 24 each. 120 in a layer, 240 in two. The last layer's o, gate,
+    # up and down (88) are read at 2 of the 5 tokens: the prompt's last one and the response's first.
+    linear, attention, logits = 2 * (240 * 5 - 88 * 3), 4 * 15 * 4 * 2, 2 * 4 * 10 * 2
     assert flops.step_flops(SHAPE, groups, lora=False) == 3 * (linear + attention + logits)
     # r = 16: (4+4)·16 for q and o, (4+2)·16 for k and v, (4+6)·16 for gate, up and down: 928 in a layer. The base's
     # weights get no gradient, the first layer's q, k and v (32 weights) none with respect to their input.
-    adapter = 3 * 2 * 2 * 928 * 5
+    adapter = 3 * 2 * (2 * 928 * 5 - 608 * 3)
     with_lora = 2 * linear - 2 * 32 * 5 + 3 * attention + 2 * logits + adapter
     assert flops.step_flops(SHAPE, groups, lora=True) == with_lora
     assert flops.step_flops(SHAPE, groups, lora=True, reference=True) == with_lora + linear + attention + logits
