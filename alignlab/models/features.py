@@ -14,8 +14,10 @@ class Features:
         eager_grad: the gradient of log-probs with respect to hidden states is made in the forward pass, while the
             logits are there, instead of from logits computed anew.
         fused_lora: a LoRA layer multiplies by base and adapter at once.
+        fused_norms: an RMSNorm layer is one function with a gradient of its own, in float32 on CPUs.
     """
 
     segments: bool = True
     eager_grad: bool = True
     fused_lora: bool = True
+    fused_norms: bool = True

@@ -10,7 +10,7 @@ from measuring.processes import Case
 from measuring.report import Measured, Part, Summary, comparison, rows, seconds, times
 from measuring.work import BETA, Pair, Scale, Words
 
-OFF = {"segments": False, "eager_grad": False, "fused_lora": False}
+OFF = {"segments": False, "eager_grad": False, "fused_lora": False, "fused_norms": False}
 WHOLE = 1 << 40
 """A budget of tokens that everything fits into."""
 
@@ -26,6 +26,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "segments": ("+ attention in segments, without mask", {"layout": "auto", "on": ["segments"]}),
     "eager": ("+ log-probs' gradient made in the forward pass", {"layout": "auto", "on": ["segments", "eager_grad"]}),
     "fused": ("+ base and adapter in one product", {"layout": "auto", "on": ["segments", "eager_grad", "fused_lora"]}),
+    "norms": ("+ RMSNorm in one function", {"layout": "auto", "on": list(OFF)}),
 }
 """Key → label, and what the step is measured with; each has all of those before it."""
 
