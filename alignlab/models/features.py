@@ -15,9 +15,11 @@ class Features:
             logits are there, instead of from logits computed anew.
         fused_lora: a LoRA layer multiplies by base and adapter at once.
         narrow_last: the last layer's MLP is computed only where it is read; on where the probe finds it exact.
+        fused_norms: an RMSNorm layer is one function with a gradient of its own, in float32 on CPUs.
     """
 
     segments: bool = True
     eager_grad: bool = True
     fused_lora: bool = True
     narrow_last: bool = False
+    fused_norms: bool = True

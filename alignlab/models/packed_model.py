@@ -18,6 +18,7 @@ from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
 from alignlab.models.features import Features
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
+from alignlab.models.norms import fuse_norms
 from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
 
@@ -91,6 +92,7 @@ class PackedModel(nn.Module):
             from alignlab.models.lora import fuse  # with PEFT, which takes a second
 
             fuse(self.network, features.fused_lora)
+        fuse_norms(self, features.fused_norms)  # of a critic of its own, too
 
     @property
     def base(self) -> Any:
