@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alignlab.models.products import linear
+from alignlab.models.products import linear, step
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at a time on a CPU, in numbers (16 MB in float32), whatever the vocabulary."""
@@ -76,9 +76,10 @@ def log_probs(
 
 
 def chunks(target: Tensor, vocabulary: int) -> list[slice]:
-    """Parts of the T axis whose logits are held together."""
+    """Parts of the T axis whose logits are held together, of as many tokens as products like."""
     elements = CHUNK_ELEMENTS * (GPU_CHUNKS if target.device.type == "cuda" else 1)
     size, tokens = max(1, elements // vocabulary), len(target)
+    size -= size % step(size) if size > step(size) else 0
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -108,13 +109,13 @@ class _LogProbs(torch.autograd.Function):
             logp[part] = log_p.gather(-1, column)[:, 0]
             p = None
             if entropy != "no":
-                p = log_p.exp()
+                p = torch.softmax(z, -1)
                 spread[part] = -torch.linalg.vecdot(p, log_p)
             if of_spread is not None and p is not None:
                 slope = scaling.slope_(_of_entropy(p, log_p, spread[part, None]), z).to(dtype)
                 of_spread[part] = linear(slope, weight.to(dtype).t())
             if jacobian is not None:
-                p = log_p.exp_() if p is None else p
+                p = torch.softmax(z, -1, out=log_p) if p is None else p  # faster than exp
                 slope = scaling.slope_(_of_logp(p, column, torch.ones_like(logp[part, None])), z).to(dtype)
                 jacobian[part] = linear(slope, weight.to(dtype).t())
         ctx.scaling, ctx.eager, ctx.entropy = scaling, eager, entropy

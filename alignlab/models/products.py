@@ -19,15 +19,18 @@ def is_weight(layer: Any) -> bool:
     return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
-def even(rows: int) -> int:
-    """The least number of rows, from this one on, that oneDNN is given: multiples of 16, above 512 sixteen for each
-    doubling.
+def step(rows: int) -> int:
+    """Numbers of rows that oneDNN is given are multiples of this: of 16, above 512 sixteen for each doubling.
 
     For every new number it makes code, which takes a millisecond and memory that it never gives back (0.3 MB): with
     the rows of a run as they come, a gigabyte.
     """
-    step = 1 << max(rows - 1, 256).bit_length() - 5
-    return -(-rows // step) * step
+    return 1 << max(rows - 1, 256).bit_length() - 5
+
+
+def even(rows: int) -> int:
+    """The least such number from this one on."""
+    return -(-rows // step(rows)) * step(rows)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
