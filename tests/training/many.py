@@ -1,6 +1,7 @@
 """Many runs in one set of processes, since starting those takes longer than the runs: `torchrun … many.py JOBS.json`.
 
-A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits.
+A job is `{"folder", "algorithm", "out", "words"}`, and `"chunk"` if log-probs are to come in chunks of so many logits,
+`"flat"` if groups are to be in a row without padding, however small they are.
 A run that fails leaves its error in `OUT.error`, and ends all.
 """
 
@@ -36,13 +37,14 @@ def main(file: Path) -> None:
     import torch
 
     from alignlab.launch.environment import quiet
-    from alignlab.models import log_probs
+    from alignlab.models import log_probs, packed_model
 
     quiet()
     torch.set_num_threads(1)
-    usual = log_probs.CHUNK_ELEMENTS
+    usual, worthwhile = log_probs.CHUNK_ELEMENTS, packed_model.worthwhile
     for job in json.loads(file.read_text()):
         log_probs.CHUNK_ELEMENTS = job.get("chunk", usual)
+        packed_model.worthwhile = (lambda groups, device: True) if job.get("flat") else worthwhile
         folder = Path(job["folder"])
         try:
             runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])

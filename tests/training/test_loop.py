@@ -8,8 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from alignlab.core import AlignlabError, ConfigError, Interrupted, NonFiniteError
+from alignlab.data.packing import Rows
+from alignlab.models import attention, packed_model
+from alignlab.models.attention import AttentionPlan
 from alignlab.training.progress import ProgressDisplay
 from tests import tiny
 from tests.training import runs
@@ -56,6 +60,23 @@ def test_micro_batches_do_not_matter(folder: Path, algorithm: str, straight: dic
 def test_packing_does_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
     runs.train(folder, algorithm, f"{algorithm}-plain", "model.layout=plain")
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-plain")) < ROUNDING
+
+
+def test_rows_without_padding_do_not_matter(
+    folder: Path, algorithm: str, straight: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention by pieces and a last layer where it is read; groups as small as these go through a mask otherwise."""
+    narrowed: list[bool] = []
+
+    def plan_of(rows: Rows, wanted: Tensor | None = None) -> AttentionPlan:
+        narrowed.append(wanted is not None)
+        return attention.plan_of(rows, wanted)
+
+    monkeypatch.setattr(packed_model, "worthwhile", lambda groups, device: True)
+    monkeypatch.setattr(packed_model, "plan_of", plan_of)
+    runs.train(folder, algorithm, f"{algorithm}-flat")
+    assert any(narrowed)
+    assert runs.difference(straight, runs.weights(folder, f"{algorithm}-flat")) < ROUNDING
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])

@@ -95,16 +95,20 @@ UNEQUAL = {
     "micro-batches": ["adapter=lora", "training.token_budget=25", "model.gradient_checkpointing=true"],
     "refreshed": ["adapter=none", "source.refresh=2", "source.refresh_weight=0.5"],
     "merged": ["adapter=lora", "quantization=nf4", "training.save_model=merged"],
+    "flat": ["adapter=lora"],
+    "flat-full": ["adapter=none", "training.token_budget=60"],
 }
-"""What makes processes call modules unequally often, changes weights outside the optimiser, or the model at the end."""
+"""What makes processes call modules unequally often, changes weights outside the optimiser, or the model at the end.
+"flat" gives rows without padding to groups that are too small for them otherwise, as in the single process."""
 
 
 @pytest.fixture(scope="module")
 def unequal(folder: Path) -> Path:
     def job(mode: str, name: str) -> dict:
         words = [f"distributed={mode}", *UNEQUAL[name]]
-        chunk = {"chunk": 200} if name == "chunks" else {}  # six tokens at a time
-        return {"algorithm": "rloo", "out": f"rloo-{mode}-{name}", "words": words, **chunk}
+        more = {"chunk": 200} if name == "chunks" else {}  # six tokens at a time
+        flat = name.startswith("flat")
+        return {"algorithm": "rloo", "out": f"rloo-{mode}-{name}", "words": words, "flat": flat, **more}
 
     for name, words in UNEQUAL.items():
         runs.train(folder, "rloo", f"rloo-single-{name}", *words)
