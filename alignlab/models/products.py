@@ -38,12 +38,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In float32 on CPUs oneDNN is about a tenth faster than the BLAS that PyTorch takes, and twice as fast where one of
     the sizes is that of a vocabulary. It takes transposed weights without copying them.
+
+    Args:
+        weight: may be one that oneDNN has laid out for itself.
     """
     if _ONEDNN is None or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     padding = even(rows) - rows
-    if padding and weight.shape[0] < WIDE:
+    if padding and weight.shape[0] < WIDE and not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     try:
         if not padding:
@@ -54,4 +57,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     except RuntimeError as error:
         if "primitive" not in str(error):
             raise
-        return F.linear(x, weight, bias)  # it has no room for its own code: the BLAS may, or says that memory is out
+        # It has no room for its own code: the BLAS may, or says that memory is out.
+        return F.linear(x, weight.to_dense() if weight.is_mkldnn else weight, bias)

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.models import products
 from alignlab.models.products import even, linear
 
 needs_onednn = pytest.mark.skipif(products._ONEDNN is None, reason="this PyTorch has no oneDNN")
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    assert found.is_mkldnn
+    return found
 
 
 @pytest.mark.parametrize(
@@ -70,3 +77,13 @@ def test_the_blas_takes_over_where_there_is_no_room(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(products, "_ONEDNN", full)
     x, weight = torch.ones(16, 4), torch.ones(3, 4)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(linear(x, laid_out(weight)), F.linear(x, weight))
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [3, 16, 33])
+@pytest.mark.parametrize("columns", [8, 600])
+def test_weights_that_are_laid_out(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, rows, 24, generator=generator), torch.randn(columns, 24, generator=generator)
+    torch.testing.assert_close(linear(x, laid_out(weight)), F.linear(x, weight), atol=1e-4, rtol=0)
