@@ -14,7 +14,8 @@ PATIENCE = 1.0
 
 
 def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """The items as they are, with a bar on the first process's stderr once they have taken over a second."""
+    """The items as they are, with a bar on the first process's stderr, where that is a terminal, once they have taken
+    over a second."""
     iterator = iter(items)
     start, done = time.monotonic(), 0
     for item in iterator:
@@ -24,14 +25,16 @@ def progress(items: Iterable[Item], label: str, total: int | None = None) -> Ite
             break
     else:
         return
-    if os.environ.get("RANK", "0") != "0":
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if os.environ.get("RANK", "0") != "0" or not console.is_terminal:  # elsewhere a bar is but an empty line
         yield from iterator
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total, completed=done)
         for item in iterator:
             yield item

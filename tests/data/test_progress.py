@@ -1,5 +1,7 @@
 """The bar changes nothing."""
 
+import pytest
+
 from alignlab.data import progress as module
 from alignlab.data.progress import progress
 
@@ -11,3 +13,12 @@ def test_items_come_through_with_a_bar_and_without(monkeypatch, capsys):
     assert list(progress(iter(range(5)), "counting", 5)) == [0, 1, 2, 3, 4]
     monkeypatch.setenv("RANK", "1")
     assert list(progress(range(5), "counting")) == [0, 1, 2, 3, 4]
+
+
+def test_a_bar_on_terminals_alone(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    assert list(progress(range(5), "counting", 5)) == [0, 1, 2, 3, 4]
+    assert capfd.readouterr() == ("", ""), "not even an empty line in what is kept of a job"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's word for: take it for a terminal
+    assert list(progress(range(5), "counting", 5)) == [0, 1, 2, 3, 4]
+    assert "counting" in capfd.readouterr().err
