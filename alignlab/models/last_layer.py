@@ -10,16 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from alignlab.models.attention import PLAN
+from alignlab.models.grafting import graft
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 """What a layer consists of that is x + attention(norm(x)), then x + MLP(norm(x)), unless the probe finds otherwise."""
 
 
 class NarrowLayer(nn.Module):
-    """A decoder layer of transformers that goes on with the positions that its attention plan wants, if it wants some.
-
-    The layer keeps its class's name and, without a plan, its forward pass.
-    """
+    """For `graft`: a decoder layer that goes on with the positions that its attention plan wants, if it wants some."""
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         wanted: Tensor | None = getattr(options.get(PLAN), "wanted", None)
@@ -35,9 +33,6 @@ class NarrowLayer(nn.Module):
         return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
-_narrowed: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def narrow_last_layer(decoder: Any) -> bool:
     """Let a decoder's last layer take plans that want some positions only; False where it is of another make."""
     layers = getattr(decoder, "layers", None)
@@ -48,8 +43,5 @@ def narrow_last_layer(decoder: Any) -> bool:
         return True
     if {name for name, _ in last.named_children()} != PARTS or not hasattr(last.self_attn, "o_proj"):
         return False
-    kind = type(last)
-    if kind not in _narrowed:
-        _narrowed[kind] = type(kind.__name__, (NarrowLayer, kind), {"__module__": kind.__module__})
-    last.__class__ = _narrowed[kind]
+    graft(last, NarrowLayer)
     return True

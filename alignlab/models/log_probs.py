@@ -109,13 +109,13 @@ class _LogProbs(torch.autograd.Function):
             logp[part] = log_p.gather(-1, column)[:, 0]
             p = None
             if entropy != "no":
-                p = torch.softmax(z, -1)
+                p = torch.softmax(z, -1)  # faster than exp of the log-probs
                 spread[part] = -torch.linalg.vecdot(p, log_p)
             if of_spread is not None and p is not None:
                 slope = scaling.slope_(_of_entropy(p, log_p, spread[part, None]), z).to(dtype)
                 of_spread[part] = linear(slope, weight.to(dtype).t())
             if jacobian is not None:
-                p = torch.softmax(z, -1, out=log_p) if p is None else p  # faster than exp
+                p = torch.softmax(z, -1, out=log_p) if p is None else p
                 slope = scaling.slope_(_of_logp(p, column, torch.ones_like(logp[part, None])), z).to(dtype)
                 jacobian[part] = linear(slope, weight.to(dtype).t())
         ctx.scaling, ctx.eager, ctx.entropy = scaling, eager, entropy
@@ -144,7 +144,7 @@ class _LogProbs(torch.autograd.Function):
                 z, dtype = ctx.scaling(logits), logits.dtype
                 if ctx.entropy == "gradient":
                     log_p = z.log_softmax(-1)
-                    p = log_p.exp()
+                    p = torch.softmax(z, -1)
                     slope = _of_entropy(p, log_p, -torch.linalg.vecdot(p, log_p)[:, None])
                     slope.mul_(grad_entropy[part, None]).add_(_of_logp(p, target[part, None], grad[part, None]))
                 else:

@@ -6,19 +6,20 @@ over memory: here it takes three forward, six backward, and only the input and o
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alignlab.models.grafting import graft, ungraft
+
 AGREES = 2e-6
 """Largest relative difference from a module's own forward: both round to about 2.5e-7, rows of 8192 included."""
 
 
 class FusedNorm(nn.Module):
-    """Goes before a module's own class, with another forward pass in float32 on CPUs; elsewhere it is the module's."""
+    """For `graft`: another forward pass in float32 on CPUs; elsewhere it is the module's own."""
 
     weight: nn.Parameter
 
@@ -46,16 +47,9 @@ def fuse_norms(network: nn.Module, on: bool = True) -> None:
     """
     for module in network.modules():
         if isinstance(module, FusedNorm) and not on:
-            module.__class__ = type(module).__bases__[1]
+            ungraft(module)
         elif on and not isinstance(module, FusedNorm) and _is_rms_norm(module):
-            own: Any = type(module)
-            module.__class__ = _fused(own)
-
-
-@cache
-def _fused(own: Any) -> Any:
-    """The subclass of a module's own class, so that it stays one for `isinstance`, copies and names of weights."""
-    return type(f"Fused{own.__name__}", (FusedNorm, own), {"__doc__": own.__doc__})
+            graft(module, FusedNorm)
 
 
 def _epsilon(module: nn.Module) -> Any:

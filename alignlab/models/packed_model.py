@@ -223,6 +223,10 @@ class PackedModel(nn.Module):
             if len(unique) < NARROW * rows.input_ids_RL.shape[1]:
                 wanted, every = unique, inverse
         hidden = self._run(decoder, rows, wanted).last_hidden_state.flatten(0, 1)
+        if wanted is not None and len(hidden) != len(wanted):
+            raise RuntimeError(
+                f"features.narrow_last: the last layer of {type(decoder).__name__} computes all positions"
+            )
         found = hidden[every].split([len(p) for p in places.values()])
         return dict(zip(places, found, strict=True))
 

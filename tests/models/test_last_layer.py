@@ -114,6 +114,16 @@ def test_where_most_positions_are_read_all_are_computed() -> None:
     assert seen == [rows.tokens]
 
 
+def test_a_layer_that_takes_no_such_plan_is_found_out() -> None:
+    """Positions would be mixed up silently otherwise."""
+    model = tiny.model("llama")
+    model.layout = "flat"
+    assert use_plans(model.base)
+    model.features = replace(model.features, narrow_last=True)
+    with pytest.raises(RuntimeError, match=r"narrow_last: the last layer of LlamaModel computes all positions"):
+        model(model.lay_out(tiny.some_groups()))
+
+
 def test_no_loss_bearing_tokens() -> None:
     model, groups = made(), tiny.groups([(4, [2])])
     groups[0].responses[0].loss_mask = [False, False]

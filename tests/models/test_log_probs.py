@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.models import log_probs as module
-from alignlab.models.log_probs import Scaling, log_probs
+from alignlab.models.log_probs import Scaling, chunks, log_probs
 
 SCALINGS = [Scaling(), Scaling(temperature=0.6), Scaling(0.25, None, 1.3), Scaling(1.0, 3.0, 0.7), Scaling(0.5, 2.0)]
 T, D, V = 11, 6, 23
@@ -129,3 +129,9 @@ def test_under_autocast() -> None:
         of_found = torch.autograd.grad(found.sum(), [hidden, head.weight] if trained else [hidden])
         for one, other in zip(of_found, of_expected, strict=False):
             torch.testing.assert_close(one, other, atol=0.03, rtol=0.05)
+
+
+@pytest.mark.parametrize(("vocabulary", "expected"), [(32_000, 128), (1_000, 4_096), (256_000, 16), (600_000, 6)])
+def test_chunks_have_numbers_of_tokens_that_products_like(vocabulary: int, expected: int) -> None:
+    """2²² numbers at most: 131 tokens of 32,000 would be padded to 144, 4,194 of 1,000 to 4,352."""
+    assert [p.stop - p.start for p in chunks(torch.zeros(2 * expected + 1), vocabulary)] == [expected, expected, 1]
