@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ValidationError
 
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
-from alignlab.core.settings import Settings
+from alignlab.core.settings import Settings, renamed
 
 S = TypeVar("S", bound=Settings)
 
@@ -146,7 +146,8 @@ def _invalid(error: Any, values: Any, key: str, kind: type[BaseModel] | None = N
         for part in path[:-1]:
             inner = kind.model_fields[part].annotation if kind and part in kind.model_fields else None
             kind = inner if inspect.isclass(inner) and issubclass(inner, BaseModel) else None
-        return ConfigError(f"{place}: unknown key{did_you_mean(path[-1], kind.model_fields if kind else ())}")
+        hint = renamed(place) or did_you_mean(path[-1], kind.model_fields if kind else ())
+        return ConfigError(f"{place}: unknown key{hint}")
     if first["type"] == "missing":
         place = f"{place}.{first['loc'][-1]}" if place else str(first["loc"][-1])
         return ConfigError(f"{place}: must be given, as in {place}=VALUE")

@@ -206,7 +206,7 @@ def _plan(words: list[str]) -> int:
     config = _config("plan", ["format=json" if w == "--json" else w for w in words])
     if config is None:
         return 0
-    from alignlab.launch.plan import plan
+    from alignlab.planning import plan
 
     found = plan(config, _own_folder(words)[0])
     if config["format"] == "json":
@@ -214,7 +214,7 @@ def _plan(words: list[str]) -> int:
 
         print(json.dumps(found, indent=2))
         return 0
-    from alignlab.launch.plan.show import show
+    from alignlab.planning.show import show
 
     show(found)
     return 0
@@ -225,7 +225,7 @@ def _export(words: list[str]) -> int:
     if config is None:
         return 0
     from alignlab.config import section
-    from alignlab.training.export import ExportSettings, export
+    from alignlab.training.checkpoints.export import ExportSettings, export
 
     for line in export(section(ExportSettings, config, "")):
         print(line)
@@ -234,8 +234,8 @@ def _export(words: list[str]) -> int:
 
 def _report(words: list[str]) -> int:
     from alignlab.comparison import collect
-    from alignlab.comparison.sweep import results
     from alignlab.core.errors import ConfigError
+    from alignlab.sweeps import results
 
     if not words:
         raise ConfigError("report: name the folder of a comparison, or several: alignlab report DIR...")
@@ -272,7 +272,7 @@ def _config(name: str, words: list[str]) -> dict[str, Any] | None:
         return read_saved(Path(saved[0].removeprefix("--from=")))
     _no_options(words)
     if name in ("train", "compare"):
-        from alignlab.comparison.sweep.settings import refuse
+        from alignlab.sweeps.settings import refuse
 
         refuse(words)
     config = compose(name, words, own)
@@ -333,7 +333,7 @@ def _help(name: str) -> int:
 
 def _sweep(name: str, words: list[str]) -> int:
     """Every combination of comma-separated values, or a search."""
-    from alignlab.comparison.sweep.command import sweep
+    from alignlab.sweeps.command import sweep
 
     words, own = _own_folder(words)
     _no_options(words)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignlab.build import build, locate, section, shorten
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.settings import renamed
 
 __all__ = [
     "as_yaml",
@@ -184,7 +185,7 @@ def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence
         parent, _, leaf = key.rpartition(".")
         if option := _option_with(parent, leaf, folders):
             return ConfigError(f"{key}: is a key of {option}: add {option}")
-        return ConfigError(f"{key}: unknown key{did_you_mean(leaf, _siblings(name, parent, words))}")
+        return ConfigError(f"{key}: unknown key{renamed(key) or did_you_mean(leaf, _siblings(name, parent, words))}")
     if there := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"+{there[1]}: there is such a key already: leave out the +")
     if several := re.search(r"Ambiguous value for argument '([^']+)'", text):

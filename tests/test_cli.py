@@ -87,7 +87,10 @@ def training(folder: Path, *words: str, algorithm: str = "sft", out: str = "mist
             ["evaluate", "run=base"],
             "run=base: is no run of alignlab: name the model to measure against, reference=PATH",
         ),
-        (["evaluate", "run=base", "reference=base", "token_budget=0"], "token_budget=0: should be greater than or"),
+        (
+            ["evaluate", "run=base", "reference=base", "max_tokens_per_microbatch=0"],
+            "max_tokens_per_microbatch=0: should be greater than or",
+        ),
         (
             ["evaluate", "run=base", "reference=base", "best_of=4"],
             "best_of=4: a reward model picks the best, and there is none: give reward_model",
@@ -98,8 +101,8 @@ def training(folder: Path, *words: str, algorithm: str = "sft", out: str = "mist
             "rollout.temperature=0.0: best_of=2 needs samples that differ: above 0",
         ),
         (
-            ["sample", "model=base", "data.path=prompts.jsonl", "samples=0"],
-            "samples=0: should be greater than or equal",
+            ["sample", "model=base", "data.path=prompts.jsonl", "group_size=0"],
+            "group_size=0: should be greater than or equal",
         ),
         (["sample", "model=base", "data.path=prompts.jsonl", "out=/proc/x"], "out=/proc/x: cannot be written: No such"),
         (
@@ -241,8 +244,8 @@ def test_mistaken_runs(folder: Path, mistake: Mistake, words: str, message: str)
             "comparison: runs/x-seed0: optimizer.lr='abc': should be a",
         ),
         (
-            ["+comparison.algorithms.x=['source=rollout','source.samples=0']"],
-            "comparison: runs/x-seed0: source.samples=0: should be",
+            ["+comparison.algorithms.x=['source=rollout','source.group_size=0']"],
+            "comparison: runs/x-seed0: source.group_size=0: should be",
         ),
         (
             ["+comparison.algorithms.x=['algorithm=dpo','algorithm.beta=0']"],

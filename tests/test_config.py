@@ -197,3 +197,17 @@ def test_words_of_a_sweep() -> None:
     assert "hydra.sweep.dir=here" in words
     assert not any(w.startswith("out=") for w in words)  # each run gets a folder of its own
     assert "hydra.sweep.dir=runs/${name}" in sweep_words(["algorithm=dpo,sft"], None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("source.prompts", "source.rollout_batch_size"),
+        ("source.samples", "source.group_size"),
+        ("training.token_budget", "training.max_tokens_per_microbatch"),
+    ],
+)
+def test_a_renamed_key_answers_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose("train", [f"{old}=3"])
+    assert str(raised.value) == f"{old}: unknown key: it is called {new}"

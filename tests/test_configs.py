@@ -12,7 +12,6 @@ import yaml
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
 from alignlab.comparison.settings import Budget, ComparisonSettings, Pairs
-from alignlab.comparison.sweep.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
 from alignlab.config import compose, config_folder, locate, resolve
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings
@@ -21,9 +20,10 @@ from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
 from alignlab.rollout import RolloutSettings
 from alignlab.rollout.produce import ProduceSettings
 from alignlab.rollout.vllm.settings import VllmSettings
+from alignlab.sweeps.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
+from alignlab.training.callbacks.tracking import TrackerSettings
 from alignlab.training.run import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.tracking import TrackerSettings
 
 FOLDER = config_folder()
 COMMANDS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
@@ -229,5 +229,9 @@ def test_recipes_have_the_values_of_their_papers() -> None:
         algorithm = {k: found["algorithm"][k] for k in ("clip", "value_weight", "gamma", "lam", "kl_coef", "kl_target")}
         assert list(algorithm.values()) == [0.2, 0.1, 1.0, 0.95, kl_coef, kl_target]
         assert (found["optimizer"]["lr"], found["optimizer"]["eps"]) == (lr, 1e-5)
-        assert (found["source"]["kind"], found["source"]["passes"], found["source"]["prompts"]) == ("rollout", 4, 512)
+        assert (found["source"]["kind"], found["source"]["ppo_epochs"], found["source"]["rollout_batch_size"]) == (
+            "rollout",
+            4,
+            512,
+        )
         assert (found["rollout"]["temperature"], found["algorithm"]["missing_eos_score"]) == (0.7, -1.0)

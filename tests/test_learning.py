@@ -105,7 +105,7 @@ PAIRS = ["data=groups", "data.path={folder}/pairs.jsonl", "training.steps=200"]
 FOURS = ["data=groups", "data.path={folder}/fours.jsonl", "training.steps=120", "training.batch_size=32"]
 GOLD = "{{_target_: tests.test_learning.gold, world: {{words: 5, max_tokens: 3, prompts: 4}}}}"
 ONLINE = [
-    *("data=prompts", "data.path={folder}/prompts.jsonl", "source=rollout", "source.samples=8"),
+    *("data=prompts", "data.path={folder}/prompts.jsonl", "source=rollout", "source.group_size=8"),
     *("training.batch_size=16", "training.steps=120", f"+scoring={GOLD}", "training.schedule=cosine"),
 ]
 
@@ -120,7 +120,7 @@ POLICIES: dict[str, tuple[list[str], float, float]] = {
     "rrhf": (FOURS, 0.02, 0.15),
     "rejection_sampling": (ONLINE, 0.25, 0.8),
     "expert_iteration": (["algorithm.minimum=0.5", *ONLINE], 0.25, 0.8),
-    "ppo": (["algorithm.kl_coef=0.1", "source.passes=2", *ONLINE], 0.09, 0.75),
+    "ppo": (["algorithm.kl_coef=0.1", "source.ppo_epochs=2", *ONLINE], 0.09, 0.75),
     "grpo": (["algorithm.kl_coef=0.1", *ONLINE], 0.25, 0.8),
     "rloo": (["algorithm.kl_coef=0.1", *ONLINE], 0.11, 0.85),
     "reinforce_pp": (["algorithm.kl_coef=0.1", *ONLINE], 0.11, 0.85),

@@ -60,6 +60,6 @@ def test_a_run_imports_nothing_before_its_first_step_that_it_does_not_use(tmp_pa
     runs.prepare(tmp_path)
     data = ["algorithm=dpo", "data=preferences", f"data.path={tmp_path}/preferences.jsonl"]
     found = imported("train", f"model={tmp_path}/base", *data, f"out={tmp_path}/out", before=FIRST_STEP)
-    assert {"torch", "transformers", "alignlab.training.loop"} <= found
+    assert {"torch", "transformers", "alignlab.training.trainer"} <= found
     for name in ("deepspeed", "bitsandbytes", "peft", "wandb", "datasets", "optuna", "submitit", "matplotlib"):
         assert name not in found

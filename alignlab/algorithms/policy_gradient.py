@@ -138,5 +138,5 @@ def require_siblings(groups: Sequence[Group], name: str) -> None:
         if len(group.responses) == 1:
             raise AlignlabError(
                 f"{group.origin or 'a group'}: {name} compares responses to the same prompt and there is only one: "
-                "source.samples must be at least 2"
+                "source.group_size must be at least 2"
             )

@@ -41,7 +41,7 @@ def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:
 
 class PPO(PolicyGradient):
     """Clipped policy gradient with a critic. Losses are means over all tokens of the minibatch, so a long response
-    weighs more than a short one. Epochs are `source.passes`, minibatches `training.batch_size` groups.
+    weighs more than a short one. Epochs are `source.ppo_epochs`, minibatches `training.batch_size` groups.
 
     Args:
         clip: ε: how far the ratio may count from 1, and a value from the old one, in (0, 1).

@@ -1,8 +1,8 @@
 """Rejection sampling: keep the best of N sampled responses, then fine-tune on them.
 
 Nakano et al. (2021, arXiv:2112.09332) for best of N; Touvron et al. (2023, arXiv:2307.09288, section 3.2.3) and RAFT
-(Dong et al. 2023, arXiv:2304.06767) for fine-tuning on it. With `source.prompts` as large as the set of prompts it
-is the one-round method; smaller, the policy that samples follows the one that learns.
+(Dong et al. 2023, arXiv:2304.06767) for fine-tuning on it. With `source.rollout_batch_size` as
+large as the set of prompts it is the one-round method; smaller, the policy that samples follows the one that learns.
 """
 
 from __future__ import annotations

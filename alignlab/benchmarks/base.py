@@ -24,7 +24,7 @@ class Subject:
         base: the base model, as the judge of fluency, where there is one.
         proxy: the scorer it was trained with, where there was one: what it may have learnt to exploit.
         sampler: draws responses from a model as the run's rollout settings say.
-        token_budget: tokens per forward pass.
+        max_tokens_per_microbatch: tokens per forward pass.
         seed: of sampling.
         best_of: answers are the best of this many samples by the proxy's reward, >= 1; 1 is the policy itself.
     """
@@ -34,7 +34,7 @@ class Subject:
     sampler: Callable[[PackedModel], Sampler]
     base: Callable[[], PackedModel] | None = None
     proxy: Scorer | None = None
-    token_budget: int = 16384
+    max_tokens_per_microbatch: int = 16384
     seed: int = 0
     best_of: int = 1
 

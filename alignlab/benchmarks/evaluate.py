@@ -21,7 +21,7 @@ from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.scoring import RewardModelScorer
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
 
 
 class EvaluateSettings(Settings):
@@ -33,7 +33,7 @@ class EvaluateSettings(Settings):
     base: str | None = None
     reward_model: str | None = None
     best_of: int = Field(1, ge=1)
-    token_budget: int = Field(16384, ge=1)
+    max_tokens_per_microbatch: int = Field(16384, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = 0
 
@@ -92,7 +92,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         sampler=lambda policy: LocalEngine(policy, rollout),
         base=(lambda: open_model(base, "base")) if base else None,
         proxy=RewardModelScorer(wanted.reward_model) if wanted.reward_model else None,
-        token_budget=wanted.token_budget,
+        max_tokens_per_microbatch=wanted.max_tokens_per_microbatch,
         seed=wanted.seed,
         best_of=wanted.best_of,
     )

@@ -21,10 +21,10 @@ def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[d
     """Reward, KL and the other figures every benchmark has, and the answers, scored by `gold`."""
     mine = subject.answers(prompts)
     gold.score(mine)
-    logp_N = sums(subject.policy, mine, subject.token_budget)
+    logp_N = sums(subject.policy, mine, subject.max_tokens_per_microbatch)
     with subject.reference() as reference:
         theirs = subject.sampler(reference).sample(prompts, 1, subject.seed + OTHER)
-        ref_logp_N = sums(reference, mine, subject.token_budget)
+        ref_logp_N = sums(reference, mine, subject.max_tokens_per_microbatch)
     gold.score(theirs)
     reward, other = column(mine, "reward"), column(theirs, "reward")
     tokens = [len(g.responses[0].token_ids) for g in mine]
@@ -37,7 +37,9 @@ def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[d
         "reward_per_prompt": reward,
     }
     if subject.base is not None:
-        found["perplexity"] = math.exp(-math.fsum(sums(subject.base(), mine, subject.token_budget)) / sum(tokens))
+        found["perplexity"] = math.exp(
+            -math.fsum(sums(subject.base(), mine, subject.max_tokens_per_microbatch)) / sum(tokens)
+        )
     if subject.proxy is not None:
         scored = [g.with_responses([replace(r, columns=dict(r.columns)) for r in g.responses]) for g in mine]
         subject.proxy.score(scored)
@@ -50,9 +52,9 @@ def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[d
     return found, mine
 
 
-def sums(model: PackedModel, groups: Sequence[Group], token_budget: int) -> list[float]:
+def sums(model: PackedModel, groups: Sequence[Group], max_tokens_per_microbatch: int) -> list[float]:
     """Log-prob of each response, in nats."""
-    return [float(v.double().sum()) for v in model.outputs(groups, ("logp",), token_budget)["logp"]]
+    return [float(v.double().sum()) for v in model.outputs(groups, ("logp",), max_tokens_per_microbatch)["logp"]]
 
 
 def column(groups: Sequence[Group], name: str) -> list[float]:

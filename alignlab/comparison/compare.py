@@ -21,8 +21,8 @@ from alignlab.comparison.settings import ComparisonSettings
 from alignlab.config import section
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_text
-from alignlab.training.storage import storage_errors
-from alignlab.training.tracking import how_to_sync
+from alignlab.core.storage import storage_errors
+from alignlab.training.callbacks.tracking import how_to_sync
 
 
 def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:

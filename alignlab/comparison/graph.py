@@ -50,8 +50,8 @@ class Node:
 
     def __post_init__(self) -> None:
         commands = [[c.name, {k: v for k, v in c.config.items() if k != "tracker"}] for c in self.commands]
-        essence = [__version__, self.name, commands, [p.key for p in self.parents]]
-        self.key = hashlib.sha256(json.dumps(essence, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        fingerprint = [__version__, self.name, commands, [p.key for p in self.parents]]
+        self.key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def parents(self) -> list[Node]:

@@ -18,7 +18,7 @@ from alignlab.build import section
 from alignlab.comparison.graph import Command, Node
 from alignlab.core import ConfigError, did_you_mean
 from alignlab.launch.slurm.settings import SlurmSettings
-from alignlab.training.folder import RESULT
+from alignlab.training.run_folder import RESULT
 
 EVALUATE = ".evaluate"
 REPORT = "report"

@@ -40,7 +40,7 @@ def run_command(command: str, config: dict[str, Any], folder: Path) -> None:
     """Run one of a node's commands; what it returns goes to `COMMAND.json` where it keeps no file of its own."""
     if command == "train":
         from alignlab.launch.start import train
-        from alignlab.training.folder import RESULT
+        from alignlab.training.run_folder import RESULT
 
         if not (folder / RESULT).exists():  # trained, but stopped before it was measured
             train(config, folder)

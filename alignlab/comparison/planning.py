@@ -18,9 +18,9 @@ from alignlab.comparison.graph import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
-from alignlab.training.folder import REFERENCE_CACHE
+from alignlab.training.callbacks.tracking import named
 from alignlab.training.run import check
-from alignlab.training.tracking import named
+from alignlab.training.run_folder import REFERENCE_CACHE
 
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
@@ -178,7 +178,7 @@ class _Plan:
             "quantization": self.config.get("quantization", {}),
             "rollout": self.config["rollout"],
             "scoring": labels,
-            "samples": pairs.samples,
+            "group_size": pairs.group_size,
             "rounds": pairs.rounds,
             "seed": pairs.seed,
             "name": "pairs",
@@ -200,7 +200,7 @@ class _Plan:
             "base": self.places["base"].text,
             "reward_model": judge.text if judge else None,
             "best_of": best_of,
-            "token_budget": 16384,
+            "max_tokens_per_microbatch": 16384,
             "threads": None,
             "seed": seed,
             "tracker": tracker,

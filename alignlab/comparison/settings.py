@@ -37,7 +37,7 @@ class Pairs(Settings):
     """Preference pairs sampled from the SFT policy and labelled by the true reward with Bradley-Terry noise."""
 
     rounds: int = Field(1, ge=1)
-    samples: int = Field(2, ge=2)
+    group_size: int = Field(2, ge=2)
     temperature: float = Field(1.0, gt=0)
     certain: bool = True
     seed: int = 0

@@ -15,7 +15,7 @@ from alignlab.comparison.ledger import FILE, Entry, Ledger
 from alignlab.core import AlignlabError
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import QUEUED, State
-from alignlab.training.folder import RESULT
+from alignlab.training.run_folder import RESULT
 
 DONE, RUNNING, WAITING, FAILED, CANCELLED, BLOCKED, OPEN = (
     *("done", "running", "waiting", "failed", "cancelled"),

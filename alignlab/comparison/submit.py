@@ -25,10 +25,10 @@ from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.files import write_text
+from alignlab.core.storage import storage_errors
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.script import render
 from alignlab.launch.slurm.settings import SlurmSettings
-from alignlab.training.storage import storage_errors
 
 Waits = frozenset[tuple[str, str]]
 """(kind of Slurm's dependency, name of the task)."""

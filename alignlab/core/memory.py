@@ -24,7 +24,7 @@ SAYINGS = ("out of memory", "t allocate memory", "failed to allocate", "not enou
 """Part of what PyTorch's CPU allocator, cuBLAS and the like say, as RuntimeErrors."""
 
 ADVICE = (
-    "shorten what is read (data.max_length, rollout.max_new_tokens, source.samples), train less of the model "
+    "shorten what is read (data.max_length, rollout.max_new_tokens, source.group_size), train less of the model "
     "(adapter=lora, quantization=nf4), keep fewer activations (model.gradient_checkpointing=true), or divide the model "
     "(distributed=zero3)"
 )

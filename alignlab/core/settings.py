@@ -8,6 +8,27 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+RENAMED = {
+    "adapter.rank": "adapter.r",
+    "comparison.pairs.samples": "comparison.pairs.group_size",
+    "rollout.token_budget": "rollout.max_batch_tokens",
+    "samples": "group_size",
+    "scoring.token_budget": "scoring.max_tokens_per_microbatch",
+    "source.passes": "source.ppo_epochs",
+    "source.prompts": "source.rollout_batch_size",
+    "source.refresh": "source.ref_update_interval",
+    "source.refresh_weight": "source.ref_update_tau",
+    "source.samples": "source.group_size",
+    "token_budget": "max_tokens_per_microbatch",
+    "training.token_budget": "training.max_tokens_per_microbatch",
+}
+"""Keys as they were once called, or as other tools call them → as they are called here."""
+
+
+def renamed(key: str) -> str:
+    """What to add to "unknown key" where the key has another name now; "" where it has none."""
+    return f": it is called {RENAMED[key]}" if key in RENAMED else ""
+
 
 class Settings(BaseModel):
     """A section of the config."""

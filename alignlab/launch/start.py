@@ -22,9 +22,9 @@ from alignlab.core import AlignlabError, ConfigError, PeerLost, StartAgain
 from alignlab.core.children import end_with_parent, free_port
 from alignlab.core.files import write_text
 from alignlab.core.memory import ADVICE, is_memory_error, said
-from alignlab.training.processes import launched
+from alignlab.training.distributed.processes import launched
+from alignlab.training.distributed.watchdog import LOGS, STACKS, place
 from alignlab.training.settings import DistributedSettings
-from alignlab.training.watchdog import LOGS, STACKS, place
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a run to stop, with a checkpoint."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from alignlab.core import Group
-from alignlab.data.packing import Rows, Span
+from alignlab.models.packing import Rows, Span
 
 NAME = "alignlab"
 """What transformers knows our attention function by."""

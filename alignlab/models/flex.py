@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.data.packing import TRUNK, Rows
+from alignlab.models.packing import TRUNK, Rows
 
 
 class FlexPlan:

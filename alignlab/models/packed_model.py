@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.core.memory import in_halves
-from alignlab.data.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
 from alignlab.models.features import Features
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
 from alignlab.models.norms import fuse_norms
+from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.products import is_weight
 from alignlab.models.quantization import precision
 
@@ -142,8 +142,8 @@ class PackedModel(nn.Module):
         skips = self.config.pad_token_id if self.kind == "score" else None
         return lay_out(groups, self._layout_for(groups), self.pad_id, skips).to(self.device)
 
-    def micro_batches(self, groups: Sequence[Group], token_budget: int) -> list[list[int]]:
-        return micro_batches(groups, token_budget, self._layout_for(groups))
+    def micro_batches(self, groups: Sequence[Group], max_tokens_per_microbatch: int) -> list[list[int]]:
+        return micro_batches(groups, max_tokens_per_microbatch, self._layout_for(groups))
 
     def _layout_for(self, groups: Sequence[Group]) -> Layout:
         """Flat rows where the model takes them and pieces are large enough to be worth a call to the kernel each."""
@@ -325,7 +325,7 @@ class PackedModel(nn.Module):
         self,
         groups: Sequence[Group],
         reads: Iterable[str] = ("logp",),
-        token_budget: int = 16384,
+        max_tokens_per_microbatch: int = 16384,
         temperature: float = 1.0,
         in_step: InStep | None = None,
     ) -> dict[str, list[Tensor]]:
@@ -340,7 +340,7 @@ class PackedModel(nn.Module):
         offset = [sum(counts[:i]) for i in range(len(counts))]
         found: dict[str, list[Tensor]] = {}
         with evaluating(self):
-            plan = self.micro_batches(groups, token_budget)
+            plan = self.micro_batches(groups, max_tokens_per_microbatch)
 
             def read(batch: list[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
                 yield batch, self(self.lay_out([groups[i] for i in batch]), reads, temperature)

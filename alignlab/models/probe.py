@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group, Response
-from alignlab.data.packing import Rows, Span, lay_out
 from alignlab.models.attention import shortest_window, use_plans
 from alignlab.models.last_layer import narrow_last_layer
 from alignlab.models.packed_model import PackedModel, evaluating
+from alignlab.models.packing import Rows, Span, lay_out
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 """Largest mean absolute difference put down to rounding: in nats, and as a part of what a wrong mask would make. The

@@ -77,9 +77,9 @@ def units(rows: Sequence[Row]) -> list[Unit]:
     ]
 
 
-def batches(rows: Sequence[Row], token_budget: int, padded: bool) -> Iterator[list[Row]]:
-    """Rows in batches of at most `token_budget` tokens when all reach their limit, each row with a prompt of its own,
-    or of one row: for a decoding that takes no rows on the way.
+def batches(rows: Sequence[Row], max_batch_tokens: int, padded: bool) -> Iterator[list[Row]]:
+    """Rows in batches of at most `max_batch_tokens` tokens when all reach their limit, each row with a prompt of its
+    own, or of one row: for a decoding that takes no rows on the way.
 
     The rows of one prompt are parted only where a batch cannot hold them all.
     """
@@ -93,7 +93,7 @@ def batches(rows: Sequence[Row], token_budget: int, padded: bool) -> Iterator[li
             batch = []
         if not batch:
             length = len(unit.context)
-            room = most = max(1, token_budget // same[0].final_length)
+            room = most = max(1, max_batch_tokens // same[0].final_length)
             while len(same) > most:
                 yield same[:most]
                 same = same[most:]
@@ -132,15 +132,15 @@ class Queue:
     """Rows that wait for room; the longest contexts come first.
 
     Args:
-        token_budget: tokens held at a time, see `Space`; a single row may exceed it.
+        max_batch_tokens: tokens held at a time, see `Space`; a single row may exceed it.
         most_rows: rows at a time.
         few_shapes: space is taken as in `Space.rounded`.
     """
 
-    def __init__(self, rows: Sequence[Row], token_budget: int, most_rows: int, few_shapes: bool = False) -> None:
+    def __init__(self, rows: Sequence[Row], max_batch_tokens: int, most_rows: int, few_shapes: bool = False) -> None:
         self._few_shapes = few_shapes
         self._waiting = deque(units(rows))
-        self._budget, self._most = token_budget, most_rows
+        self._budget, self._most = max_batch_tokens, most_rows
 
     @classmethod
     def of_one(cls, batch: Sequence[Row]) -> Queue:

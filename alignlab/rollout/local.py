@@ -152,20 +152,20 @@ class LocalEngine:
             """As many rows at a time as there are places, with their part of the budget."""
             if some := going(rows):
                 fewer = len(places) < most
-                budget = settings.token_budget * len(places) // most
+                budget = settings.max_batch_tokens * len(places) // most
                 queue = Queue(some, budget, len(places) if fewer else self._most_rows(), settings.compile)
                 yield from finish(ContinuousDecoding(self.model, settings.compile), queue)
 
         name = type(self.model.base).__name__
         longest = max((row.final_length for row in rows), default=0)
         if rows and takes_plans(self.model, longest):
-            most = Queue(rows, settings.token_budget, self._most_rows(), settings.compile).first
+            most = Queue(rows, settings.max_batch_tokens, self._most_rows(), settings.compile).first
             yield from in_halves([list(range(most))], in_places, "sampling")
         elif rows:
             mode = decoding_mode(self.model)
             if settings.compile:
                 log.warning("rollout.compile: %s is not compiled, it goes through transformers' own cache", name)
-            yield from in_halves(batches(rows, settings.token_budget, mode.padded), in_batch, "sampling")
+            yield from in_halves(batches(rows, settings.max_batch_tokens, mode.padded), in_batch, "sampling")
 
     def _decode(
         self,

@@ -27,14 +27,14 @@ from alignlab.rollout.vllm.run import VllmRun
 class ProduceSettings(Settings):
     """How much to sample."""
 
-    samples: int = Field(2, ge=1)
+    group_size: int = Field(2, ge=1)
     rounds: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = 0
 
 
 def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write `groups.jsonl` in `out`: `rounds` times over the prompts, `samples` responses each, with columns.
+    """Write `groups.jsonl` in `out`: `rounds` times over the prompts, `group_size` responses each, with columns.
 
     Returns:
         groups, generated_tokens and seconds.
@@ -71,7 +71,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
             if isinstance(scorer, MonteCarloLabels):
                 scorer.attach(engine, model.tokenizer)
         for round_ in range(wanted.rounds):
-            groups = engine.sample(prompts, wanted.samples, wanted.seed + round_)
+            groups = engine.sample(prompts, wanted.group_size, wanted.seed + round_)
             for scorer in scorers:
                 scorer.score(groups)
             found.extend(groups)

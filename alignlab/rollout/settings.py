@@ -25,7 +25,7 @@ class RolloutSettings(Settings):
     stop: list[Annotated[str, StringConstraints(min_length=1)]] = Field(default_factory=list)
     stop_tokens: list[int | str] = Field(default_factory=list)
     suppress_tokens: list[int | str] = Field(default_factory=list)
-    token_budget: int = Field(16384, ge=1)
+    max_batch_tokens: int = Field(16384, ge=1)
     compile: bool = False
     vllm: VllmSettings | None = None
 

@@ -12,7 +12,7 @@ def fill_log_probs(
     model: PackedModel,
     groups: Sequence[Group],
     column: str,
-    token_budget: int,
+    max_tokens_per_microbatch: int,
     temperature: float = 1.0,
     in_step: InStep | None = None,
 ) -> None:
@@ -21,7 +21,7 @@ def fill_log_probs(
     Responses that have the column are left alone, so a frozen model is asked once for each.
     """
     missing = with_some(groups, lambda _, response: column not in response.columns)
-    fill_outputs(model, missing, {"logp": column}, token_budget, temperature, in_step)
+    fill_outputs(model, missing, {"logp": column}, max_tokens_per_microbatch, temperature, in_step)
 
 
 def with_some(groups: Sequence[Group], wanted: Callable[[Group, Response], bool]) -> list[Group]:
@@ -34,7 +34,7 @@ def fill_outputs(
     model: PackedModel,
     groups: Sequence[Group],
     columns: Mapping[str, str],
-    token_budget: int,
+    max_tokens_per_microbatch: int,
     temperature: float = 1.0,
     in_step: InStep | None = None,
 ) -> None:
@@ -46,7 +46,7 @@ def fill_outputs(
     """
     if not columns or not (groups or in_step):
         return
-    found = model.outputs(groups, columns, token_budget, temperature, in_step)
+    found = model.outputs(groups, columns, max_tokens_per_microbatch, temperature, in_step)
     responses = [r for g in groups for r in g.responses]
     for output, column in columns.items():
         for response, values in zip(responses, found.get(output, []), strict=True):

@@ -58,7 +58,7 @@ class PairwiseScorer(ScoreModel):
         how: "tournament" fills `preference` in groups of two and `lost_to` in others, by a knock-out tournament with
             one comparison less than there are responses; "round_robin" compares all pairs and fills `score` with the
             mean probability of winning.
-        token_budget: tokens per forward pass.
+        max_tokens_per_microbatch: tokens per forward pass.
         dtype: as in the model settings.
         device: where to put it; by default a GPU where there is one.
     """
@@ -67,11 +67,11 @@ class PairwiseScorer(ScoreModel):
         self,
         path: str,
         how: Literal["tournament", "round_robin"] = "tournament",
-        token_budget: int = 16384,
+        max_tokens_per_microbatch: int = 16384,
         dtype: str = "auto",
         device: str | None = None,
     ) -> None:
-        super().__init__(path, token_budget, dtype, device)
+        super().__init__(path, max_tokens_per_microbatch, dtype, device)
         require(how in ("tournament", "round_robin"), "scoring.how", how, "must be tournament or round_robin")
         self.how = how
         self.fills = ("score",) if how == "round_robin" else ("preference", "lost_to")

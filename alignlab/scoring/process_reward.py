@@ -55,7 +55,7 @@ class ProcessRewardScorer:
         step_separator: text that parts the steps, as in the data it was trained on.
         step_token: the token at which it was trained to judge, as in that data. It is put after each step of a
             response that has none; null: the end of the step itself.
-        token_budget: tokens per forward pass.
+        max_tokens_per_microbatch: tokens per forward pass.
         dtype: as in the model settings.
         device: where to put it; by default a GPU where there is one.
     """
@@ -68,14 +68,14 @@ class ProcessRewardScorer:
         aggregate: Aggregate = "product",
         step_separator: str = "\n",
         step_token: str | None = None,
-        token_budget: int = 16384,
+        max_tokens_per_microbatch: int = 16384,
         dtype: str = "auto",
         device: str | None = None,
     ) -> None:
         self.settings = ModelSettings(path=path, dtype=dtype)  # type: ignore[arg-type]
         self.aggregate = aggregate
         self.step_separator, self.step_token = step_separator, step_token
-        self.token_budget, self.device = token_budget, device
+        self.max_tokens_per_microbatch, self.device = max_tokens_per_microbatch, device
 
     @cached_property
     def model(self) -> PackedModel:
@@ -120,7 +120,7 @@ class ProcessRewardScorer:
                 )
         if not any(ends):
             return [[] for _ in groups]
-        logits = iter(self.model.outputs(views, ("step",), self.token_budget)["step"])
+        logits = iter(self.model.outputs(views, ("step",), self.max_tokens_per_microbatch)["step"])
         return [[(e, _probability(next(logits))) for e in some] for some in ends]
 
     def _view(self, response: Response, origin: str) -> tuple[list[int], Response]:

@@ -13,14 +13,16 @@ class ScoreModel:
 
     Args:
         path: Hub id or folder of the model, e.g. the `model/` folder of a run.
-        token_budget: tokens per forward pass.
+        max_tokens_per_microbatch: tokens per forward pass.
         dtype: as in the model settings.
         device: where to put it; by default a GPU where there is one.
     """
 
-    def __init__(self, path: str, token_budget: int = 16384, dtype: str = "auto", device: str | None = None) -> None:
+    def __init__(
+        self, path: str, max_tokens_per_microbatch: int = 16384, dtype: str = "auto", device: str | None = None
+    ) -> None:
         self.settings = ModelSettings(path=path, dtype=dtype)  # type: ignore[arg-type]
-        self.token_budget = token_budget
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.device = device
         self._model: PackedModel | None = None
 
@@ -47,7 +49,9 @@ class ScoreModel:
                     f"scoring.path={self.settings.path!r}: token {top} is outside its vocabulary of {vocabulary}: "
                     "the reward model must share the policy's tokenizer"
                 )
-        return [float(s) for s in self.model.outputs(groups, ("score",), self.token_budget).get("score", [])]
+        return [
+            float(s) for s in self.model.outputs(groups, ("score",), self.max_tokens_per_microbatch).get("score", [])
+        ]
 
 
 class RewardModelScorer(ScoreModel):

@@ -21,8 +21,8 @@ import alignlab
 from alignlab.core import AlignlabError, DataError
 from alignlab.core.files import write_json
 from alignlab.core.secrets import HIDDEN, SECRET_KEY, SECRET_VALUE
-from alignlab.training.hashing import files_below, sha256_each
-from alignlab.training.storage import storage_errors
+from alignlab.core.storage import storage_errors
+from alignlab.training.checkpoints.hashing import files_below, sha256_each
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "numpy")

@@ -24,7 +24,7 @@ import transformers
 import alignlab
 from alignlab.core import Group, Response
 from alignlab.models import Reference
-from alignlab.training.hashing import sha256_of_tensors
+from alignlab.training.checkpoints.hashing import sha256_of_tensors
 
 log = logging.getLogger(__name__)
 

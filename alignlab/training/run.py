@@ -34,19 +34,19 @@ from alignlab.rollout.vllm.engine import VllmEngine, check_settings
 from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.training import provenance
-from alignlab.training.checkpoints import Checkpoints
-from alignlab.training.engine import DIVIDING, make_engine
-from alignlab.training.folder import RESULT, claim
-from alignlab.training.loop import Trainer
-from alignlab.training.mismatch import saved_when_lost
-from alignlab.training.ownership import Ownership
-from alignlab.training.processes import Processes
-from alignlab.training.progress import ProgressDisplay
-from alignlab.training.pruning import PRUNED, Pruning
+from alignlab.training.callbacks.progress import ProgressDisplay
+from alignlab.training.callbacks.pruning import PRUNED, Pruning
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.checkpoints.store import Checkpoints
+from alignlab.training.distributed.engine import DIVIDING, make_engine
+from alignlab.training.distributed.processes import Processes
+from alignlab.training.distributed.watchdog import LOGS
+from alignlab.training.off_policy import saved_when_lost
 from alignlab.training.reference_cache import ReferenceCache, identity
+from alignlab.training.run_folder import RESULT, claim
+from alignlab.training.run_lock import RunLock
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.tracking import Tracker, TrackerSettings
-from alignlab.training.watchdog import LOGS
+from alignlab.training.trainer import Trainer
 
 SAMPLES_KEPT = 2
 """Groups of each iteration that go to samples.jsonl."""
@@ -70,7 +70,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         torch.set_num_threads(settings.threads)
 
     processes = Processes(settings.mixed_precision, checked.distributed)
-    owner = Ownership(out) if processes.is_main else None
+    owner = RunLock(out) if processes.is_main else None
     if owner is not None:
         claim(out, config, settings)
         owner.take()
@@ -108,10 +108,12 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
 
     fresh = checked.adapter.kind == "lora" and not (Path(checked.model.path) / "adapter_config.json").exists()
     reference = (
-        Reference(model, fresh, moves=source.refresh is not None) if _wants_reference(algorithm, source) else None
+        Reference(model, fresh, moves=source.ref_update_interval is not None)
+        if _wants_reference(algorithm, source)
+        else None
     )
     temperature, cache = rollout.temperature if source.kind == "rollout" else 1.0, None
-    if reference is not None and settings.reference_cache and source.kind == "data" and not source.refresh:
+    if reference is not None and settings.reference_cache and source.kind == "data" and not source.ref_update_interval:
         known = identity(reference, temperature, settings.mixed_precision) if processes.is_main else ""
         cache = ReferenceCache(Path(settings.reference_cache), processes.gather(known)[0])
     if "value" in algorithm.reads:
@@ -200,7 +202,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
             trained[name] = {"weight": tensors["weight"].cpu()}
     if processes.is_main:
         if divides:  # no process has the model: put it together anew, in the host's memory
-            from alignlab.training.export import rebuild
+            from alignlab.training.checkpoints.export import rebuild
 
             model = rebuild(out, trained)
         notes = save_model(model, out / "model", merge=settings.save_model == "merged", texts=texts)
@@ -261,8 +263,8 @@ def check(config: dict[str, Any]) -> Checked:
         _check_server(checked, checked.rollout.vllm)
     if checked.search and checked.source.kind != "rollout":
         raise ConfigError("search: responses are searched for only with source=rollout")
-    if checked.source.refresh and not _wants_reference(checked.algorithm, checked.source):
-        raise ConfigError(f"source.refresh: {type(checked.algorithm).__name__} uses no reference policy")
+    if checked.source.ref_update_interval and not _wants_reference(checked.algorithm, checked.source):
+        raise ConfigError(f"source.ref_update_interval: {type(checked.algorithm).__name__} uses no reference policy")
     return checked
 
 

@@ -18,7 +18,7 @@ class TrainingSettings(Settings):
     max_generated_tokens: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0)
     batch_size: int = Field(32, ge=1)
-    token_budget: int | None = Field(None, ge=1)
+    max_tokens_per_microbatch: int | None = Field(None, ge=1)
     reference_cache: str | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(0.0, ge=0, le=1)
@@ -64,10 +64,10 @@ class SourceSettings(Settings):
     """Where the groups come from: the data, or sampled from a policy for the data's prompts."""
 
     kind: Literal["data", "rollout"] = "data"
-    prompts: int | None = Field(None, ge=1)
-    samples: int = Field(4, ge=1)
+    rollout_batch_size: int | None = Field(None, ge=1)
+    group_size: int = Field(4, ge=1)
     policy: Literal["current", "reference"] = "current"
-    passes: int = Field(1, ge=1)
+    ppo_epochs: int = Field(1, ge=1)
     keep: bool = False
-    refresh: int | None = Field(None, ge=1)
-    refresh_weight: float = Field(1.0, gt=0, le=1)
+    ref_update_interval: int | None = Field(None, ge=1)
+    ref_update_tau: float = Field(1.0, gt=0, le=1)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outputs, aggregate
 from alignlab.core.memory import is_memory_error
-from alignlab.training.budget import OutOfMemory, Shortage
-from alignlab.training.engine import Engine
-from alignlab.training.processes import Processes
-from alignlab.training.sources import shares
+from alignlab.training.distributed.engine import Engine
+from alignlab.training.distributed.processes import Processes
+from alignlab.training.micro_batch_budget import OutOfMemory, Shortage
+from alignlab.training.order import shares
 
 
 @dataclass
@@ -55,7 +55,7 @@ def run_batch(
     *,
     algorithm: Algorithm,
     engine: Engine,
-    token_budget: int,
+    max_tokens_per_microbatch: int,
     temperature: float = 1.0,
     train: bool = True,
 ) -> Pass:
@@ -69,7 +69,7 @@ def run_batch(
     """
     model, processes = engine.model, engine.processes
     mine = [groups[i] for i in shares(groups, processes.world)[processes.rank]]
-    plan = [[mine[i] for i in batch] for batch in model.micro_batches(mine, token_budget)]
+    plan = [[mine[i] for i in batch] for batch in model.micro_batches(mine, max_tokens_per_microbatch)]
     batches = [Batch(chosen, processes.device) for chosen in plan]
     everyone = processes.gather((sum(b.count(algorithm.unit) for b in batches), len(batches)))
     units, rounds = sum(u for u, _ in everyone), len(batches)

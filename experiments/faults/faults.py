@@ -95,9 +95,9 @@ FAULTS = {
 def command(folder: Path, out: Path, mode: str, launcher: str, *more: str) -> list[str]:
     words = [
         *("train", f"model={folder}/base", "algorithm=rejection_sampling", "data=prompts", "adapter=lora"),
-        *(f"data.path={folder}/prompts.jsonl", "source=rollout", "source.samples=3", "rollout.max_new_tokens=6"),
+        *(f"data.path={folder}/prompts.jsonl", "source=rollout", "source.group_size=3", "rollout.max_new_tokens=6"),
         *("scoring=function", "scoring.function.path=saboteur.rule", "adapter.dropout=0.2", "training.batch_size=4"),
-        *("source.prompts=8", "source.passes=2", "training.epochs=null", f"training.steps={STEPS}"),
+        *("source.rollout_batch_size=8", "source.ppo_epochs=2", "training.epochs=null", f"training.steps={STEPS}"),
         *("training.checkpoint_every=2", "training.progress=off", f"distributed={mode}", f"out={out}", *more),
     ]
     if launcher == "torchrun":

@@ -84,14 +84,19 @@ def monte_carlo(policy: Path, prompts: Path, out: Path) -> Path:
         "scoring.estimate=hard",
     ]
     if not (out / "groups.jsonl").exists():
-        words = [*settings, f"data.path={prompts}", "samples=2", "rollout.max_new_tokens=40", "threads=1", *labels]
+        words = [*settings, f"data.path={prompts}", "group_size=2", "rollout.max_new_tokens=40", "threads=1", *labels]
         subprocess.run([sys.executable, "-m", "alignlab", "sample", *words, f"out={out}"], check=True)
     subprocess.run(
         [
             *(sys.executable, "-m", "alignlab", "train", "algorithm=process_reward_model", *settings),
             *("data=groups", f"data.path={out / 'groups.jsonl'}", "data.validation=0.1", f"out={out / 'prm'}"),
             *("training.epochs=20", "training.batch_size=64", "training.schedule=linear", "training.warmup=0.05"),
-            *("optimizer.lr=2e-3", "training.progress=off", "training.threads=1", "training.token_budget=16384"),
+            *(
+                "optimizer.lr=2e-3",
+                "training.progress=off",
+                "training.threads=1",
+                "training.max_tokens_per_microbatch=16384",
+            ),
         ],
         check=True,
     )

@@ -45,7 +45,7 @@ ALGORITHMS: dict[str, tuple[str, str, list[str]]] = {
     "ppo": (
         "policy",
         "prompts",
-        ["source=rollout", "source.samples=4", "rollout.max_new_tokens=32", "scoring=reward_model"],
+        ["source=rollout", "source.group_size=4", "rollout.max_new_tokens=32", "scoring=reward_model"],
     ),
 }
 """Kind of model, data, and what else is said."""

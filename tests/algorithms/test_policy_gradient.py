@@ -351,5 +351,5 @@ def test_of_an_iteration() -> None:
 
 def test_one_response_cannot_be_compared() -> None:
     require_siblings([group({}, {}), Group([1])], "RLOO")
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: RLOO .* source\.samples must be at least 2"):
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: RLOO .* source\.group_size must be at least 2"):
         require_siblings([group({}, {}), group({})], "RLOO")

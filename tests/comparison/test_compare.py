@@ -222,13 +222,13 @@ def test_one_failing_algorithm_leaves_the_rest(home: Path, capsys: pytest.Captur
 
 
 def test_when_what_all_wait_for_fails_it_is_named(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write(home, "hopeless", changed(sft=["algorithm=sft", "data.path={data}/vanished.jsonl"]))
-    status, parts = compare(home, "hopeless", experiment="hopeless")
+    write(home, "should_prune", changed(sft=["algorithm=sft", "data.path={data}/vanished.jsonl"]))
+    status, parts = compare(home, "should_prune", experiment="should_prune")
     assert (status, parts) == (2, ["base", "data", "sft"])
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("alignlab: no run finished; the first failure: sft: ")
     assert "vanished.jsonl: no such file or folder" in last
-    assert not (home / "hopeless/leaderboard.json").exists()
+    assert not (home / "should_prune/leaderboard.json").exists()
 
 
 def test_a_killed_node_is_a_failure_with_its_signal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

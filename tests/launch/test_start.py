@@ -20,8 +20,8 @@ import torch
 from alignlab.cli import main
 from alignlab.core import DataError
 from alignlab.core.memory import usual_tokens
-from alignlab.training import loop, step
-from alignlab.training.checkpoints import Checkpoints
+from alignlab.training import step, trainer
+from alignlab.training.checkpoints.store import Checkpoints
 from tests.launch import forked
 from tests.training import runs
 
@@ -31,8 +31,8 @@ MORE = [
     "optimizer=adamw",
     "optimizer.lr=1e-3",
     "training.batch_size=4",
-    "source.prompts=8",
-    "source.passes=2",
+    "source.rollout_batch_size=8",
+    "source.ppo_epochs=2",
     "training.checkpoint_every=2",
     "training.progress=off",
     "distributed.timeout=30",
@@ -97,7 +97,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, number: int,
     [
         ("zero2", 1, step, "aggregate", 4, 2),  # in the fourth step, between forward and backward
         ("ddp", 0, runs, "count_of_a", 16, 4),  # in the second rollout, after sampling
-        ("fsdp", 1, loop, "save_state", 2, 2),  # while the second checkpoint is being written
+        ("fsdp", 1, trainer, "save_state", 2, 2),  # while the second checkpoint is being written
     ],
 )
 def test_one_process_is_killed(
@@ -253,15 +253,15 @@ def test_no_memory_where_passes_communicate_starts_all_again(
 ) -> None:
     """They go on from the last checkpoint with half the tokens, and keep to that."""
     marker, budgets = folder / "starved", folder / "budgets"
-    run_batch = loop.run_batch
+    run_batch = trainer.run_batch
 
     def noting(*arguments: Any, **options: Any) -> Any:
         with budgets.open("a") as file:
-            file.write(f"{options['token_budget']} ")
+            file.write(f"{options['max_tokens_per_microbatch']} ")
         return run_batch(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run_batch", noting)
+        patch.setattr(trainer, "run_batch", noting)
         at_call(patch, step, "aggregate", 4, lambda: forked.once(1, marker, no_memory))
         assert start(folder, "starved-run", "zero2") == 0
     used = [int(word) for word in budgets.read_text().split()]
@@ -310,7 +310,7 @@ def test_a_disk_that_is_full_ends_all_with_one_message(
         resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, resource.RLIM_INFINITY))
 
     with monkeypatch.context() as patch:
-        at_call(patch, loop, "save_state", 2, lambda: forked.once(1, marker, limit))
+        at_call(patch, trainer, "save_state", 2, lambda: forked.once(1, marker, limit))
         assert start(folder, "full-run", "ddp") == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("alignlab:")]
     assert sum("the checkpoint of step 4 could not be written (earlier checkpoints are intact" in s for s in said) == 1

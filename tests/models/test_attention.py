@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group, Response
-from alignlab.data.packing import Rows, lay_out
 from alignlab.models.attention import Segments
 from alignlab.models.flex import FlexPlan
+from alignlab.models.packing import Rows, lay_out
 
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {
     "several groups": [(7, [3, 9, 1]), (40, [5]), (3, [70, 2]), (1, [1, 1, 1, 1])],

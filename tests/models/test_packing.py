@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignlab.core import Batch, Group, Response
-from alignlab.data.packing import Layout, Rows, group_cost, lay_out, micro_batches
+from alignlab.models.packing import Layout, Rows, group_cost, lay_out, micro_batches
 
 FILLER = 0
 """Padding; no token has this id."""

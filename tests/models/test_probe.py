@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group
-from alignlab.data.packing import Rows, Span
 from alignlab.models import PackedModel
 from alignlab.models.attention import Segments
 from alignlab.models.log_probs import Scaling
+from alignlab.models.packing import Rows, Span
 from alignlab.models.probe import probe
 from tests import tiny
 

@@ -17,7 +17,7 @@ from measuring.report import Measured, Target, Wanted, comparison, rows, target_
 from measuring.work import END, Scale, Shape, Words, describe, model_folder, pair_batches, scale, set_trained, text_of
 
 from alignlab.core import Group, Response
-from alignlab.data.packing import lay_out
+from alignlab.models.packing import lay_out
 
 SHAPE = Shape(vocabulary=10, hidden=4, layers=2, heads=2, key_value_heads=1, intermediate=6)
 
@@ -224,7 +224,7 @@ def test_pairs_are_the_same_each_time_and_within_their_lengths() -> None:
 
 
 def test_step_n_of_the_loop_draws_batch_n() -> None:
-    from alignlab.training.sources import Order
+    from alignlab.training.order import Order
 
     batches = [[Group([10 * i + k]) for k in range(4)] for i in range(3)]
     placed = ours.placed(batches, seed=7)

@@ -144,7 +144,7 @@ def test_batches_keep_to_the_token_budget(way: str) -> None:
     decoding_mode(packed)
     shapes: list[tuple[int, int]] = []
     packed.base.get_input_embeddings().register_forward_hook(lambda _, i, __: shapes.append(tuple(i[0].shape)))
-    settings = RolloutSettings(max_new_tokens=4, token_budget=100, suppress_tokens=[EOS])
+    settings = RolloutSettings(max_new_tokens=4, max_batch_tokens=100, suppress_tokens=[EOS])
     LocalEngine(packed, settings).sample(prompts(2, 3, 16, 21, 46), 3, 0)
     # 46 + 4: two rows fit, so 2 + 1; then 21 + 4: four rows fit, of which 3 are used as 3 more do not; 16 + 4: five,
     # the same; 3 + 4: fourteen, both prompts of 3 rows.

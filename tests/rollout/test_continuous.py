@@ -199,7 +199,7 @@ def test_batches_change_nothing_and_keep_to_the_budget(
     lengths = (2, 13, 7, 13, 30, 4, 4, 8, 21, 5)
     expected = drawn(llama, lengths)
     held.clear()
-    check_same(drawn(llama, lengths, token_budget=budget), expected)
+    check_same(drawn(llama, lengths, max_batch_tokens=budget), expected)
     assert max(tokens for _, tokens in held) <= budget
 
 
@@ -215,7 +215,7 @@ def test_prompts_are_read_once_and_ended_rows_leave(llama: PackedModel) -> None:
 
 def test_the_next_begin_while_the_last_go_on(llama: PackedModel, held: list[tuple[int, int]]) -> None:
     """Four prompts at a time fit; without rows that join, the steps would be those of the longest of each four."""
-    found = drawn(llama, (10,) * 24, n=2, token_budget=4 * (10 + 2 * 12), stop_tokens=["a", "b", "c"])
+    found = drawn(llama, (10,) * 24, n=2, max_batch_tokens=4 * (10 + 2 * 12), stop_tokens=["a", "b", "c"])
     longest = [max(len(ids) for ids, _ in group) - 1 for group in found]
     assert len(held) < 0.8 * sum(max(longest[i : i + 4]) for i in range(0, 24, 4))
     assert max(tokens for _, tokens in held) == 4 * (10 + 2 * 12)
@@ -255,15 +255,15 @@ def test_nothing_is_lost_where_memory_runs_out(
         append(self, token_R)
 
     class Recorded(Queue):
-        def __init__(self, rows: Sequence[Row], token_budget: int, *rest: Any) -> None:
-            budgets.append(token_budget)
-            super().__init__(rows, token_budget, *rest)
+        def __init__(self, rows: Sequence[Row], max_batch_tokens: int, *rest: Any) -> None:
+            budgets.append(max_batch_tokens)
+            super().__init__(rows, max_batch_tokens, *rest)
 
     budgets: list[int] = []
     monkeypatch.setattr(local, "Queue", Recorded)
     monkeypatch.setattr(ContinuousDecoding, "append", starved)
     with caplog.at_level(logging.WARNING):
-        check_same(drawn(llama, token_budget=1500), expected)
+        check_same(drawn(llama, max_batch_tokens=1500), expected)
     assert budgets[:4] == [1500, 1500, 700, 300], "what the rows need, all, 7 of 15 parts, 3 of 15"
     assert [r.message for r in caplog.records] == [
         "out of memory in sampling with a batch of 15: done in halves",

@@ -79,7 +79,7 @@ def test_a_response_depends_on_seed_prompt_and_index_alone(llama: PackedModel) -
     alone = [tokens(engine(llama).sample([g], 3, 7))[0] for g in groups]
     assert alone == expected, "what else is in the batch"
     for budget in (1, 60, 200):
-        assert tokens(engine(llama, token_budget=budget).sample(groups, 3, 7)) == expected, "the token budget"
+        assert tokens(engine(llama, max_batch_tokens=budget).sample(groups, 3, 7)) == expected, "the token budget"
     assert tokens(engine(llama).sample(groups[::-1], 3, 7))[::-1] == expected, "the order"
     shares = [groups[rank::3] for rank in range(3)]
     parts = [tokens(engine(llama).sample(share, 3, 7)) for share in shares]
@@ -235,7 +235,7 @@ def test_progress_counts_responses(llama: PackedModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(local, "progress", recorder)
     expected = tokens(engine(llama, progress=False).sample(prompts(*MIXED), 3, 0))
     assert not seen
-    assert tokens(engine(llama, token_budget=100).sample(prompts(*MIXED), 3, 0)) == expected
+    assert tokens(engine(llama, max_batch_tokens=100).sample(prompts(*MIXED), 3, 0)) == expected
     assert seen == [("generating", 18, 18)]
 
 

@@ -32,7 +32,7 @@ def test_config_file_holds_every_setting_with_its_default_and_meaning() -> None:
         {"top_p": 1.1},
         {"min_p": 1.1},
         {"max_new_tokens": 0},
-        {"token_budget": 0},
+        {"max_batch_tokens": 0},
         {"stop": [""]},
         {"min_new_tokens": 9, "max_new_tokens": 8},
         {"temprature": 1.0},

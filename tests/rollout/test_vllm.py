@@ -22,7 +22,7 @@ from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_mo
 from alignlab.rollout import RolloutSettings
 from alignlab.rollout.sampling import stream_key
 from alignlab.rollout.vllm.client import Client, ServerLost
-from alignlab.rollout.vllm.engine import Ahead, VllmEngine, check_settings
+from alignlab.rollout.vllm.engine import Prefetch, VllmEngine, check_settings
 from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.server import check_version, interpreter, start
 from alignlab.rollout.vllm.settings import VllmSettings
@@ -254,7 +254,7 @@ def test_new_weights_wait_for_what_is_being_drawn(fake: FakeVllm, policy: Packed
     with run:
         run.push(policy)
         fake.seen = lambda path, body: said.append("weights") if path == "/collective_rpc" else None
-        ahead = Ahead(VllmEngine(policy, RolloutSettings(max_new_tokens=8), run), prompts(3, 4), 1, 0, step=5)
+        ahead = Prefetch(VllmEngine(policy, RolloutSettings(max_new_tokens=8), run), prompts(3, 4), 1, 0, step=5)
         salt = run.salt
         run.push(policy)
         assert len(ahead.take()) == 2
@@ -314,7 +314,7 @@ def test_a_server_that_is_lost_while_it_samples(fake: FakeVllm, policy: PackedMo
     fake.answer = lost
     with pytest.raises(ServerLost, match=r"rollout\.vllm: the server is lost: http"):
         engine.sample(prompts(3, 4, 5), 2, 0)
-    ahead = Ahead(engine, prompts(3), 2, 0, step=7)
+    ahead = Prefetch(engine, prompts(3), 2, 0, step=7)
     with pytest.raises(ServerLost, match="is lost"):
         ahead.take()
 

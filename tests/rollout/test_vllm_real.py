@@ -211,9 +211,9 @@ def test_training(folder: Path, server: Server, algorithm: str, more: tuple[str,
     words = (
         "rollout=vllm",
         f"rollout.vllm.url={server.url}",
-        "source.samples=8",
-        "source.prompts=6",
-        "source.passes=1",
+        "source.group_size=8",
+        "source.rollout_batch_size=6",
+        "source.ppo_epochs=1",
     )
     rest = ("training.batch_size=6", "training.steps=12", "training.max_seconds=200", "adapter.r=8", "optimizer=adamw")
     out = f"run-{algorithm}"
@@ -280,7 +280,7 @@ def gone(folder: Path) -> None:
 def test_a_server_that_is_killed_and_a_run_that_is(folder: Path) -> None:
     """A run whose server is killed saves a checkpoint and says so; one that is killed itself leaves no server; then the
     same command ends what was begun, in two processes."""
-    long = ("training.steps=400", "source.prompts=5")
+    long = ("training.steps=400", "source.rollout_batch_size=5")
     run = command(folder, "faults", *long)
     until_step(folder, "faults", 3, run)
     servers = [
@@ -303,7 +303,7 @@ def test_a_server_that_is_killed_and_a_run_that_is(folder: Path) -> None:
     run.communicate(timeout=60)
     gone(folder / "faults")
 
-    steps = ("training.steps=401", "source.prompts=5", "training.resume=never", "training.max_seconds=2")
+    steps = ("training.steps=401", "source.rollout_batch_size=5", "training.resume=never", "training.max_seconds=2")
     run = command(folder, "both", *steps, processes=2)
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said

@@ -74,7 +74,7 @@ def test_sampled_groups_are_labelled_by_the_rule(folder: Path, tmp_path: Path, m
 def test_dpo_on_the_policy_s_own_pairs(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Sampled, labelled and trained on in one run; the labels are the rule's, and the key is in none of its files."""
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    own = ["algorithm=dpo", "data=prompts", "source=rollout", "source.samples=2"]
+    own = ["algorithm=dpo", "data=prompts", "source=rollout", "source.group_size=2"]
     monkeypatch.setitem(runs.ALGORITHMS, "judged", own)
     with serving(more_a) as server:
         more = [*judged(server.url, tmp_path), "rollout.max_new_tokens=8", f"out={tmp_path}/run"]

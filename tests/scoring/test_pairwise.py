@@ -122,7 +122,7 @@ def plainly(folder: Path, group: Group, i: int, j: int) -> float:
 def test_a_preference_is_the_average_of_both_orders(model: Path) -> None:
     groups = tiny.groups([(4, [3, 5]), (6, [2, 2])])
     groups[0].responses[0].token_ids[-1] = tiny.EOS
-    scorer = PairwiseScorer(str(model), token_budget=40)
+    scorer = PairwiseScorer(str(model), max_tokens_per_microbatch=40)
     assert isinstance(scorer, Scorer)
     scorer.score(groups)
     for group in groups:

@@ -224,7 +224,7 @@ def test_a_reward_model_s_scores_are_transformers_own(saved: Callable[..., Path]
 
     groups = tiny.some_groups()
     groups[1].responses[0].token_ids[-1] = tiny.EOS
-    scorer = RewardModelScorer(str(saved("llama", "score")), token_budget=40)
+    scorer = RewardModelScorer(str(saved("llama", "score")), max_tokens_per_microbatch=40)
     assert isinstance(scorer, Scorer)
     scorer.score(groups)
     network = AutoModelForSequenceClassification.from_pretrained(saved("llama", "score"))

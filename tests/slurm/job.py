@@ -45,7 +45,7 @@ class Run:
             self.name,
             "scoring.function.path=tests.slurm.pace.count_of_a",
             "training.batch_size=4",
-            "source.prompts=4",
+            "source.rollout_batch_size=4",
             f"training.steps={self.length}",
             *self.more,
         )

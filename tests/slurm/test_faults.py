@@ -52,7 +52,12 @@ def mended(slurm: Slurm) -> Iterator[None]:
 def test_a_node_that_fails(slurm: Slurm, tmp_path: Path, mended: None, fails: Callable[[Slurm, str], None]) -> None:
     """The run goes on, on the other node, from its last checkpoint, and ends as if nothing had happened."""
     runs.prepare(tmp_path)
-    more = ["training.batch_size=4", "source.prompts=4", f"training.steps={STEPS}", "training.checkpoint_every=5"]
+    more = [
+        "training.batch_size=4",
+        "source.rollout_batch_size=4",
+        f"training.steps={STEPS}",
+        "training.checkpoint_every=5",
+    ]
     runs.train(tmp_path, "rejection_sampling", "undisturbed", *more, "training.progress=off")
     with slurm.configured(SlurmdTimeout="8", ReturnToService="0"):  # down after 8 s without an answer, and for good
         run = Run(slurm, tmp_path, "run", "one_gpu", "training.checkpoint_every=5").submit("--gres=gpu:1", seconds=0.1)

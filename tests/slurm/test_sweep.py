@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.comparison import sweeps
 from tests.components import need
 from tests.slurm.conftest import REPOSITORY, Slurm, until
 from tests.slurm.pace import HOLD
+from tests.sweeps import helpers as sweeps
 from tests.training import runs
 
 need("hydra_plugins.hydra_submitit_launcher")

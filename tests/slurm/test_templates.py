@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(base: Path) -> dict[str, torch.Tensor]:
     """The weights of the run on one process, without Slurm."""
-    more = ["training.batch_size=4", "source.prompts=4", f"training.steps={STEPS}", "training.progress=off"]
+    more = ["training.batch_size=4", "source.rollout_batch_size=4", f"training.steps={STEPS}", "training.progress=off"]
     runs.train(base, "rejection_sampling", "undisturbed", *more)
     return runs.weights(base, "undisturbed")
 

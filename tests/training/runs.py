@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 ONLINE = [
     "data=prompts",
     "source=rollout",
-    "source.samples=3",
+    "source.group_size=3",
     "rollout.max_new_tokens=6",
     "scoring=function",
     "scoring.function.path=tests.training.runs.count_of_a",
@@ -48,7 +48,13 @@ ALGORITHMS: dict[str, list[str]] = {
     "process_reward_model": ["algorithm=process_reward_model", "data=steps", "data.step_separator=' z '"],
     "rejection_sampling": ["algorithm=rejection_sampling", *ONLINE],
     "expert_iteration": ["algorithm=expert_iteration", "algorithm.minimum=0.02", *ONLINE],
-    "ppo": ["algorithm=ppo", *ONLINE, "source.passes=2", "source.prompts=10", "algorithm.entropy_weight=0.01"],
+    "ppo": [
+        "algorithm=ppo",
+        *ONLINE,
+        "source.ppo_epochs=2",
+        "source.rollout_batch_size=10",
+        "algorithm.entropy_weight=0.01",
+    ],
     "grpo": ["algorithm=grpo", *ONLINE],
     "rloo": ["algorithm=rloo", *ONLINE],
     "reinforce_pp": ["algorithm=reinforce_pp", *ONLINE],
@@ -123,7 +129,7 @@ def scored_samples(folder: Path) -> Path:
         from alignlab.rollout.produce import produce
 
         sampling = [w for w in ONLINE if w.startswith(("data=", "rollout.", "scoring"))]
-        words = [f"model={folder}/base", *sampling, f"data.path={folder}/prompts.jsonl", "samples=3"]
+        words = [f"model={folder}/base", *sampling, f"data.path={folder}/prompts.jsonl", "group_size=3"]
         produce(resolve(compose("sample", words)), path.parent)
     return path
 

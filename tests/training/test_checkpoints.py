@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.training import checkpoints as module
-from alignlab.training.checkpoints import MANIFEST, Checkpoints, read_manifest, verify
+from alignlab.training.checkpoints import store as module
+from alignlab.training.checkpoints.store import MANIFEST, Checkpoints, read_manifest, verify
 
 SHA256_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 

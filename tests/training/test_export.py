@@ -12,7 +12,7 @@ import torch
 from alignlab.cli import main
 from alignlab.core import Interrupted
 from alignlab.models import ModelSettings, load_model
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
 from tests import tiny
 from tests.training import many, runs
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError, Interrupted, PeerLost
-from alignlab.training import checkpoints as checkpoints_module
-from alignlab.training.checkpoints import Checkpoints
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
+from alignlab.training.checkpoints import store as checkpoints_module
+from alignlab.training.checkpoints.store import Checkpoints
 from tests.training import forks, runs
 
 STEPS = 6
@@ -34,8 +34,8 @@ MORE = [
     "optimizer=adamw",
     "optimizer.lr=1e-3",
     "training.batch_size=2",
-    "++source.prompts=5",
-    "++source.passes=2",
+    "++source.rollout_batch_size=5",
+    "++source.ppo_epochs=2",
     "training.checkpoint_every=1",
     "training.progress=off",
 ]
@@ -252,7 +252,7 @@ def test_a_truncated_newest_checkpoint_is_said_and_the_one_before_used(
 @pytest.mark.parametrize("algorithm", ["dpo"])
 def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away(folder: Path, algorithm: str, whole: dict) -> None:
     """Training anew from the beginning would look like a resumption, and would drop what was recorded."""
-    out = f"{algorithm}-hopeless"
+    out = f"{algorithm}-should_prune"
     interrupted(folder, algorithm, out, 4)
     before = (folder / out / "metrics.jsonl").read_text()
     for path in (folder / out / "checkpoints").glob("step-*/state.pt"):
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, algorithm: str) 
     out = f"{algorithm}-changed"
     interrupted(folder, algorithm, out, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alignlab.training.folder.essence", lambda config: {})
+        patch.setattr("alignlab.training.run_folder.fingerprint", lambda config: {})
         with pytest.raises(AlignlabError, match=r"step-00000002: this checkpoint does not fit the run: it holds"):
             runs.train(folder, algorithm, out, *MORE, "adapter.targets=[q_proj]")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from alignlab.core import ConfigError, Interrupted
-from alignlab.training import iteration
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training import collect
+from alignlab.training.callbacks.progress import ProgressDisplay
 from tests.training import runs
 
 PROBE = ["algorithm=sft", "algorithm._target_=tests.training.probes.Probe", "data=demonstrations"]
@@ -71,7 +71,7 @@ def test_every_hook_is_called(folder: Path) -> None:
 
 def test_nothing_depends_on_how_the_work_is_split(folder: Path) -> None:
     straight = watched(lines(folder, "probe", "straight"))
-    for out, more in {"split": "training.token_budget=20", "plain": "model.layout=plain"}.items():
+    for out, more in {"split": "training.max_tokens_per_microbatch=20", "plain": "model.layout=plain"}.items():
         for a, b in zip(straight, watched(lines(folder, "probe", out, more)), strict=True):
             assert a == pytest.approx(b, abs=1e-4)
     done = runs.spawn(runs.command(folder, "probe", "two", processes=2))
@@ -83,8 +83,14 @@ def test_nothing_depends_on_how_the_work_is_split(folder: Path) -> None:
 @pytest.mark.parametrize("critic", ["shared", "own"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_critic_report_and_state_survive_an_interruption(folder: Path, adapter: str, critic: str) -> None:
-    more = [f"adapter={adapter}", f"+algorithm.critic={critic}", "source=rollout", "source.prompts=6"]
-    more += ["source.samples=2", "source.passes=2", "training.batch_size=2", "optimizer=adamw", "optimizer.lr=1e-2"]
+    more = [f"adapter={adapter}", f"+algorithm.critic={critic}", "source=rollout", "source.rollout_batch_size=6"]
+    more += [
+        "source.group_size=2",
+        "source.ppo_epochs=2",
+        "training.batch_size=2",
+        "optimizer=adamw",
+        "optimizer.lr=1e-2",
+    ]
     more += ["training.steps=8"]
     whole = lines(folder, "online", f"{adapter}-{critic}-whole", *more)
     parts = stopped(folder, "online", f"{adapter}-{critic}-parts", 3, *more)
@@ -107,7 +113,13 @@ def test_state_is_the_one_of_the_checkpoint(folder: Path) -> None:
 
 def test_enough_is_enough(folder: Path) -> None:
     """Three minibatches and two passes make six steps an iteration; after two it goes on to the next one."""
-    more = ["source.prompts=6", "source.samples=2", "source.passes=2", "training.batch_size=2", "training.steps=5"]
+    more = [
+        "source.rollout_batch_size=6",
+        "source.group_size=2",
+        "source.ppo_epochs=2",
+        "training.batch_size=2",
+        "training.steps=5",
+    ]
     found = lines(folder, "online", "enough", *more, "+algorithm.limit=2")
     fresh = [line["ratio"] == pytest.approx(1, abs=EXACT) for line in found]
     assert fresh == [True, False, True, False, True]
@@ -128,15 +140,15 @@ def test_watching_does_not_steer(folder: Path) -> None:
 
 
 def test_records_own_responses_are_kept_beside_the_sampled_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[iteration.Collected] = []
-    collect = iteration.Collector.collect
+    seen: list[collect.Collected] = []
+    collected = collect.Collector.collect
 
     def spy(self, *groups, **more):  # type: ignore[no-untyped-def]
-        seen.append(collect(self, *groups, **more))
+        seen.append(collected(self, *groups, **more))
         return seen[-1]
 
-    monkeypatch.setattr(iteration.Collector, "collect", spy)
-    runs.train(folder, "online", "kept", "source.keep=true", "training.steps=2", "source.samples=3")
+    monkeypatch.setattr(collect.Collector, "collect", spy)
+    runs.train(folder, "online", "kept", "source.keep=true", "training.steps=2", "source.group_size=3")
     tokens = 0
     for found in seen:
         rewards = []
@@ -152,7 +164,7 @@ def test_records_own_responses_are_kept_beside_the_sampled_ones(folder: Path, mo
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_reference_is_refreshed(folder: Path, adapter: str) -> None:
     """Every second iteration the policy is its own reference again, whatever was known of the records before."""
-    more = [f"adapter={adapter}", "source.refresh=2", "training.batch_size=12", "optimizer.lr=0.5"]
+    more = [f"adapter={adapter}", "source.ref_update_interval=2", "training.batch_size=12", "optimizer.lr=0.5"]
     found = lines(folder, "dpo", f"refresh-{adapter}", *more)
     at_reference = [line["margin"] == pytest.approx(0, abs=EXACT) for line in found]
     assert at_reference == [True, False, True, False, True, False]
@@ -161,7 +173,7 @@ def test_the_reference_is_refreshed(folder: Path, adapter: str) -> None:
 
 
 def test_the_reference_is_refreshed_in_two_processes(folder: Path) -> None:
-    more = ["source.refresh=2", "training.batch_size=5"]
+    more = ["source.ref_update_interval=2", "training.batch_size=5"]
     runs.train(folder, "dpo", "refresh-one", *more)
     done = runs.spawn(runs.command(folder, "dpo", "refresh-two", *more, processes=2))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -169,8 +181,8 @@ def test_the_reference_is_refreshed_in_two_processes(folder: Path) -> None:
 
 
 def test_refreshing_what_is_not_used_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"source\.refresh: SFT uses no reference policy"):
-        runs.train(folder, "sft", "refused", "source.refresh=2")
+    with pytest.raises(ConfigError, match=r"source\.ref_update_interval: SFT uses no reference policy"):
+        runs.train(folder, "sft", "refused", "source.ref_update_interval=2")
 
 
 def test_preferences_come_from_any_reward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +196,7 @@ def test_preferences_come_from_any_reward(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_ppo_starts_from_where_it_is(folder: Path, adapter: str) -> None:
     """Step 1: the ratio is exactly 1 and the KL to the reference exactly 0, and all of it happens again."""
-    more = [f"adapter={adapter}", "source.prompts=12", "training.batch_size=12", "training.steps=3"]
+    more = [f"adapter={adapter}", "source.rollout_batch_size=12", "training.batch_size=12", "training.steps=3"]
     first, second = (lines(folder, "ppo", f"ppo-{adapter}-{i}", *more) for i in (1, 2))
     assert (first[0]["ratio"], first[0]["approx_kl"], first[0]["clip_fraction"], first[0]["kl"]) == (1, 0, 0, 0)
     assert first[2]["kl"] != 0, "the second iteration's policy has moved"

@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from alignlab.core import AlignlabError, ConfigError, Interrupted, NonFiniteError
-from alignlab.data.packing import Rows
 from alignlab.models import attention, packed_model
 from alignlab.models.attention import AttentionPlan
-from alignlab.training.progress import ProgressDisplay
+from alignlab.models.packing import Rows
+from alignlab.training.callbacks.progress import ProgressDisplay
 from tests import tiny
 from tests.training import runs
 
@@ -53,7 +53,7 @@ def test_learns_something(folder: Path, algorithm: str, straight: dict) -> None:
 
 
 def test_micro_batches_do_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
-    runs.train(folder, algorithm, f"{algorithm}-budget", "training.token_budget=20")
+    runs.train(folder, algorithm, f"{algorithm}-budget", "training.max_tokens_per_microbatch=20")
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-budget")) < ROUNDING
 
 
@@ -84,7 +84,13 @@ def test_resumed_run_is_bit_identical(
     folder: Path, algorithm: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the middle of an iteration with several minibatches and passes; dropout uses the random state."""
-    more = [f"adapter={adapter}", "optimizer=adamw", "training.batch_size=2", "++source.prompts=5", "++source.passes=2"]
+    more = [
+        f"adapter={adapter}",
+        "optimizer=adamw",
+        "training.batch_size=2",
+        "++source.rollout_batch_size=5",
+        "++source.ppo_epochs=2",
+    ]
     more += ["adapter.dropout=0.2"] if adapter == "lora" else []
     runs.train(folder, algorithm, f"{algorithm}-{adapter}-whole", *more)
     out = f"{algorithm}-{adapter}-parts"
@@ -132,7 +138,7 @@ def test_losses_that_are_not_finite_name_the_record(
 
     monkeypatch.setattr(PackedModel, "forward", spoilt)
     with pytest.raises(NonFiniteError, match=r"not finite for 1 record\(s\): \S+\.jsonl:\d+\. Look at"):
-        runs.train(folder, algorithm, f"{algorithm}-nan", "training.token_budget=100000")
+        runs.train(folder, algorithm, f"{algorithm}-nan", "training.max_tokens_per_microbatch=100000")
     assert not (folder / f"{algorithm}-nan/model").exists()
 
 
@@ -148,9 +154,9 @@ def test_nothing_to_learn_is_said_not_reported_as_zero(
     folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from alignlab.core import Algorithm
-    from alignlab.training import loop
+    from alignlab.training import trainer
 
-    monkeypatch.setattr(loop, "EMPTY_ITERATIONS", 3)
+    monkeypatch.setattr(trainer, "EMPTY_ITERATIONS", 3)
     target = runs.ALGORITHMS[algorithm][0].removeprefix("algorithm=")
     from alignlab.config import compose
     from alignlab.training.run import build_algorithm
@@ -191,8 +197,8 @@ def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -
     config = json.loads((tmp_path / "padded/config.json").read_text())
     (tmp_path / "padded/config.json").write_text(json.dumps({**config, "pad_token_id": tiny.UNK}))
     more = ["model.layout=plain", f"rollout.suppress_tokens=[{tiny.PAD},{tiny.UNK}]", "training.steps=4"]
-    runs.train(folder, algorithm, f"{algorithm}-unpadded", *more, "training.token_budget=1")
-    wide = f"model.path={tmp_path}/padded", "training.token_budget=100000"
+    runs.train(folder, algorithm, f"{algorithm}-unpadded", *more, "training.max_tokens_per_microbatch=1")
+    wide = f"model.path={tmp_path}/padded", "training.max_tokens_per_microbatch=100000"
     runs.train(folder, algorithm, f"{algorithm}-padded", *more, *wide)
     one, other = (runs.weights(folder, f"{algorithm}-{how}") for how in ("unpadded", "padded"))
     assert runs.difference(one, other) < ROUNDING

@@ -16,8 +16,8 @@ import torch
 
 from alignlab.core import AlignlabError
 from alignlab.core.memory import TOKENS_ON_CPU, TOKENS_ON_GPU, in_halves, is_memory_error, usual_tokens
-from alignlab.training import loop, step
-from alignlab.training.budget import TokenBudget
+from alignlab.training import step, trainer
+from alignlab.training.micro_batch_budget import TokenBudget
 from tests.training import forks, runs
 
 USUAL = usual_tokens(on_cpu=not torch.cuda.is_available())
@@ -96,13 +96,13 @@ def test_the_budget_is_halved_and_the_run_is_that_of_a_smaller_budget(
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         memory = Memory(patch, 40, kind, backward)
         runs.train(folder, "simpo", out, *MORE)
-    said = [r.getMessage() for r in caplog.records if "token_budget" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "max_tokens_per_microbatch" in r.getMessage()]
     kept = json.loads((folder / out / "token_budget.json").read_text())
     assert kept["asked"] == USUAL and kept["tokens"] <= 40
     assert len(said) == sum(tokens > 40 for tokens in memory.asked) <= 3
-    assert re.search(rf"training\.token_budget goes down from [\d,]+ to {kept['tokens']}$", said[-1])
+    assert re.search(rf"training\.max_tokens_per_microbatch goes down from [\d,]+ to {kept['tokens']}$", said[-1])
     small = f"{out}-small"
-    runs.train(folder, "simpo", small, *MORE, f"training.token_budget={kept['tokens']}")
+    runs.train(folder, "simpo", small, *MORE, f"training.max_tokens_per_microbatch={kept['tokens']}")
     assert runs.identical(runs.weights(folder, out), runs.weights(folder, small))
     first, second = (runs.metrics(folder, o) for o in (out, small))
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
@@ -115,7 +115,10 @@ def test_who_says_nothing_gets_what_suits_the_device(
     cpu, cuda = (TokenBudget(tmp_path, None, torch.device(kind)) for kind in ("cpu", "cuda"))
     assert (cpu.tokens, cuda.tokens) == (cpu.asked, cuda.asked) == (TOKENS_ON_CPU, TOKENS_ON_GPU)
     assert TokenBudget(tmp_path, 7, torch.device("cpu")).tokens == 7
-    for out, more, said in (("usual", [], f"{USUAL:,}"), ("asked", ["training.token_budget=3000"], "3,000")):
+    for out, more, said in (
+        ("usual", [], f"{USUAL:,}"),
+        ("asked", ["training.max_tokens_per_microbatch=3000"], "3,000"),
+    ):
         runs.train(folder, "simpo", out, *MORE, "training.steps=1", *more)
         assert f" rows, {said} tokens at a time → " in capsys.readouterr().out
     (folder / "usual/token_budget.json").write_text(json.dumps({"asked": USUAL, "tokens": 99}))
@@ -129,15 +132,15 @@ def test_a_continuation_keeps_the_budget_and_another_wish_is_granted(folder: Pat
         runs.train(folder, "dpo", "kept", *MORE, "training.checkpoint_every=3")
     kept = json.loads((folder / "kept/token_budget.json").read_text())["tokens"]
     budgets: list[int] = []
-    run_batch = loop.run_batch
+    run_batch = trainer.run_batch
 
     def noting(*arguments: Any, **options: Any) -> Any:
-        budgets.append(options["token_budget"])
+        budgets.append(options["max_tokens_per_microbatch"])
         return run_batch(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "run_batch", noting)
-        for more in ([], ["training.token_budget=5000"]):
+        patch.setattr(trainer, "run_batch", noting)
+        for more in ([], ["training.max_tokens_per_microbatch=5000"]):
             (folder / "kept/checkpoints/step-00000006/state.pt").unlink(missing_ok=True)
             runs.train(folder, "dpo", "kept", *MORE, "training.checkpoint_every=3", *more)
     assert budgets == [kept] * 3 + [5000] * 3
@@ -147,7 +150,7 @@ def test_one_group_that_is_too_long_is_named(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         Memory(patch, 3)
         with pytest.raises(AlignlabError, match=r"micro-batch of one group.*preferences\.jsonl:\d+.*data\.max_length"):
-            runs.train(folder, "dpo", "hopeless", *MORE)
+            runs.train(folder, "dpo", "should_prune", *MORE)
 
 
 def test_two_processes_agree(folder: Path) -> None:
@@ -200,7 +203,7 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
     from alignlab.models.packed_model import PackedModel
     from alignlab.rollout.continuous import ContinuousDecoding
 
-    more = ["training.steps=2", "training.progress=off", "source.prompts=6"]
+    more = ["training.steps=2", "training.progress=off", "source.rollout_batch_size=6"]
     runs.train(folder, "ppo", "plenty", *more)
     failures = {"sampling": 0, "scoring": 0}
     append, forward = ContinuousDecoding.append, PackedModel.forward
@@ -232,14 +235,14 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 from alignlab.config import compose, resolve
-from alignlab.training import loop, run
-run_batch = loop.run_batch
+from alignlab.training import trainer, run
+run_batch = trainer.run_batch
 def limited(*arguments, **options):
-    if options["token_budget"] == 8192:  # first call: from now on there is room for a part of it
+    if options["max_tokens_per_microbatch"] == 8192:  # first call: from now on there is room for a part of it
         used = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
         resource.setrlimit(resource.RLIMIT_DATA, (used + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
     return run_batch(*arguments, **options)
-loop.run_batch = limited
+trainer.run_batch = limited
 config = resolve(compose("train", sys.argv[2:]))
 run.train(config, Path(config["out"]))
 """
@@ -252,7 +255,9 @@ def test_the_operating_system_refuses_memory(folder: Path) -> None:
         "".join(json.dumps({"prompt": "a b", "completion": " ".join("abcdefgh" * 5)}) + "\n" for _ in range(300))
     )
     words = runs.words_for(folder, "sft", "refused", *MORE, "training.batch_size=300", "training.steps=2")
-    words += [f"data.path={folder}/long.jsonl", "training.token_budget=8192"]
+    words += [f"data.path={folder}/long.jsonl", "training.max_tokens_per_microbatch=8192"]
     done = runs.spawn([sys.executable, "-c", LIMITED, "30", *words])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "allocate memory" in done.stderr and "training.token_budget goes down from 8,192 to" in done.stderr
+    assert (
+        "allocate memory" in done.stderr and "training.max_tokens_per_microbatch goes down from 8,192 to" in done.stderr
+    )

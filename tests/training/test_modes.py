@@ -92,11 +92,11 @@ def test_learns_something(folder: Path, algorithm: str, kind: str) -> None:
 
 UNEQUAL = {
     "chunks": ["adapter=lora"],
-    "micro-batches": ["adapter=lora", "training.token_budget=25", "model.gradient_checkpointing=true"],
-    "refreshed": ["adapter=none", "source.refresh=2", "source.refresh_weight=0.5"],
+    "micro-batches": ["adapter=lora", "training.max_tokens_per_microbatch=25", "model.gradient_checkpointing=true"],
+    "refreshed": ["adapter=none", "source.ref_update_interval=2", "source.ref_update_tau=0.5"],
     "merged": ["adapter=lora", "quantization=nf4", "training.save_model=merged"],
     "flat": ["adapter=lora"],
-    "flat-full": ["adapter=none", "training.token_budget=60"],
+    "flat-full": ["adapter=none", "training.max_tokens_per_microbatch=60"],
 }
 """What makes processes call modules unequally often, changes weights outside the optimiser, or the model at the end.
 "flat" gives rows without padding to groups that are too small for them otherwise, as in the single process."""
@@ -126,7 +126,7 @@ def test_processes_that_have_unequally_much_to_do_do_not_part(unequal: Path, mod
 def test_what_the_policy_was_is_computed_in_the_precision_of_training(folder: Path) -> None:
     """PPO's first ratios are 1 under bfloat16 too: the old log-probs come from the same autocast passes, whether or not
     an engine puts autocast into the model."""
-    words = ["training.mixed_precision=bf16", "source.passes=1", "source.prompts=5", "training.steps=1"]
+    words = ["training.mixed_precision=bf16", "source.ppo_epochs=1", "source.rollout_batch_size=5", "training.steps=1"]
     modes = ("ddp", "zero2", "fsdp", "zero3")
     jobs = [{"algorithm": "ppo", "out": f"ppo-bf16-{m}", "words": [*words, f"distributed={m}"]} for m in modes]
     many.spawn(folder, jobs)
@@ -193,7 +193,7 @@ def test_a_checkpoint_without_the_optimizers_state_would_be_noticed(resumed: Pat
     """The guard of the tests above: Adam's running means matter by far more than the tolerance."""
     from safetensors.torch import load_file, save_file
 
-    from alignlab.training.checkpoints import _write_manifest
+    from alignlab.training.checkpoints.store import _write_manifest
 
     out = f"{algorithm}-forgetful"
     stopped_at_three(resumed, f"{algorithm}-single", out)

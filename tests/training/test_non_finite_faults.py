@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignlab.core import NonFiniteError
-from alignlab.training import loop, step
+from alignlab.training import step, trainer
 from tests.training import forks, runs
 
 MORE = [
@@ -21,7 +21,7 @@ MORE = [
     "optimizer.lr=1e-3",
     "training.batch_size=4",
     "training.progress=off",
-    "training.token_budget=30",  # several micro-batches
+    "training.max_tokens_per_microbatch=30",  # several micro-batches
     "training.checkpoint_every=1",
     "training.keep_last=9",
 ]
@@ -44,7 +44,7 @@ class Poison:
         import os
 
         self.step = 0
-        run_batch, micro_batch, aggregate = loop.run_batch, step._micro_batch, step.aggregate
+        run_batch, micro_batch, aggregate = trainer.run_batch, step._micro_batch, step.aggregate
         seen: list[int] = []
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -64,7 +64,7 @@ class Poison:
             value = aggregate(loss, *arguments)
             return value + (value - value.detach()) * math.inf if here() else value
 
-        patch.setattr(loop, "run_batch", counted)
+        patch.setattr(trainer, "run_batch", counted)
         patch.setattr(step, "_micro_batch", poisoned)
         patch.setattr(step, "aggregate", infinite)
 
@@ -73,7 +73,7 @@ class Absent:
     """A run that does nothing at all in that step."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        take = loop.Trainer._step
+        take = trainer.Trainer._step
 
         def _step(self: Any, groups: Any) -> Any:
             if self.state.step == BAD - 1:
@@ -81,7 +81,7 @@ class Absent:
                 return step.Pass({}, 0, 0, 0), 0.0, 0.0
             return take(self, groups)
 
-        patch.setattr(loop.Trainer, "_step", _step)
+        patch.setattr(trainer.Trainer, "_step", _step)
 
 
 def trained(folder: Path, out: str, at: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError
-from alignlab.training.ownership import OWNER, Ownership
+from alignlab.training.run_lock import OWNER, RunLock
 from tests.slurm import pace
 from tests.training import forks, runs
 
@@ -18,7 +18,13 @@ STEPS = 16
 
 def words(folder: Path, out: str) -> list[str]:
     slow = "scoring.function.path=tests.slurm.pace.count_of_a"
-    more = [slow, "training.batch_size=4", "source.prompts=4", f"training.steps={STEPS}", "training.checkpoint_every=2"]
+    more = [
+        slow,
+        "training.batch_size=4",
+        "source.rollout_batch_size=4",
+        f"training.steps={STEPS}",
+        "training.checkpoint_every=2",
+    ]
     return ["train", *runs.words_for(folder, "rejection_sampling", out, *more)]
 
 
@@ -47,13 +53,13 @@ def test_the_last_to_begin_has_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = Ownership(tmp_path), Ownership(tmp_path)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
     first.take()
     first.check()
     second.take()
     second.check()
     first.check_now_and_then()  # not yet
-    monkeypatch.setattr("alignlab.training.ownership.EVERY", 0.0)
+    monkeypatch.setattr("alignlab.training.run_lock.EVERY", 0.0)
     second.check_now_and_then()
     with pytest.raises(AlignlabError, match="has begun to work on this run since"):
         first.check_now_and_then()

@@ -12,7 +12,7 @@ import pytest
 from alignlab.algorithms.grpo import GRPO
 from alignlab.core import Group
 from alignlab.scoring import fill_outputs
-from alignlab.training import iteration
+from alignlab.training import collect
 from tests.training import runs
 
 EXACT = 1e-5
@@ -44,7 +44,7 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found = Seen()
-    ask, ask_reference, fill = iteration.fill_outputs, iteration.fill_log_probs, iteration.Collector._fill
+    ask, ask_reference, fill = collect.fill_outputs, collect.fill_log_probs, collect.Collector._fill
 
     def counted(model: Any, some: Sequence[Group], columns: Any, *rest: Any) -> None:
         found.old += sum(len(g.responses) for g in some) if columns else 0
@@ -54,7 +54,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.reference += sum(column not in r.columns for g in some for r in g.responses)
         ask_reference(model, some, column, *rest)
 
-    def checked(self: iteration.Collector, groups: list[Group], *rest: Any) -> None:
+    def checked(self: collect.Collector, groups: list[Group], *rest: Any) -> None:
         fill(self, groups, *rest)
         responses = [r for g in groups for r in g.responses]
         found.responses += len(responses)
@@ -69,14 +69,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             off = [abs(a - b) for r, f in pairs for a, b in zip(r.columns[column], f.columns[column], strict=True)]
             found.off[column] = max([found.off.get(column, 0.0), *off])
 
-    monkeypatch.setattr(iteration, "fill_outputs", counted)
-    monkeypatch.setattr(iteration, "fill_log_probs", counted_reference)
-    monkeypatch.setattr(iteration.Collector, "_fill", checked)
+    monkeypatch.setattr(collect, "fill_outputs", counted)
+    monkeypatch.setattr(collect, "fill_log_probs", counted_reference)
+    monkeypatch.setattr(collect.Collector, "_fill", checked)
     return found
 
 
 def trained(folder: Path, name: str, *more: str, algorithm: str = "grpo") -> None:
-    words = "training.steps=2", "source.prompts=5", "training.resume=never", *more
+    words = "training.steps=2", "source.rollout_batch_size=5", "training.resume=never", *more
     runs.train(folder, algorithm, name, *words)
 
 
@@ -90,7 +90,7 @@ def test_what_was_drawn_from_the_policy_is_not_read_again(folder: Path, seen: Se
 
 
 def test_what_was_drawn_from_the_reference_is_not_read_by_it_again(folder: Path, seen: Seen) -> None:
-    trained(folder, "reference", "source.policy=reference", "source.refresh=1")
+    trained(folder, "reference", "source.policy=reference", "source.ref_update_interval=1")
     assert (seen.old, seen.reference, seen.responses) == (30, 0, 30)
     assert max(seen.off.values()) < EXACT
 
@@ -127,7 +127,7 @@ def test_records_own_responses_are_read(folder: Path, seen: Seen) -> None:
 
 
 def test_values_need_the_pass_anyway(folder: Path, seen: Seen) -> None:
-    trained(folder, "ppo", "source.passes=1", algorithm="ppo")
+    trained(folder, "ppo", "source.ppo_epochs=1", algorithm="ppo")
     assert seen.old == seen.responses == 30
     assert max(seen.off.values()) < EXACT
 

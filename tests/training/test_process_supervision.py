@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_labels_by_completions_are_a_data_set(place: Path) -> None:
     words = [
-        *(f"model={place}/base", f"data.path={place}/data/prompts.jsonl", "samples=2", "rollout.max_new_tokens=24"),
+        *(f"model={place}/base", f"data.path={place}/data/prompts.jsonl", "group_size=2", "rollout.max_new_tokens=24"),
         *("scoring=monte_carlo", "scoring.completions=3", "scoring.estimate=soft"),
         "scoring.function.path=alignlab.benchmarks.reasoning.is_right",
     ]
@@ -90,7 +90,12 @@ def test_a_model_of_steps_guides_search_and_learning(place: Path, adapter: str) 
         place,
         f"guided_{adapter}",
         *("algorithm=expert_iteration", "algorithm.minimum=0.0", f"model={place}/base", "data=prompts"),
-        *(f"data.path={place}/data/prompts.jsonl", "source=rollout", "source.samples=1", "rollout.max_new_tokens=24"),
+        *(
+            f"data.path={place}/data/prompts.jsonl",
+            "source=rollout",
+            "source.group_size=1",
+            "rollout.max_new_tokens=24",
+        ),
         *("search=steps", "search.beams=2", "search.expand=2", f"search.scorer={scorer}"),
         *("scoring=process_reward", f"scoring.path={place}/{prm}/model"),
     )

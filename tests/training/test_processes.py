@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.core import ConfigError
-from alignlab.training.processes import Processes, launched
+from alignlab.training.distributed.processes import Processes, launched
 from alignlab.training.settings import DistributedSettings
 from tests.training import runs
 

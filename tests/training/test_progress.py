@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
 
 
 class Clock:

@@ -240,7 +240,7 @@ def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         # No secrets:
         ("rollout.max_new_tokens=64", "rollout.max_new_tokens=64"),
         ("data.eos_token=</s>", "data.eos_token=</s>"),
-        ("training.token_budget=8192", "training.token_budget=8192"),
+        ("training.max_tokens_per_microbatch=8192", "training.max_tokens_per_microbatch=8192"),
         ("model.tokenizer=path/to/it", "model.tokenizer=path/to/it"),
         ("algorithm=reward_model", "algorithm=reward_model"),
         ("url=http://localhost:8000/v1", "url=http://localhost:8000/v1"),

@@ -25,7 +25,7 @@ from alignlab.models import (
 )
 from alignlab.rollout.produce import produce
 from alignlab.training import run as training_run
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
 from tests import components, tiny
 from tests.training import runs
 

@@ -17,7 +17,7 @@ import torch
 
 from alignlab.core import Group, Response
 from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model
-from alignlab.training import iteration
+from alignlab.training import collect
 from alignlab.training.reference_cache import ReferenceCache, identity, keys
 from tests import tiny
 from tests.training import runs
@@ -332,14 +332,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Responses that the reference was asked for, a number for each call."""
     found: list[int] = []
-    real = iteration.fill_log_probs
+    real = collect.fill_log_probs
 
     def counted(model: Any, some: Sequence[Group], column: str, *rest: Any) -> None:
         if column == "ref_logp":
             found.append(sum(column not in r.columns for g in some for r in g.responses))
         real(model, some, column, *rest)
 
-    monkeypatch.setattr(iteration, "fill_log_probs", counted)
+    monkeypatch.setattr(collect, "fill_log_probs", counted)
     return found
 
 
@@ -388,7 +388,7 @@ def test_runs_that_train_something_else_share_it(folder: Path, asked: list[int])
 
 
 def test_a_reference_that_moves_and_one_of_samples_are_not_kept(folder: Path) -> None:
-    cached(folder, "dpo", "moving", "source.refresh=1", f"training.reference_cache={folder}/none")
+    cached(folder, "dpo", "moving", "source.ref_update_interval=1", f"training.reference_cache={folder}/none")
     cached(folder, "grpo", "sampled", f"training.reference_cache={folder}/none")
     assert not (folder / "none").exists()
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from alignlab.core import AlignlabError
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
 
 OFF = TrackerSettings()
 CONFIGS = Path(__file__).parents[2] / "configs" / "tracker"

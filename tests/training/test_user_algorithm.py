@@ -14,7 +14,7 @@ import torch
 
 from alignlab.cli import main
 from alignlab.core import Interrupted
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
 from tests.training import forks, runs
 
 ALGORITHM = '''
@@ -118,7 +118,7 @@ def test_its_settings_are_settings(folder: Path) -> None:
 
 
 def test_it_is_packed_and_split_like_any_other(folder: Path, straight: dict[str, torch.Tensor]) -> None:
-    for out, setting in {"plain": "model.layout=plain", "split": "training.token_budget=20"}.items():
+    for out, setting in {"plain": "model.layout=plain", "split": "training.max_tokens_per_microbatch=20"}.items():
         assert runs.difference(straight, train(folder, out, setting)) < ROUNDING
 
 

@@ -15,15 +15,21 @@ from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, Group, Response
 from alignlab.rollout.produce import produce
 from alignlab.rollout.vllm.client import ServerLost
-from alignlab.training.folder import essence
-from alignlab.training.mismatch import compare
+from alignlab.training.off_policy import compare
 from alignlab.training.run import check
+from alignlab.training.run_folder import fingerprint
 from tests import tiny
 from tests.rollout.fake_vllm import Choice, FakeVllm
 from tests.training import runs
 
 LORA = ("adapter=lora", "adapter.r=4")
-SERVED = ("rollout=vllm", "source.prompts=4", "training.batch_size=2", "training.progress=off", "optimizer.lr=0.3")
+SERVED = (
+    "rollout=vllm",
+    "source.rollout_batch_size=4",
+    "training.batch_size=2",
+    "training.progress=off",
+    "optimizer.lr=0.3",
+)
 """Two steps to an iteration."""
 
 
@@ -102,7 +108,7 @@ def test_samples_are_those_of_the_policy_as_it_is(
 ) -> None:
     """Its log-probs are the trainer's at every iteration, after updates too."""
     out = f"synchronous-{algorithm}"
-    runs.train(folder, algorithm, out, *SERVED, "source.passes=1", "training.steps=4", serve()[0], *more)
+    runs.train(folder, algorithm, out, *SERVED, "source.ppo_epochs=1", "training.steps=4", serve()[0], *more)
     assert of(folder, out, "rollout_staleness") == [0] * 4
     if algorithm == "expert_iteration":  # asks nothing of the policy before its updates: there is nothing to compare
         return
@@ -129,7 +135,7 @@ def test_samples_ahead_are_one_iteration_old_and_weighed(folder: Path, serve: Ca
 
 def test_a_lost_server_loses_nothing(folder: Path, serve: Callable[..., tuple[str, Model]]) -> None:
     """The run is left with a checkpoint; the same command on another server makes the run it would have been."""
-    moving = ("source.refresh=1", "source.refresh_weight=0.5", "training.steps=6", *LORA)
+    moving = ("source.ref_update_interval=1", "source.ref_update_tau=0.5", "training.steps=6", *LORA)
     runs.train(folder, "grpo", "whole", *SERVED, *moving, serve()[0])
     word, model = serve()
     model.last = 4 * 2  # the third iteration's requests are not answered
@@ -159,7 +165,7 @@ def test_a_stop_with_samples_under_way(
 ) -> None:
     """What was being drawn is drawn again, with newer weights."""
     from alignlab.core import Interrupted
-    from alignlab.training.progress import ProgressDisplay
+    from alignlab.training.callbacks.progress import ProgressDisplay
 
     ahead = ("rollout.vllm.asynchronous=true", "rollout.vllm.importance_cap=2", "training.steps=6")
     words = (*SERVED, *LORA, *ahead)
@@ -175,7 +181,7 @@ def test_a_stop_with_samples_under_way(
 
 def test_sampling_and_scoring_as_a_command(folder: Path, serve: Callable[..., tuple[str, Model]]) -> None:
     sampling = [w for w in runs.ONLINE if w.startswith(("data=", "rollout.", "scoring"))]
-    words = [f"model={folder}/base", *sampling, f"data.path={folder}/prompts.jsonl", "samples=2", "rollout=vllm"]
+    words = [f"model={folder}/base", *sampling, f"data.path={folder}/prompts.jsonl", "group_size=2", "rollout=vllm"]
     word, model = serve()
     made = produce(resolve(compose("sample", [*words, word])), folder / "made")
     lines = [json.loads(line) for line in (folder / "made" / "groups.jsonl").read_text().splitlines()]
@@ -261,7 +267,7 @@ def test_settings_that_go_together(algorithm: str, words: list[str]) -> None:
 
 def test_a_run_may_go_on_with_another_server_but_not_with_other_weights() -> None:
     def of(*words: str) -> dict[str, Any]:
-        return essence(resolve(compose("train", runs.words_for(Path("f"), "grpo", "o", "rollout=vllm", *words))))
+        return fingerprint(resolve(compose("train", runs.words_for(Path("f"), "grpo", "o", "rollout=vllm", *words))))
 
     assert of() == of("rollout.vllm.url=http://there:8000", "rollout.vllm.memory=0.5", "rollout.vllm.arguments=[a]")
     assert of() != of("rollout.vllm.importance_cap=2")

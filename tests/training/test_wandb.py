@@ -21,7 +21,7 @@ from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.benchmarks.evaluate import evaluate
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
-from alignlab.training.tracking import Tracker, TrackerSettings, named
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings, named
 from tests.training import forks, wandb_server
 from tests.training.wandb_server import Server
 

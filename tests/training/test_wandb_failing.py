@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def run_python(code: str, folder: Path, **streams: Any) -> subprocess.CompletedP
 def test_wandb_dying_in_the_middle_does_not_stop_training(tmp_path: Path, wandb_here: None) -> None:
     code = """
 import sys, pathlib, psutil
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
 with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="offline"), {}) as tracker:
     tracker.log(1, {"loss": 1.0})
     children = psutil.Process().children(recursive=True)
@@ -83,7 +83,7 @@ def test_without_a_login_wandb_asks_nothing_even_on_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     code = """
 import sys, pathlib
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
 stdin = sys.stdin
 assert stdin.isatty() and sys.stderr.isatty()
 with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="online"), {}) as tracker:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.training.checkpoints import Checkpoints, read_manifest
-from alignlab.training.loop import Trainer
+from alignlab.training.checkpoints.store import Checkpoints, read_manifest
 from alignlab.training.schedule import learning_rate_factor
 from alignlab.training.settings import TrainingSettings
+from alignlab.training.trainer import Trainer
 from tests import tiny
 from tests.training import runs
 
@@ -302,7 +302,7 @@ def test_the_rate_of_a_run_limited_by_sampling(folder: Path) -> None:
     before = [0, *(line["generated_tokens"] for line in lines[:-1])]
     assert rates(lines) == pytest.approx([1 - tokens / 300 for tokens in before])
     # Two steps to an iteration: after the first of them, half of what was sampled is consumed.
-    out, more = "rate-halves", [*more, "source.prompts=10", "training.progress=off"]
+    out, more = "rate-halves", [*more, "source.rollout_batch_size=10", "training.progress=off"]
     runs.train(folder, "rejection_sampling", out, *more)
     lines = runs.metrics(folder, out)
     first = lines[0]["generated_tokens"]

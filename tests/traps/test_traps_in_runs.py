@@ -18,8 +18,8 @@ from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.sft import SFT
 from alignlab.core import Group
 from alignlab.models import ModelSettings, load_model
-from alignlab.training.iteration import Collected, Collector
-from alignlab.training.sources import shares
+from alignlab.training.collect import Collected, Collector
+from alignlab.training.order import shares
 from tests import tiny
 from tests.training import forks, runs
 
@@ -71,7 +71,7 @@ def test_whitening_per_process(folder: Path, algorithm: str, tmp_path: Path, mon
         return found
 
     monkeypatch.setattr(Collector, "collect", spy)
-    more = ["training.steps=1", "++source.prompts=10", "training.batch_size=10"]
+    more = ["training.steps=1", "++source.rollout_batch_size=10", "training.batch_size=10"]
     runs.train(folder, algorithm, f"{algorithm}-one", *more)
     forks.train(folder, algorithm, f"{algorithm}-two", *more)
     one, left, right = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
@@ -127,7 +127,7 @@ def test_dropout_in_log_probs(folder: Path, saved: Saved, collected: list[Collec
         runs.train(folder, "sft", "sft", *LR, "adapter=lora", "adapter.dropout=0.5", "training.steps=3")
         start = [f"model.path={folder}/sft/model", "adapter=lora", "adapter.dropout=0.5"]
         collected.clear()
-    still = ["optimizer.lr=0", "training.steps=3", "source.passes=1", "source.prompts=5"]
+    still = ["optimizer.lr=0", "training.steps=3", "source.ppo_epochs=1", "source.rollout_batch_size=5"]
     runs.train(folder, "ppo", f"dropout-{kind}", *start, *still)
     network = load_model(ModelSettings(path=start[0].partition("=")[2]), trainable=False).network.eval()
     assert len(collected) == 3
@@ -144,7 +144,7 @@ def test_temperature_and_old_log_probs(folder: Path, collected: list[Collected],
     """Two iterations of two passes over two minibatches, sampled at temperature 1/2. What was sampled with is what the
     ratio is to, at the first minibatch of each; the reference stays the base."""
     out = f"cold-{adapter}"
-    more = ["source.prompts=12", "training.batch_size=6", "training.steps=8", f"adapter={adapter}"]
+    more = ["source.rollout_batch_size=12", "training.batch_size=6", "training.steps=8", f"adapter={adapter}"]
     runs.train(folder, "ppo", out, *LR, *more, "rollout.temperature=0.5")
     lines = runs.metrics(folder, out)
     network = load_model(ModelSettings(path=str(folder / "base")), trainable=False).network

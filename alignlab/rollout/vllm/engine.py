@@ -136,7 +136,7 @@ class VllmEngine(LocalEngine):
         return self._stopping.text(row.tokens)
 
 
-class Ahead:
+class Prefetch:
     """Responses that are being drawn while something else goes on. Made and taken by all processes alike.
 
     Attributes:

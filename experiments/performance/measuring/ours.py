@@ -20,14 +20,14 @@ from alignlab.models import (
     add_value_head,
     load_model,
 )
-from alignlab.training.checkpoints import Checkpoints
-from alignlab.training.engine import make_engine
-from alignlab.training.loop import Trainer
-from alignlab.training.processes import Processes
-from alignlab.training.progress import ProgressDisplay
+from alignlab.training.callbacks.progress import ProgressDisplay
+from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.checkpoints.store import Checkpoints
+from alignlab.training.distributed.engine import make_engine
+from alignlab.training.distributed.processes import Processes
+from alignlab.training.order import Order
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.sources import Order
-from alignlab.training.tracking import Tracker, TrackerSettings
+from alignlab.training.trainer import Trainer
 from measuring.gauge import Gauge, own_weights
 from measuring.work import LEARNING_RATE, LORA, Pair, Scale, Shape, model_folder, set_trained
 

@@ -37,48 +37,60 @@ ALGORITHMS = {
     "dpo": ["algorithm=dpo", "data=preferences", "data.path={data}/preferences.jsonl"],
     "reward_model": ["algorithm=reward_model", "data=preferences", "data.path={data}/preferences.jsonl"],
     "ppo": [
-        *("algorithm=ppo", "data=prompts", "data.path={data}/prompts.jsonl", "source=rollout", "source.samples=2"),
+        *("algorithm=ppo", "data=prompts", "data.path={data}/prompts.jsonl", "source=rollout", "source.group_size=2"),
         *("scoring=function", "scoring.function.path=measure.score", f"rollout.max_new_tokens={RESPONSE}"),
-        *("rollout.token_budget=4096", f"rollout.min_new_tokens={RESPONSE}"),
+        *("rollout.max_batch_tokens=4096", f"rollout.min_new_tokens={RESPONSE}"),
     ],
 }
 LORA, NF4, CHECKPOINTING = ["adapter=lora"], ["quantization=nf4"], ["model.gradient_checkpointing=true"]
 CASES: dict[str, tuple[str, str, list[str]]] = {
-    "sft full": ("a", "sft", ["training.token_budget=2048", "training.batch_size=16"]),
-    "sft full, 1 micro-batch": ("a", "sft", ["training.token_budget=4096", "training.batch_size=16"]),
-    "sft full, checkpointing": ("a", "sft", [*CHECKPOINTING, "training.token_budget=4096", "training.batch_size=32"]),
-    "sft full, large vocabulary": ("b", "sft", ["training.token_budget=1024", "training.batch_size=8"]),
-    "sft full, large, SGD": ("b", "sft", ["optimizer=sgd", "training.token_budget=2048", "training.batch_size=8"]),
+    "sft full": ("a", "sft", ["training.max_tokens_per_microbatch=2048", "training.batch_size=16"]),
+    "sft full, 1 micro-batch": ("a", "sft", ["training.max_tokens_per_microbatch=4096", "training.batch_size=16"]),
+    "sft full, checkpointing": (
+        "a",
+        "sft",
+        [*CHECKPOINTING, "training.max_tokens_per_microbatch=4096", "training.batch_size=32"],
+    ),
+    "sft full, large vocabulary": ("b", "sft", ["training.max_tokens_per_microbatch=1024", "training.batch_size=8"]),
+    "sft full, large, SGD": (
+        "b",
+        "sft",
+        ["optimizer=sgd", "training.max_tokens_per_microbatch=2048", "training.batch_size=8"],
+    ),
     "sft full, bfloat16": (
         "b",
         "sft",
-        ["model.dtype=bfloat16", "training.token_budget=1024", "training.batch_size=8"],
+        ["model.dtype=bfloat16", "training.max_tokens_per_microbatch=1024", "training.batch_size=8"],
     ),
-    "sft LoRA": ("a", "sft", [*LORA, "training.token_budget=2048", "training.batch_size=16"]),
+    "sft LoRA": ("a", "sft", [*LORA, "training.max_tokens_per_microbatch=2048", "training.batch_size=16"]),
     "sft LoRA, checkpointing": (
         "b",
         "sft",
-        [*LORA, *CHECKPOINTING, "training.token_budget=4096", "training.batch_size=16"],
+        [*LORA, *CHECKPOINTING, "training.max_tokens_per_microbatch=4096", "training.batch_size=16"],
     ),
-    "sft QLoRA": ("b", "sft", [*LORA, *NF4, "training.token_budget=1024", "training.batch_size=8"]),
-    "dpo full": ("a", "dpo", ["training.token_budget=2048", "training.batch_size=12"]),
-    "dpo LoRA": ("b", "dpo", [*LORA, "training.token_budget=2048", "training.batch_size=12"]),
-    "reward_model full": ("b", "reward_model", ["training.token_budget=1024", "training.batch_size=6"]),
-    "reward_model LoRA": ("a", "reward_model", [*LORA, "training.token_budget=2560", "training.batch_size=16"]),
-    "ppo full": ("a", "ppo", ["training.token_budget=2048", "training.batch_size=12"]),
+    "sft QLoRA": ("b", "sft", [*LORA, *NF4, "training.max_tokens_per_microbatch=1024", "training.batch_size=8"]),
+    "dpo full": ("a", "dpo", ["training.max_tokens_per_microbatch=2048", "training.batch_size=12"]),
+    "dpo LoRA": ("b", "dpo", [*LORA, "training.max_tokens_per_microbatch=2048", "training.batch_size=12"]),
+    "reward_model full": ("b", "reward_model", ["training.max_tokens_per_microbatch=1024", "training.batch_size=6"]),
+    "reward_model LoRA": (
+        "a",
+        "reward_model",
+        [*LORA, "training.max_tokens_per_microbatch=2560", "training.batch_size=16"],
+    ),
+    "ppo full": ("a", "ppo", ["training.max_tokens_per_microbatch=2048", "training.batch_size=12"]),
     "ppo full, own critic": (
         "a",
         "ppo",
-        ["algorithm.critic=own", "training.token_budget=1280", "training.batch_size=8"],
+        ["algorithm.critic=own", "training.max_tokens_per_microbatch=1280", "training.batch_size=8"],
     ),
-    "ppo LoRA": ("a", "ppo", [*LORA, "training.token_budget=2048", "training.batch_size=12"]),
+    "ppo LoRA": ("a", "ppo", [*LORA, "training.max_tokens_per_microbatch=2048", "training.batch_size=12"]),
     "ppo LoRA, checkpointing": (
         "b",
         "ppo",
-        [*LORA, *CHECKPOINTING, "training.token_budget=2048", "training.batch_size=12"],
+        [*LORA, *CHECKPOINTING, "training.max_tokens_per_microbatch=2048", "training.batch_size=12"],
     ),
 }
-TWO = ["training.token_budget=1024", "training.batch_size=16", "distributed.processes=2"]
+TWO = ["training.max_tokens_per_microbatch=1024", "training.batch_size=16", "distributed.processes=2"]
 DISTRIBUTED: dict[str, tuple[str, str, list[str]]] = {
     f"{algorithm} {kind}, {mode} 2": ("b", algorithm, [*words, f"distributed={mode}", *TWO])
     for mode in ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -177,7 +189,7 @@ def child(folder: Path, model: str, algorithm: str, words: list[str]) -> None:
 
 def predict(folder: Path, model: str, algorithm: str, words: list[str]) -> dict[str, Any]:
     from alignlab.config import compose, resolve
-    from alignlab.launch.plan import plan
+    from alignlab.planning import plan
 
     lengths = [f"prompt_tokens={PROMPT}", f"response_tokens={RESPONSE}", "gpu=cpu"]
     return plan(resolve(compose("plan", [*words_of(folder, model, algorithm, words), *lengths])), table=False)

@@ -62,7 +62,7 @@ def ours(
         log_probs.CHUNK_ELEMENTS = WHOLE  # one chunk of everything
     options = {
         "model": {"layout": layout},
-        "training": {"token_budget": budget},
+        "training": {"max_tokens_per_microbatch": budget},
         "features": OFF | dict.fromkeys(on, True),
         "whole_logits": logits == "all",
     }

@@ -50,8 +50,10 @@ def cases(scale: Scale) -> list[Case]:
             ),
         ]
         if number == 0:
-            lean = {"training": {"token_budget": 1024}}
-            found.append(Case("lean", "alignlab, token_budget=1024", work, ours, {**here, "options": lean}))
+            lean = {"training": {"max_tokens_per_microbatch": 1024}}
+            found.append(
+                Case("lean", "alignlab, max_tokens_per_microbatch=1024", work, ours, {**here, "options": lean})
+            )
             one = {"config": plain, "one_by_one": True}
             label = "TRL, no gradient checkpointing, one pair at a time"
             found.append(Case("one", label, work, theirs, {**here, "options": one}, slow=True, needs="trl"))

@@ -41,7 +41,7 @@ def cases(scale: Scale) -> list[Case]:
         work = work_of(name, scale)
         plain = {"model": {"layout": "plain"}}
         # What one writes without thinking of speed: a padded row each, the network's own logits of every token.
-        usual = plain | {"features": OFF, "whole_logits": True, "training": {"token_budget": WHOLE}}
+        usual = plain | {"features": OFF, "whole_logits": True, "training": {"max_tokens_per_microbatch": WHOLE}}
         found += [
             Case("ours", "alignlab, defaults", work, ours, {"algorithm": name, "options": {}}, base=True),
             Case("usual", "plain padded rows", work, ours, {"algorithm": name, "options": usual}, slow=True),

@@ -27,8 +27,8 @@ def ours(scale: Scale, varied: int, options: dict[str, Any]) -> dict[str, Any]:
 
     from alignlab.algorithms.sft import SFT
     from alignlab.core import Group, Response
-    from alignlab.training.engine import make_engine
-    from alignlab.training.processes import Processes
+    from alignlab.training.distributed.engine import make_engine
+    from alignlab.training.distributed.processes import Processes
     from alignlab.training.settings import DistributedSettings
     from alignlab.training.step import run_batch
     from measuring.gauge import Gauge, peak_mb, reset_peak, settle
@@ -55,7 +55,7 @@ def ours(scale: Scale, varied: int, options: dict[str, Any]) -> dict[str, Any]:
         held = reset_peak(scale.device)
         for repeat in range(4 if factor < 4 else 3):
             start, cpu = time.perf_counter(), time.process_time()
-            run_batch(groups, algorithm=SFT(), engine=engine, token_budget=BUDGET)
+            run_batch(groups, algorithm=SFT(), engine=engine, max_tokens_per_microbatch=BUDGET)
             engine.step()
             if scale.device == "cuda":
                 torch.cuda.synchronize()

@@ -65,7 +65,7 @@ def iteration(
         [groups],
         options,
         shape=shape,
-        source=SourceSettings(kind="rollout", prompts=prompts, samples=1, passes=epochs),
+        source=SourceSettings(kind="rollout", rollout_batch_size=prompts, group_size=1, ppo_epochs=epochs),
         scorers=[LastToken()],
         sampler=lambda policy: LocalEngine(policy, settings, progress=False),
         steps=steps,

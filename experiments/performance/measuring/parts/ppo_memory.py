@@ -16,7 +16,11 @@ from measuring.work import END, Scale, Words
 WANTED = 1.3
 BUDGET = 2048
 """Tokens of a micro-batch, sampling included."""
-OPTIONS = {"quantization": {"kind": "nf4"}, "training": {"token_budget": BUDGET}, "rollout": {"token_budget": BUDGET}}
+OPTIONS = {
+    "quantization": {"kind": "nf4"},
+    "training": {"max_tokens_per_microbatch": BUDGET},
+    "rollout": {"max_tokens_per_microbatch": BUDGET},
+}
 
 
 def work(scale: Scale) -> Scale:

@@ -1,0 +1,243 @@
+"""Groups laid out in rows of tokens, trunk and branches: each prompt once, then its responses.
+
+A token attends to its own prompt and to the earlier tokens of its own response, never to a sibling; positions
+restart at the end of the prompt for each response; the first token of each response is predicted from the last
+token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). In the `flat` layout all groups follow
+each other in one row without padding; in the `packed` one they share rows of equal length, behind a mask. Models that
+cannot be masked so (see `alignlab.models.probe`) get the `plain` layout: a right-padded row for each response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from heapq import heapreplace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alignlab.core import Group
+
+Layout = Literal["flat", "packed", "plain"]
+
+PADDING = -1
+TRUNK = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a group is in a flat row: its trunk from `start`, then its branches, each as long as this."""
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
+
+
+@dataclass
+class Rows:
+    """A micro-batch as the model sees it: R rows of L tokens, and where in them to look.
+
+    Attributes:
+        input_ids_RL, position_RL: token ids and position ids, int64, shape (R, L).
+        group_RL: which group (or, in the plain layout, which response) a token belongs to, -1 for padding.
+        branch_RL: 0 for a token of the prompt, k >= 1 for the k-th response of its group.
+        predict_T: flat index in [0, R·L) of the position that predicts each loss-bearing token.
+        place_T: flat index of the loss-bearing token itself.
+        target_T: its token id.
+        last_N: flat index of the last token of each response.
+        layout: whether attention goes over `spans`, through the trunk-and-branches mask, or is plainly causal.
+        spans: of a flat row, the groups in it.
+    """
+
+    input_ids_RL: Tensor
+    position_RL: Tensor
+    group_RL: Tensor
+    branch_RL: Tensor
+    predict_T: Tensor
+    place_T: Tensor
+    target_T: Tensor
+    last_N: Tensor
+    layout: Layout
+    spans: tuple[Span, ...] = ()
+
+    def to(self, device: torch.device | str) -> Rows:
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int((self.group_RL != PADDING).sum())
+
+    def attention(self, window: int | None = None) -> Tensor:
+        """Which position (last axis) each position may attend to, bool, shape (R, 1, L, L).
+
+        Args:
+            window: sliding-window size in positions: a token sees only keys fewer than `window` positions back.
+        """
+        group, branch = self.group_RL, self.branch_RL
+        length = group.shape[1]
+        index = torch.arange(length, device=group.device)
+        allowed = index[None, :, None] >= index[None, None, :]
+        allowed = allowed & (group[:, :, None] == group[:, None, :])
+        allowed &= (branch[:, None, :] == TRUNK) | (branch[:, :, None] == branch[:, None, :])
+        if window is not None:
+            allowed &= self.position_RL[:, :, None] - self.position_RL[:, None, :] < window
+        # Padding attends to itself at least, so that no softmax is over nothing.
+        return (allowed | (index[:, None] == index[None, :])).unsqueeze(1)
+
+
+def group_cost(group: Group, layout: Layout) -> int:
+    """Length of the longest row that the group needs."""
+    if layout != "plain":
+        return group.packed_length
+    return len(group.prompt_ids) + max((len(r.token_ids) for r in group.responses), default=0)
+
+
+def micro_batches(
+    groups: Sequence[Group], max_tokens_per_microbatch: int, layout: Layout = "packed"
+) -> list[list[int]]:
+    """Divide groups into micro-batches of at most `max_tokens_per_microbatch` tokens, padding counted, like
+    lengths together.
+
+    Returns lists of indices into `groups`; every index once. A group longer than the budget gets a micro-batch of
+    its own: a group is never cut, since losses compare its responses.
+    """
+    costs = [group_cost(g, layout) for g in groups]
+    if layout == "flat":
+        return _fill_flat(costs, max_tokens_per_microbatch)
+    order = sorted(range(len(groups)), key=lambda i: (-costs[i], i))
+    batches: list[list[int]] = []
+    free: list[int] = []  # room left in each row of the micro-batch being filled
+    length = 0
+    for i in order:
+        cost = costs[i]
+        rows = 1 if layout == "packed" else len(groups[i].responses)
+        if layout == "packed":
+            row = next((r for r, room in enumerate(free) if room >= cost), None)
+            if row is not None and batches:
+                free[row] -= cost
+                batches[-1].append(i)
+                continue
+        if not batches or (len(free) + rows) * length > max_tokens_per_microbatch:
+            batches.append([])
+            free, length = [], cost
+        free.extend([length - cost] * rows)
+        batches[-1].append(i)
+    return batches
+
+
+def _fill_flat(costs: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:
+    """Items in micro-batches of at most `max_tokens_per_microbatch`, about equally full: the longest first, each into
+    the emptiest of as few micro-batches as there must be, or of one more where that fails."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    alone = sum(2 * cost > max_tokens_per_microbatch for cost in costs)  # no two of these share a micro-batch
+    count = max(-(-sum(costs) // max_tokens_per_microbatch), alone, 1)
+    while True:
+        batches: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, b) for b in range(count)]
+        for i in order:
+            used, place = emptiest[0]
+            if used and used + costs[i] > max_tokens_per_microbatch:
+                break
+            heapreplace(emptiest, (used + costs[i], place))
+            batches[place].append(i)
+        else:
+            return [batch for batch in batches if batch]
+        count += 1
+
+
+def lay_out(
+    groups: Sequence[Group], layout: Layout = "packed", pad_id: int = 0, score_skips: int | None = None
+) -> Rows:
+    """Lay groups out in rows. The axes T and N are in the order of the groups given, as in `Batch`.
+
+    Args:
+        layout: see the module's docstring.
+        pad_id: token id of the padding at the end of rows.
+        score_skips: `last_N` is the last token that is not this one: of the response, or, where it has no other, of
+            the prompt. Transformers' sequence classifiers take the last token that is not their pad token, which for
+            some models is the end token.
+    """
+    if layout != "plain":
+        units = [(g, list(range(len(g.responses)))) for g in groups]
+    else:
+        units = [(g, [k]) for g in groups for k in range(len(g.responses))]
+    lengths = [len(g.prompt_ids) + sum(len(g.responses[k].token_ids) for k in ks) for g, ks in units]
+    row_length = max(1, sum(lengths)) if layout == "flat" else max(lengths, default=1)
+    if layout == "flat":
+        start = list(accumulate(lengths, initial=0))[:-1]
+    else:
+        start = _place(lengths, row_length, stack=layout == "packed")
+    size = (max((s // row_length for s in start), default=0) + 1) * row_length
+
+    ids, position = [pad_id] * size, [0] * size
+    group, branch = [PADDING] * size, [TRUNK] * size
+    predict: list[int] = []
+    place: list[int] = []
+    target: list[int] = []
+    last: list[int] = []
+    for unit, ((g, ks), at) in enumerate(zip(units, start, strict=True)):
+        trunk = len(g.prompt_ids)
+        ids[at : at + trunk] = g.prompt_ids
+        position[at : at + trunk] = range(trunk)
+        group[at : at + trunk] = [unit] * trunk
+        prompt_last = at + max((i for i in range(trunk) if g.prompt_ids[i] != score_skips), default=0)
+        trunk_end, at = at + trunk - 1, at + trunk
+        for number, k in enumerate(ks, start=1):
+            tokens = g.responses[k].token_ids
+            count = len(tokens)
+            ids[at : at + count] = tokens
+            position[at : at + count] = range(trunk, trunk + count)
+            group[at : at + count] = [unit] * count
+            branch[at : at + count] = [number] * count
+            for i in g.responses[k].predicted:
+                predict.append(trunk_end if i == 0 else at + i - 1)
+                place.append(at + i)
+                target.append(tokens[i])
+            kept = max((i for i in range(count) if tokens[i] != score_skips), default=None)
+            last.append(prompt_last if kept is None else at + kept)
+            at += count
+
+    def grid(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).view(-1, row_length)
+
+    def flat(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64)
+
+    return Rows(
+        grid(ids),
+        grid(position),
+        grid(group),
+        grid(branch),
+        flat(predict),
+        flat(place),
+        flat(target),
+        flat(last),
+        layout,
+        tuple(
+            Span(at, len(g.prompt_ids), tuple(len(r.token_ids) for r in g.responses))
+            for (g, _), at in zip(units, start, strict=True)
+        )
+        if layout == "flat"
+        else (),
+    )
+
+
+def _place(lengths: Sequence[int], row_length: int, stack: bool) -> list[int]:
+    """Flat start of each unit: first fit by descending length where rows may hold several, else a row each."""
+    if not stack:
+        return [row_length * i for i in range(len(lengths))]
+    start = [0] * len(lengths)
+    used: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, u in enumerate(used) if u + lengths[i] <= row_length), None)
+        if row is None:
+            used.append(0)
+            row = len(used) - 1
+        start[i] = row * row_length + used[row]
+        used[row] += lengths[i]
+    return start

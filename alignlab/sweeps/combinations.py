@@ -1,0 +1,165 @@
+"""From the words of a sweep to its combinations: composed by Hydra, each with a folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from alignlab.comparison.planning import quoted
+from alignlab.config import config_folder, explain, hydra_ready, resolve, sweep_words
+from alignlab.core import ConfigError
+from alignlab.training.run_folder import REFERENCE_CACHE
+
+LONGEST = 200
+"""Bytes that the name of a combination's folder may have; file systems end at 255."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder within the sweep's.
+        folder: where it works.
+        values: what varies, by key, as written on the command line.
+        words: all that `alignlab COMMAND` must be given to do the same.
+        config: resolved.
+        trial: its number within a search's study.
+    """
+
+    name: str
+    folder: Path
+    values: dict[str, str]
+    words: list[str]
+    config: dict[str, Any]
+    trial: int | None = None
+
+
+class Composer:
+    """Hydra with the sweep's config loaded. Made by `composer`.
+
+    Attributes:
+        master: the config of the sweep itself, with the section `hydra`.
+        loader: Hydra's; composes the runs' configs, here and in the launchers' processes.
+        folder: the sweep's.
+        overrides: the words of the runs, parsed; some are sweeps.
+    """
+
+    def __init__(self, command: str, words: list[str], own: Path | None) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.types import RunMode
+
+        self.command, self.words, self.own = command, words, own
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        self.loader = hydra.config_loader
+        with self._explained():
+            self.master: DictConfig = hydra.compose_config(
+                config_name=command, overrides=words, run_mode=RunMode.MULTIRUN, from_shell=False
+            )
+            task = OmegaConf.to_container(self.master.hydra.overrides.task, resolve=False)
+            self.overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(task)
+        HydraConfig.instance().set_config(self.master)
+        self.folder = Path(str(self.master.hydra.sweep.dir))
+
+    @property
+    def steady(self) -> list[str]:
+        """The words that are the same for all."""
+        return [o.input_line for o in self.overrides if not o.is_sweep_override()]
+
+    def grid(self) -> Iterator[dict[str, str]]:
+        """Every combination of the values that vary: by key, as written on the command line."""
+        swept: dict[str, list[str]] = {}
+        for override in (o for o in self.overrides if o.is_sweep_override()):
+            if not override.is_discrete_sweep():
+                raise ConfigError(f"{override.input_line}: an interval has no end of values: add sweeper=optuna")
+            swept[override.get_key_element()] = list(override.sweep_string_iterator())
+        for values in itertools.product(*swept.values()):
+            yield dict(zip(swept, values, strict=True))
+
+    def combination(self, values: Mapping[str, str], name: str | None = None, trial: int | None = None) -> Combination:
+        """The run with these values, in the folder `name`, by default called after them."""
+        name = name or _name(values)
+        folder = self.folder / name
+        words = [*self.steady, *(f"{key}={value}" for key, value in values.items()), f"out={_plain(str(folder))}"]
+        config = self._compose(words)
+        if ours := [*self._tracking(config, name), *self._cache(config)]:
+            words += ours
+            config = self._compose(words)
+        return Combination(name, folder, dict(values), words, config, trial)
+
+    def _compose(self, words: Sequence[str]) -> dict[str, Any]:
+        with self._explained():
+            config = self.loader.load_sweep_config(self.master, list(words))
+        with open_dict(config):
+            del config["hydra"]
+        return resolve(config)
+
+    def _tracking(self, config: dict[str, Any], name: str) -> list[str]:
+        """What a tracker is to call a run, where the user does not say: a comparison names those it consists of."""
+        tracker = config.get("tracker") or {}
+        if self.command != "train" or tracker.get("mode") in ("off", False, None):
+            return []
+        group = self.folder.resolve().name
+        ours = {"group": group, "name": f"{group}/{name}"}
+        return [f"++tracker.{k}={quoted(v)}" for k, v in ours.items() if tracker.get(k) is None]
+
+    def _cache(self, config: dict[str, Any]) -> list[str]:
+        """Where the runs keep what a fixed reference says of the data: what one has computed, the others know."""
+        training = config.get("training", {})
+        if self.command != "train" or training.get("reference_cache") or config["source"]["kind"] != "data":
+            return []
+        return [f"training.reference_cache={_plain(str(self.folder / REFERENCE_CACHE))}"]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            folders = [config_folder(), *([self.own] if self.own else [])]
+            raise explain(error, self.command, self.words, folders) from error
+
+
+@contextmanager
+def composer(command: str, words: Sequence[str], own: Path | None, more: Sequence[str] = ()) -> Iterator[Composer]:
+    """Hydra, ready for the sweep.
+
+    Args:
+        more: words for Hydra itself, that choose and set its launcher.
+
+    Raises:
+        ConfigError: a word is wrong.
+    """
+    for word in words:
+        if word.startswith(("hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir")):
+            raise ConfigError(f"{word}: alignlab sets this itself: see launcher=… and sweeper=…")
+    with hydra_ready():
+        yield Composer(command, [*sweep_words(words, own), *more], own)
+
+
+def _plain(text: str) -> str:
+    """As Hydra reads it, quoted where it must be."""
+    return text if re.fullmatch(r"[\w./-]+", text) else quoted(text)
+
+
+def _name(values: Mapping[str, str]) -> str:
+    """`algorithm=dpo,algorithm.beta=0.1`: in order of keys, as Hydra does it; without slashes, and not too long."""
+    name = ",".join(sorted(f"{key}={value}" for key, value in values.items())).replace("/", "_") or "run"
+    if len(name.encode()) > LONGEST:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        name = f"{name.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
+    return name

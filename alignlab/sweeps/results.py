@@ -1,0 +1,309 @@
+"""What the runs of a sweep have come to, put together: sweep.json, sweep.csv, sweep.md, sweep.html and a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignlab.comparison.metrics import METRICS, MISSING, format_number
+from alignlab.core import AlignlabError, did_you_mean
+from alignlab.core.files import write_json, write_text
+from alignlab.core.storage import storage_errors
+from alignlab.sweeps.combinations import Combination
+from alignlab.sweeps.settings import Sweeper
+from alignlab.sweeps.state import figures, read, standing
+from alignlab.training.callbacks.pruning import Direction
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FILE = "sweep.json"
+STATES = ("finished", "pruned", "failed", "unfinished")
+USUAL = ("objective_score", "reward", "eval/loss", "loss")
+"""What runs are compared by where nothing is said: the first of these that there is."""
+
+SHOWN = 30
+"""Rows that the terminal shows."""
+
+
+@dataclass
+class Run:
+    """One of the sweep's.
+
+    Attributes:
+        name: of its folder within the sweep's.
+        values: what varies, by key, as written on the command line.
+        words: what `alignlab COMMAND` must be given to do the same.
+        value: the metric's.
+    """
+
+    name: str
+    values: dict[str, str]
+    words: list[str]
+    state: str = "unfinished"
+    value: float | None = None
+    figures: dict[str, float] | None = None
+    reason: str = ""
+    log: str = ""
+
+
+@dataclass
+class Results:
+    """A sweep as it stands.
+
+    Attributes:
+        command: train or compare.
+        own: the user's folder of configs.
+        metric, direction: what the runs are compared by; the metric is None where none of the usual ones is there.
+        log: keys whose values were searched for on a logarithmic scale.
+        runs: the best first, then those that were pruned, that failed, that are unfinished.
+    """
+
+    folder: Path
+    command: str
+    own: str | None
+    metric: str | None
+    direction: str
+    log: list[str]
+    runs: list[Run]
+
+    @property
+    def best(self) -> Run | None:
+        first = self.runs[0] if self.runs else None
+        return first if first is not None and first.state == "finished" and first.value is not None else None
+
+    @property
+    def varied(self) -> list[str]:
+        """The keys that take several values, or all where none does."""
+        keys = list(dict.fromkeys(key for run in self.runs for key in run.values))
+        return [k for k in keys if len({run.values.get(k) for run in self.runs}) > 1] or keys
+
+    def counts(self) -> str:
+        """`10 finished, 2 pruned`."""
+        found = [(sum(run.state == state for run in self.runs), state) for state in STATES]
+        return ", ".join(f"{n} {state}" for n, state in found if n)
+
+    def reproduce(self, run: Run) -> str:
+        """The command that does a run by itself."""
+        options = [] if self.own is None else ["--config-dir", self.own]
+        return " ".join(_quoted(word) for word in ("alignlab", self.command, *options, *run.words))
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where the word has single ones."""
+    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
+
+
+def note(
+    folder: Path,
+    command: str,
+    own: Path | None,
+    sweeper: Sweeper,
+    combinations: Sequence[Combination],
+    log: Sequence[str] = (),
+) -> None:
+    """Write down what a sweep consists of, so that its results can be put together whatever happens to it."""
+    with storage_errors(folder, "the sweep could not be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            folder / FILE,
+            {
+                "command": command,
+                "own": str(own) if own else None,
+                "sweeper": sweeper.model_dump(),
+                "log": list(log),
+                "runs": [{"name": c.name, "values": c.values, "words": c.words} for c in combinations],
+            },
+        )
+
+
+def gather(folder: Path) -> Results:
+    """Look at every run of the sweep in `folder`, and write `sweep.json`, `.csv`, `.md` and `.html` there.
+
+    Raises:
+        AlignlabError: there is no sweep, or no run has the metric that was asked for; then what there is.
+    """
+    plan = read(folder / FILE)
+    if not plan:
+        raise AlignlabError(f"{folder / FILE}: is not there or damaged; is this the folder of a sweep?")
+    command, sweeper = plan["command"], plan["sweeper"]
+    runs = []
+    for planned in plan["runs"]:
+        run = Run(planned["name"], planned["values"], planned["words"])
+        found = standing(command, folder / run.name)
+        run.state, run.reason, run.log = found.state, found.reason, found.log
+        run.figures = figures(command, folder / run.name)
+        runs.append(run)
+    metric = chosen_metric([r.figures or {} for r in runs if r.state == "finished"], sweeper["metric"])
+    direction = sweeper["direction"] or direction_of(metric or "")
+    for run in runs:
+        value = (run.figures or {}).get(metric or "")
+        run.value = value if value is not None and math.isfinite(value) else None
+    sign = 1 if direction == "minimize" else -1
+    runs.sort(key=lambda r: (STATES.index(r.state), r.value is None, sign * (r.value or 0)))
+    results = Results(folder, command, plan["own"], metric, direction, plan["log"], runs)
+    _write(results, plan)
+    return results
+
+
+def chosen_metric(measured: Sequence[Mapping[str, float]], wanted: str | None) -> str | None:
+    """What finished runs are compared by.
+
+    Raises:
+        AlignlabError: none has the one that is wanted.
+    """
+    there = {name for each in measured for name in each}
+    if wanted is None:
+        return next((name for name in USUAL if name in there), None)
+    if there and wanted not in there:
+        raise AlignlabError(
+            f"sweeper.metric={wanted}: no run has it{did_you_mean(wanted, there)}; there are: "
+            f"{', '.join(sorted(there))}. The same command with another sweeper.metric runs nothing again"
+        )
+    return wanted
+
+
+def direction_of(metric: str) -> Direction:
+    """Which way is better, by a metric's name."""
+    name = metric.rpartition("/")[2]
+    known = METRICS.get(name)
+    low = known.better < 0 if known else any(part in name for part in ("loss", "nll", "perplexity", "error"))
+    return "minimize" if low else "maximize"
+
+
+def _write(results: Results, plan: Mapping[str, Any]) -> None:
+    from alignlab.sweeps.page import render
+
+    best = results.best
+    told = {
+        **plan,
+        "metric": results.metric,
+        "direction": results.direction,
+        "best": best.name if best else None,
+        "counts": {s: sum(r.state == s for r in results.runs) for s in STATES},
+        "runs": [asdict(run) for run in results.runs],
+    }
+    with storage_errors(results.folder, "the sweep's results could not be written"):
+        write_json(results.folder / FILE, _finite(told))
+        write_text(results.folder / "sweep.csv", to_csv(results))
+        write_text(results.folder / "sweep.md", to_markdown(results))
+        write_text(results.folder / "sweep.html", render(results))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def heading(results: Results) -> str:
+    arrow = "↓" if results.direction == "minimize" else "↑"
+    return f"{results.metric} {arrow}" if results.metric else "metric"
+
+
+def shortest(keys: Sequence[str]) -> dict[str, str]:
+    """Keys' last parts, where they tell them apart."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
+
+
+def cells(results: Results, run: Run) -> list[str]:
+    """A row: name, what varies, the metric, state, seconds."""
+    found = run.figures or {}
+    seconds = format_number(found.get("seconds"), None)
+    value = format_number(run.value, 4) if run.value is not None else MISSING
+    return [run.name, *(short_value(run.values.get(k, MISSING)) for k in results.varied), value, run.state, seconds]
+
+
+def short_value(text: str) -> str:
+    """A value as in a table: long numbers to four digits."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text
+
+
+def headings(results: Results) -> list[str]:
+    return ["run", *shortest(results.varied).values(), heading(results), "state", "time s"]
+
+
+def to_csv(results: Results) -> str:
+    """One line for each run, numbers in full: what varies, the state, and everything that was measured."""
+    known = dict.fromkeys(name for run in results.runs for name in run.figures or {})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "state", *results.varied, *known, "reason"])
+    for run in results.runs:
+        values = [run.values.get(k, "") for k in results.varied]
+        measured = [(run.figures or {}).get(k, "") for k in known]
+        writer.writerow([run.name, run.state, *values, *measured, run.reason])
+    return out.getvalue()
+
+
+def to_markdown(results: Results) -> str:
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+    titles = headings(results)
+    table = [
+        line(titles),
+        line([":--", *["--:"] * (len(titles) - 1)]),
+        *(line(cells(results, r)) for r in results.runs),
+    ]
+    failed = [f"* {run.name}: {run.reason}" for run in results.runs if run.state == "failed"]
+    parts = [f"# Sweep: {results.folder.resolve().name}", results.counts(), *told_best(results), "\n".join(table)]
+    return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else [])]) + "\n"
+
+
+def told_best(results: Results) -> list[str]:
+    """The best run, and how to do it by itself; nothing where there is none."""
+    best = results.best
+    if best is None:
+        return []
+    where = f"{results.folder / best.name}"
+    return [f"best: {best.name}: {results.metric} {best.value:.6g} → {where}", f"    {results.reproduce(best)}"]
+
+
+def show(results: Results, console: Console | None = None) -> None:
+    """Print the table, the best run, and what failed and why."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, title in enumerate(headings(results)):
+        table.add_column(Text(title), justify="right" if index else "left", overflow="fold")
+    for run in results.runs[:SHOWN]:
+        style = {"failed": "red", "pruned": "dim", "unfinished": "dim"}.get(run.state, "")
+        table.add_row(*(Text(text, style="bold" if run is results.best else style) for text in cells(results, run)))
+    console.print(table)
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    if more := results.runs[SHOWN:]:
+        say(f"and {len(more)} more: {results.folder}/sweep.md", "dim")
+    say(results.counts())
+    for text in told_best(results):
+        say(text)
+    for run in results.runs:
+        if run.state == "failed":
+            say(f"failed: {run.name}: {run.reason}{f' (log: {run.log})' if run.log else ''}")
+    say(f"{results.folder}/{FILE}, .csv, .md and .html")
+
+
+def rebuild(folder: Path) -> None:
+    """The results again from what is on disk, printed."""
+    show(gather(folder))

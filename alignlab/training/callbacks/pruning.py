@@ -1,0 +1,138 @@
+"""A trial of a search: how it does at each step goes to the search's study, which says whether it is worth going on.
+
+The sweep writes `trial.json` into the folder of a trial before it starts it, wherever that will be. A trial that is
+given up leaves `pruned.json`, no `result.json` and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from alignlab.core import AlignlabError
+from alignlab.core.files import write_json
+
+TRIAL, PRUNED = "trial.json", "pruned.json"
+
+PrunerKind = Literal["none", "median", "halving"]
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a run must know of the search that it is a trial of.
+
+    Attributes:
+        storage: path of the study's file, on a file system that all nodes share.
+        study: the study's name.
+        number: of the trial within the study, from 0.
+        metric: what the search is for.
+        pruner: how it is decided; `startup_trials` and `warmup_steps` are its settings.
+    """
+
+    storage: str
+    study: str
+    number: int
+    metric: str
+    pruner: PrunerKind = "none"
+    startup_trials: int = 5
+    warmup_steps: int = 0
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / TRIAL, asdict(self))
+
+
+class Pruning:
+    """Reports a trial's metric to its study.
+
+    Raises:
+        AlignlabError: the study cannot be read.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.study = open_study(Path(trial.storage), trial.study)
+        self.study.pruner = make_pruner(trial.pruner, trial.startup_trials, trial.warmup_steps)
+        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        self._id, self.over = frozen._trial_id, frozen.state.is_finished()
+
+    @classmethod
+    def of(cls, folder: Path) -> Pruning | None:
+        """That of the run in a folder; None where it is no trial, is not to be pruned, or has been already."""
+        path = folder / TRIAL
+        if not path.exists() or (folder / PRUNED).exists():
+            return None
+        try:
+            trial = Trial(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise AlignlabError(f"{path}: damaged: {error}; delete it and repeat the sweep") from error
+        if trial.pruner == "none":
+            return None
+        found = cls(trial)
+        return None if found.over else found
+
+    def should_prune(self, step: int, figures: Mapping[str, float]) -> bool:
+        """Report the figures of a step; whether to end the trial here. Without the metric among them: False."""
+        if self.trial.metric not in figures:
+            return False
+        storage = self.study._storage
+        known = storage.get_trial(self._id)
+        if known.last_step is not None and step < known.last_step:
+            return False  # was reported, and decided on, before the run was stopped and went on from a checkpoint
+        if step not in known.intermediate_values:
+            storage.set_trial_intermediate_value(self._id, step, float(figures[self.trial.metric]))
+            known = storage.get_trial(self._id)
+        return bool(self.study.pruner.prune(self.study, known))
+
+
+def open_study(path: Path, name: str, direction: Direction | None = None) -> Any:
+    """The Optuna study in a file; with a direction, made where there is none.
+
+    Raises:
+        AlignlabError: Optuna is not installed, or the file cannot be used.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise AlignlabError("sweeper=optuna: Optuna is not installed: pip install 'alignlab[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    lock = JournalFileOpenLock(str(path), grace_period=10)  # of a process that was killed while it wrote
+    try:
+        if direction is not None and path.exists():
+            _mend(path, lock)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Optuna calls experimental
+            storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+            if direction is None:
+                return optuna.load_study(study_name=name, storage=storage)
+            return optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
+    except (OSError, KeyError, ValueError) as error:
+        raise AlignlabError(f"{path}: the study cannot be read: {error}") from error
+
+
+def _mend(path: Path, lock: Any) -> None:
+    """Cut off a last line that is not whole, as a machine that went down may leave it: Optuna would read no further."""
+    from optuna.storages.journal._file import get_lock_file
+
+    with get_lock_file(lock), path.open("rb+") as file:
+        text = file.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            file.truncate(whole)
+
+
+def make_pruner(kind: PrunerKind, startup_trials: int, warmup_steps: int) -> Any:
+    import optuna
+
+    if kind == "median":
+        return optuna.pruners.MedianPruner(startup_trials, warmup_steps)
+    if kind == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, warmup_steps))
+    return optuna.pruners.NopPruner()

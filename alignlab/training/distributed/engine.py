@@ -1,0 +1,236 @@
+"""What trains the weights: the optimiser, and whatever spreads it over processes. The loop knows nothing else of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.core import ConfigError, Group
+from alignlab.models import InStep, PackedModel
+from alignlab.training.distributed.processes import Processes
+from alignlab.training.settings import DistributedSettings
+
+BUCKET = 1 << 25
+"""Bytes of gradients that are exchanged at once, as in DDP."""
+
+Tensors = dict[str, Tensor]
+"""A trained parameter as a checkpoint keeps it: "weight", and its optimiser state by the optimiser's names."""
+
+
+class Engine:
+    """One process, or several that hold all of the model each (DDP). Engines that divide it are subclasses.
+
+    The gradient of a step is that of the mean loss over the global batch: losses are scaled for a sum over the
+    micro-batches and a mean over the processes.
+
+    Attributes:
+        model: the model without anything around it; its parameters keep their names.
+        together: whether the processes communicate within forward and backward passes, so that all must do equally
+            many, and one that fails leaves the others waiting. Otherwise they do so in `exchange` alone.
+        divides: whether no process holds all weights, so that forward passes alone communicate, too.
+    """
+
+    together = False
+    divides = False
+
+    def __init__(
+        self, model: PackedModel, optimizer: torch.optim.Optimizer, processes: Processes, max_grad_norm: float | None
+    ) -> None:
+        self.model, self.processes, self.max_grad_norm = model, processes, max_grad_norm
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.module: Any = model
+        self.optimizer: Any = optimizer
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self.module, self.optimizer = self.processes.accelerator.prepare(self.model, self.optimizer)
+
+    @property
+    def name(self) -> str:
+        """What the engine says of itself: asked, not assumed."""
+        return type(self.module).__name__ if self.module is not self.model else "single"
+
+    # ------------------------------------------------------------------ a step
+
+    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+        """The model's forward pass, for training."""
+        with self.processes.accelerator.autocast():
+            return dict(self.module(*arguments))
+
+    def hold(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch, which may be the last one.
+
+        DDP would exchange gradients while the last backward pass goes on; that pass can then no longer run out of
+        memory on one process without leaving the others waiting, so here `exchange` does it afterwards, once a step.
+        """
+        return self.processes.accelerator.no_sync(self.module)
+
+    def backward(self, loss: Tensor) -> None:
+        self.processes.accelerator.backward(loss)
+
+    def exchange(self) -> None:
+        """After the backward passes went well everywhere: give every process the mean gradient. Called by all."""
+        if self.together or self.processes.world == 1:
+            return
+        trained = list(self.trained().values())
+        had = self.processes.gather([p.grad is not None for p in trained])
+        gradients = []
+        for i, parameter in enumerate(trained):
+            if any(each[i] for each in had):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for bucket in buckets(gradients, BUCKET):
+            flat = torch.cat([g.flatten() for g in bucket])
+            self.processes.mean(flat)
+            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def scale_lr(self, factor: float) -> float:
+        """Set the learning rate to a share of its peak; returns it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> float:
+        """Clip and apply the gradient, and drop it. Returns its norm before clipping; where that is not finite,
+        nothing is applied."""
+        norm = self._clip()
+        # float16: the scaler skips such a step by itself, and scales less from then on
+        if math.isfinite(norm) or self.processes.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drop the gradient."""
+        self.optimizer.zero_grad()
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return float(self.processes.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
+
+    # ------------------------------------------------------------------ weights
+
+    def divide(self, model: PackedModel) -> None:
+        """Divide another model among the processes as the trained one is: a frozen reference."""
+
+    def in_step(self, groups: Sequence[Group]) -> InStep | None:
+        """What a scoring pass over a share of `groups` needs where weights are divided."""
+        if not self.divides or not groups:
+            return None
+        return InStep(lambda count: max(self.processes.gather(count)), min(groups, key=lambda g: g.packed_length))
+
+    @contextmanager
+    def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
+        """All weights of the trained model, or of one that was `divide`d, on every process: for what processes do
+        unequally often, like sampling. Called by all.
+
+        Args:
+            change: what the block changes in the weights is kept; it must be the same on every process.
+        """
+        yield
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, in an order that is the same on every process."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
+        """Every trained parameter, with its optimiser state unless not wanted, one after the other, whole. Called by
+        all."""
+        held = self.optimizer.state if states else {}
+        for name, parameter in self.trained().items():
+            state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
+            yield name, {"weight": parameter.detach(), **state}
+
+    def load(self, found: Mapping[str, Tensors]) -> None:
+        """Take over what `tensors` gave, of any engine. Called by all, with the same tensors."""
+        states: dict[Any, dict[str, Any]] = {}
+        parameters = self.trained()
+        with torch.no_grad():
+            for name, tensors in found.items():
+                parameters[name].copy_(tensors["weight"])
+                states[parameters[name]] = {k: v for k, v in tensors.items() if k != "weight"}
+        load_optimizer(self.optimizer, states)
+
+
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Tensors of one type in portions of about `size` bytes, in order."""
+    portion: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if portion and (held + tensor.nbytes > size or tensor.dtype != portion[0].dtype):
+            yield portion
+            portion, held = [], 0
+        portion.append(tensor)
+        held += tensor.nbytes
+    if portion:
+        yield portion
+
+
+def load_optimizer(optimizer: Any, states: dict[Any, dict[str, Any]]) -> None:
+    """Give an optimiser the states of its parameters, by its own `load_state_dict`, which knows where they belong."""
+    saved = optimizer.state_dict()
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    saved["state"] = {i: dict(states[p]) for i, p in enumerate(ordered) if states.get(p)}
+    optimizer.load_state_dict(saved)
+
+
+def make_engine(
+    settings: DistributedSettings,
+    model: PackedModel,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+    max_grad_norm: float | None,
+) -> Engine:
+    """The engine of a mode.
+
+    Raises:
+        ConfigError: it is not the one in use afterwards, or cannot do what is asked.
+    """
+    kind: type[Engine] = Engine
+    if settings.mode == "fsdp":
+        from alignlab.training.distributed.fsdp import FSDPEngine
+
+        kind = FSDPEngine
+    elif settings.mode.startswith("zero"):
+        from alignlab.training.distributed.zero import ZeroEngine
+
+        kind = ZeroEngine.of(settings.mode)
+    engine = kind(model, optimizer, processes, max_grad_norm)
+    expected = EXPECTED[settings.mode]
+    if engine.name != expected:
+        raise ConfigError(f"distributed={settings.mode}: {expected} was to train, but {engine.name} is what came of it")
+    return engine
+
+
+DIVIDING = ("fsdp", "zero3", "zero3_offload")
+"""Modes in which no process holds all weights."""
+
+EXPECTED = {
+    "single": "single",
+    "ddp": "DistributedDataParallel",
+    "fsdp": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+    "zero3_offload": "DeepSpeed ZeRO-3 with offload",
+}
+"""What each mode's engine must say that it is."""
+
+
+def owners(parameters: dict[str, nn.Parameter], sizes: Sequence[int], world: int) -> dict[str, int]:
+    """Which process writes which parameter: the largest first to whoever has least."""
+    load = [0] * world
+    owner: dict[str, int] = {}
+    for name, size in sorted(zip(parameters, sizes, strict=True), key=lambda pair: (-pair[1], pair[0])):
+        rank = min(range(world), key=lambda r: (load[r], r))
+        owner[name] = rank
+        load[rank] += size
+    return owner

@@ -1,0 +1,129 @@
+"""PyTorch's fully sharded data parallel (FSDP2, `fully_shard`): a share of every tensor on every process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from alignlab.core import ConfigError
+from alignlab.models import PackedModel
+from alignlab.training.distributed.engine import Engine, Tensors
+
+
+class FSDPEngine(Engine):
+    """The layers are divided one by one, and what is left of the model as a whole.
+
+    Weights of a quantised base are not divided: 4-bit weights come in a form of their own, and are small.
+    """
+
+    together = True
+    divides = True
+
+    def _wrap(self) -> None:
+        if self.processes.accelerator.scaler is not None:
+            raise ConfigError("training.mixed_precision=fp16: not with distributed=fsdp: use bf16")
+        self.mesh: DeviceMesh = init_device_mesh(self.processes.device.type, (self.processes.world,))
+        places = {id(p): (g, i) for g in self.optimizer.param_groups for i, p in enumerate(g["params"])}
+        former = {n: id(p) for n, p in self.model.named_parameters()}
+        self._shard(self.model)
+        for name, parameter in self.model.named_parameters():  # sharding puts new parameters in place of the old
+            if former[name] in places:
+                group, index = places[former[name]]
+                group["params"][index] = parameter
+        self.module = self.model
+
+    def _shard(self, model: Any) -> None:
+        ignored = {p for p in model.parameters() if not p.is_floating_point()}
+        for layer in _layers(model):
+            fully_shard(layer, mesh=self.mesh, ignored_params=ignored)
+        fully_shard(model, mesh=self.mesh, ignored_params=ignored)
+        model._get_fsdp_state()._lazy_init()  # else a layer called by itself, in sampling, takes itself for the root
+
+    @property
+    def name(self) -> str:
+        return "FSDP2" if isinstance(self.model, FSDPModule) else "single"
+
+    # ------------------------------------------------------------------ a step
+
+    def hold(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # exchanged after each micro-batch: holding gradients back would hold them whole
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    # ------------------------------------------------------------------ weights
+
+    def divide(self, model: PackedModel) -> None:
+        self._shard(model)
+
+    @contextmanager
+    def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
+        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        hooks = [(m._state_dict_pre_hooks, dict(m._state_dict_pre_hooks)) for m in model.modules()]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        for held, _ in hooks:  # they divide a model whose state_dict is asked for
+            held.clear()
+        try:
+            yield
+            if change:
+                self._keep(model)
+        finally:
+            for held, former in hooks:
+                held.update(former)
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not model, recurse=False)  # as PyTorch has it
+
+    def _keep(self, model: nn.Module) -> None:
+        """Copy what was changed in whole weights into this process's shares."""
+        whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if isinstance(parameter, DTensor):
+                    parameter.copy_(self._share(whole[name], parameter))
+
+    def _share(self, tensor: Tensor, like: DTensor) -> DTensor:
+        return distribute_tensor(tensor.to(like.device, like.dtype), self.mesh, like.placements, src_data_rank=None)
+
+    def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
+        for name, tensors in super().tensors(states):
+            yield name, {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+
+    def load(self, found: Mapping[str, Tensors]) -> None:
+        parameters = self.trained()
+        shared: dict[str, Tensors] = {}
+        for name, parameter in parameters.items():
+            tensors = dict(found[name])
+            if isinstance(parameter, DTensor):
+                same = parameter.shape
+                tensors = {k: self._share(v, parameter) if v.shape == same else v for k, v in tensors.items()}
+            shared[name] = tensors
+        super().load(shared)
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """The transformer's layers, of the policy and of a critic of its own: its longest lists of modules."""
+    found: list[nn.Module] = []
+    for decoder in (model.decoder, model.critic_decoder):
+        lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)] if decoder is not None else []
+        if lists:
+            found += list(max(lists, key=lambda layers: len(list(layers))))
+    return found
