@@ -18,7 +18,23 @@ from alignlab.core.errors import (
     require,
 )
 from alignlab.core.group import Group, Response
-from alignlab.core.interfaces import Benchmark, Sampler, Scorer
+from alignlab.core.interfaces import (
+    AdapterKind,
+    Benchmark,
+    Callback,
+    DataOrder,
+    Environment,
+    ExactSampler,
+    NeedsPolicy,
+    PrefetchingSampler,
+    Reports,
+    RolloutContext,
+    RolloutEngine,
+    Sampler,
+    Schedule,
+    Scorer,
+    Tracker,
+)
 
 if TYPE_CHECKING:
     from alignlab.core.algorithm import Algorithm, Metrics, ModelKind, Outputs, aggregate
@@ -34,24 +50,36 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdapterKind",
     "Algorithm",
     "AlignlabError",
     "Batch",
     "Benchmark",
+    "Callback",
     "ConfigError",
     "DataError",
+    "DataOrder",
+    "Environment",
+    "ExactSampler",
     "Group",
     "Interrupted",
     "Metrics",
     "ModelKind",
+    "NeedsPolicy",
     "NonFiniteError",
     "Outputs",
     "Pairs",
     "PeerLost",
+    "PrefetchingSampler",
+    "Reports",
     "Response",
+    "RolloutContext",
+    "RolloutEngine",
     "Sampler",
+    "Schedule",
     "Scorer",
     "StartAgain",
+    "Tracker",
     "Unit",
     "aggregate",
     "did_you_mean",

@@ -1,16 +1,29 @@
-"""The seams between the layers: what fills columns, what samples responses, what measures a policy."""
+"""The seams: whatever a user may replace is a Protocol here and a `_target_` in the config.
+
+A class of the user's needs the methods, not a base class of ours. What only some of them need is a small Protocol of its
+own (`NeedsPolicy`, `Reports`), asked for by `isinstance`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from alignlab.core.group import Group
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------- scoring
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Fills in columns of groups: rewards, labels, log-probs of another model."""
+    """Fills in columns of groups: rewards, labels, log-probs of another model. Config: `scoring`."""
 
     @property
     def fills(self) -> tuple[str, ...]:
@@ -20,6 +33,28 @@ class Scorer(Protocol):
     def score(self, groups: Sequence[Group]) -> None:
         """Set `response.columns[name]` for every name in `fills` and every response. In place."""
         ...
+
+
+@runtime_checkable
+class NeedsPolicy(Protocol):
+    """A scorer, environment or benchmark that works with the policy that is trained."""
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """Called once, before anything else, with the model that is trained and its tokenizer."""
+        ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A scorer or environment that has metrics of its own."""
+
+    @property
+    def report(self) -> Mapping[str, float]:
+        """Metrics of the last call, by name; logged with the iteration's own, their mean over the processes."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- rollout
 
 
 @runtime_checkable
@@ -40,11 +75,233 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class ExactSampler(Protocol):
+    """A sampler that knows whether its log-probs can stand for those of a scoring pass."""
+
+    @property
+    def exact_logp(self) -> bool:
+        """Whether `behaviour_logp` equals what a scoring pass of the same weights at the same temperature gives, to
+        float32 rounding: no filters, float32 weights, no quantised base."""
+        ...
+
+
+@runtime_checkable
+class PrefetchingSampler(Protocol):
+    """A sampler that can draw while something else goes on."""
+
+    def prefetch(self, groups: Sequence[Group], n: int, seed: int) -> Callable[[], list[Group]]:
+        """Begin to draw. The result waits for the responses and returns them. Called by all processes alike."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutContext:
+    """What a rollout engine may need to know of the run that it samples for.
+
+    Attributes:
+        model: the model that is trained.
+        model_settings: how it was loaded: path, revision, tokenizer, …
+        folder: the run's folder.
+        is_main: whether this is the run's main process.
+        gather: the value of every process, in order of rank, on every process.
+        show_progress: whether to show progress.
+    """
+
+    model: Any
+    model_settings: Any
+    folder: Path
+    is_main: bool = True
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    show_progress: bool = True
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """How responses are drawn. Config: `rollout`. One for a run; it makes samplers of the policy as it is now."""
+
+    @property
+    def temperature(self) -> float:
+        """Log-probs are of softmax(logits / temperature), in sampling and in training."""
+        ...
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Off-policy correction: tokens are weighted by min(π_trainer / π_sampler, this); None: no weights."""
+        ...
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether its samples may come from another policy than the trainer's (another precision, older weights), so
+        that the difference is measured and logged."""
+        ...
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the next iteration's responses are drawn while this one trains. Its samplers are then
+        `PrefetchingSampler`s."""
+        ...
+
+    def check(self, config: Mapping[str, Any], algorithm: Any) -> None:
+        """Raise ConfigError for what it cannot do in this run, before anything is loaded.
+
+        Args:
+            config: the run's checked sections by name (`source`, `distributed`, `quantization`, …).
+        """
+        ...
+
+    def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
+        """Whatever must live as long as the run, such as a server. Entered once, before the first sample."""
+        ...
+
+    def sampler(self, policy: Any) -> Sampler:
+        """A sampler of `policy` with the weights that it has now. Called by all processes alike."""
+        ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """What a policy acts in: several turns, tools, a search over its own steps. Config: `environment`.
+
+    Its responses may hold tokens that the policy did not write (a tool's answer): their `loss_mask` is False there.
+    """
+
+    @property
+    def fills(self) -> tuple[str, ...]:
+        """Names of the columns it fills, such as `reward`; the run needs no scorer for them."""
+        ...
+
+    def rollout(self, sampler: Sampler, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
+        """For each group, a group with the same prompt and n responses, in order, with `behaviour_logp` for the
+        tokens that the policy wrote. Only what `sampler` draws counts as generated."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Does something at certain points of a run: logs, evaluates, saves, ends it. Config: `callbacks`.
+
+    Every process has one and calls it at the same points. `training.callbacks.Callback` is a base class whose methods
+    do nothing. `trainer` is the `Trainer`: its `state`, `model`, `algorithm`, `processes`; `trainer.metrics` are those
+    of this step so far; `trainer.request_checkpoint()` and `trainer.request_stop(reason)` are heeded after the step.
+    """
+
+    def on_start(self, trainer: Any) -> None:
+        """Before the first step, after a checkpoint was loaded where there is one."""
+        ...
+
+    def on_iteration(self, trainer: Any, sampled: Sequence[Group]) -> None:
+        """The groups of an iteration are there, sampled and scored; before the algorithm chose from them."""
+        ...
+
+    def on_step(self, trainer: Any) -> None:
+        """An optimiser step is done."""
+        ...
+
+    def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done; its metrics have names that begin with `eval/`."""
+        ...
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        """A checkpoint is being written: files put into `folder` become part of it."""
+        ...
+
+    def on_end(self, trainer: Any, error: BaseException | None) -> None:
+        """Training is over, or `error` ended it."""
+        ...
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule. Config: `schedule`."""
+
+    def __call__(self, done: float) -> float:
+        """Factor on the peak learning rate, >= 0, when a share `done` in [0, 1] of the run is over."""
+        ...
+
+
+@runtime_checkable
+class DataOrder(Protocol):
+    """In which order records are trained on; a curriculum, where it looks at what they brought. Config: `order`.
+
+    Made as `target(groups=…, batch_size=…, seed=…, **settings)`.
+    """
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """How many batches make an epoch."""
+        ...
+
+    def batch(self, index: int) -> Sequence[int]:
+        """Indices of the records of batch `index`, from 0, counted over all epochs. The same on every process."""
+        ...
+
+    def observe(self, index: int, records: Sequence[int], groups: Sequence[Group]) -> None:
+        """What became of batch `index`: the groups of its `records`, sampled and scored. Called in order."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What must survive a resume: numbers, strings, lists and mappings of them."""
+        ...
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Where metrics go besides `metrics.jsonl`: wandb, TensorBoard, MLflow, trackio, … Config: `tracker`. It is made
+    and called on the main process alone, and what it raises never ends a run."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], name: str) -> None:
+        """Begin, or go on with the run that has begun in this folder."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step."""
+        ...
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of the run as a whole, such as those of an evaluation."""
+        ...
+
+    def finish(self, failed: bool) -> None:
+        """The run is over."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- models, data, measuring
+
+
+@runtime_checkable
+class AdapterKind(Protocol):
+    """What of a model is trained. Config: `adapter`."""
+
+    def apply(self, network: nn.Module, kind: str, trainable: bool) -> nn.Module:
+        """The network with something to train in it, and everything else frozen.
+
+        Args:
+            kind: "policy", "score" or "step".
+            trainable: False where the model is only read.
+        """
+        ...
+
+
 class Benchmark(Protocol):
-    """What policies are measured on."""
+    """What policies are measured on. Config: `benchmark`. `benchmarks.Benchmark` is a base class."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As leaderboards show it."""
+        ...
 
-    def evaluate(self, policy: Any, reference: Any, seed: int) -> dict[str, float]:
-        """Figures of merit by name; `reward` and `kl` (nats per response, to the reference) among them."""
+    def evaluate(self, subject: Any) -> Mapping[str, Any]:
+        """Metrics by name; `reward` and `kl` (nats per response, to the reference) among them.
+
+        Args:
+            subject: the policy, its reference, and how to sample: `benchmarks.Subject`.
+        """
         ...
