@@ -1,7 +1,7 @@
 """The seams: whatever a user may replace is a Protocol here and a `_target_` in the config.
 
-A class of the user's needs the methods, not a base class of ours. What only some of them need is a small Protocol of its
-own (`NeedsPolicy`, `Reports`), asked for by `isinstance`.
+A class of the user's needs the methods, not a base class of ours. What only some of them need is a small Protocol of
+its own (`NeedsPolicy`, `Reports`), asked for by `isinstance`.
 """
 
 from __future__ import annotations
