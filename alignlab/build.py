@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -36,9 +37,12 @@ def section(kind: type[S], values: Any, key: str) -> S:
         raise _invalid(error, values, key, kind) from error
 
 
-def build(values: Any, key: str, *arguments: Any) -> Any:
+def build(values: Any, key: str, *arguments: Any, **given: Any) -> Any:
     """The object that `_target_` names, made with the other values; those that have a `_target_` themselves are
     built first. None for None.
+
+    Args:
+        arguments, given: what the target is called with besides the config's values.
 
     Raises:
         ConfigError: where there is no such object, or it refuses its values.
@@ -51,9 +55,9 @@ def build(values: Any, key: str, *arguments: Any) -> Any:
     made = {k: _built(v, f"{key}.{k}") for k, v in values.items() if k != "_target_"}
     if name in BY_NAME and isinstance(made.get("path"), str):
         return locate(made["path"], f"{key}.path")
-    made = _checked(target, made, key, len(arguments))
+    made = _checked(target, made, key, len(arguments), given)
     try:
-        return target(*arguments, **made)
+        return target(*arguments, **given, **made)
     except AlignlabError:
         raise
     except ValidationError as error:
@@ -63,6 +67,24 @@ def build(values: Any, key: str, *arguments: Any) -> Any:
         raise _invalid(error, nested, where) from error
     except Exception as error:  # the target may be the user's own: say where it failed
         raise ConfigError(f"{key}._target_={name}: {_failure(error)}") from error
+
+
+def build_type(kind: Any, values: Any, key: str, **given: Any) -> Any:
+    """The object that `_target_` names, which must be what a Protocol asks for.
+
+    Args:
+        kind: a runtime-checkable Protocol, or a class.
+
+    Raises:
+        ConfigError: it lacks something, with what that is.
+    """
+    made = build(values, key, **given)
+    if isinstance(made, kind):
+        return made
+    wanted = getattr(kind, "__protocol_attrs__", None) or {n for n in vars(kind) if not n.startswith("_")}
+    missing = sorted(name for name in wanted if not hasattr(made, name))
+    what = f"it has no {', '.join(missing)}" if missing else f"it is a {type(made).__name__}"
+    raise ConfigError(f"{key}._target_={values['_target_']}: not a {kind.__name__}: {what}")
 
 
 def locate(name: Any, key: str) -> Any:
@@ -103,16 +125,22 @@ def _built(value: Any, key: str) -> Any:
     return [_built(v, f"{key}.{i}") for i, v in enumerate(value)] if isinstance(value, list) else value
 
 
-def _checked(target: Any, values: dict[str, Any], key: str, given: int) -> dict[str, Any]:
-    """The keywords for a call of `target`, held against its signature and its type hints."""
+def _checked(target: Any, values: dict[str, Any], key: str, first: int, given: Collection[str]) -> dict[str, Any]:
+    """The keywords for a call of `target`, held against its signature and its type hints.
+
+    Args:
+        first: how many arguments it gets by position.
+        given: names of those that it gets besides the values.
+    """
     from pydantic import ConfigDict, TypeAdapter
 
     try:
-        parameters = list(inspect.signature(target).parameters.values())[given:]
+        parameters = list(inspect.signature(target).parameters.values())[first:]
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (TypeError, ValueError, NameError):  # built in, or its hints cannot be understood
         return values
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name: p for p in parameters if p.kind in kinds and p.name not in given}
     for name in values:
         if name not in named and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             raise ConfigError(f"{key}.{name}: unknown key{did_you_mean(name, named)}")

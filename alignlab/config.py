@@ -32,7 +32,7 @@ __all__ = [
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
 
-OPEN = re.compile(r"launcher\.(stages|additional_parameters)[.=]")
+OPEN = re.compile(r"(launcher\.(stages|additional_parameters)|callbacks)[.=]")
 """Settings whose keys the user makes up, which Hydra takes only when told so."""
 
 

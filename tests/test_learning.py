@@ -49,7 +49,7 @@ class Place:
     def run(self, out: str, *words: str) -> PackedModel:
         """Train from the base model; the model that was saved."""
         common = ["training.progress=off", "training.epochs=null", "training.batch_size=64", "optimizer.lr=3e-3"]
-        common += ["training.schedule=linear", "rollout.max_new_tokens=3", f"model={self.base.source}"]
+        common += ["schedule=linear", "rollout.max_new_tokens=3", f"model={self.base.source}"]
         filled = [w.format(folder=self.folder) for w in [*common, *words]]
         config = resolve(compose("train", [*filled, f"out={self.folder / out}"]))
         train(config, self.folder / out)
@@ -106,7 +106,7 @@ FOURS = ["data=groups", "data.path={folder}/fours.jsonl", "training.steps=120", 
 GOLD = "{{_target_: tests.test_learning.gold, world: {{words: 5, max_tokens: 3, prompts: 4}}}}"
 ONLINE = [
     *("data=prompts", "data.path={folder}/prompts.jsonl", "source=rollout", "source.group_size=8"),
-    *("training.batch_size=16", "training.steps=120", f"+scoring={GOLD}", "training.schedule=cosine"),
+    *("training.batch_size=16", "training.steps=120", f"+scoring={GOLD}", "schedule=cosine"),
 ]
 
 POLICIES: dict[str, tuple[list[str], float, float]] = {

@@ -21,7 +21,8 @@ from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import LocalEngine, RolloutSettings
 from alignlab.scoring import RewardModelScorer
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import build_tracker, tracks
 
 
 class EvaluateSettings(Settings):
@@ -58,7 +59,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         ConfigError: there is no model, or no reference can be told, or best-of-N sampling cannot be measured.
     """
     wanted = section(EvaluateSettings, {k: config[k] for k in EvaluateSettings.model_fields}, "")
-    tracker = section(TrackerSettings, config.get("tracker", {}), "tracker")
+    tracker = dict(config.get("tracker") or {})
+    build_tracker(tracker)
     run = Path(wanted.run)
     path = run / "model" if (run / "model").is_dir() else run
     reference_path = wanted.reference or _start_of(run)
@@ -100,7 +102,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
-    if tracker.mode != "off":
+    if tracks(tracker):
         _track(folder, tracker, config, found)
     return found
 
@@ -123,20 +125,19 @@ def _as_context(open_model: Callable[[], PackedModel]) -> Callable[[], AbstractC
     return context
 
 
-def _track(folder: Path, tracker: TrackerSettings, config: dict[str, Any], found: dict[str, Any]) -> None:
-    """Put the figures of an evaluation into the summary of the folder's wandb run, as in `exact/objective_score`."""
+def _track(folder: Path, tracker: dict[str, Any], config: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put the metrics of an evaluation into the summary of the folder's tracked run, as in `exact/objective_score`."""
     trained = _config_of(folder)
-    try:  # the names of the training run stay as they are
-        known = TrackerSettings(**trained.get("tracker", {}))
-    except (TypeError, ValueError):
-        known = TrackerSettings()
-    if known.mode == "off":
-        settings, shown = tracker.model_copy(update={"job_type": tracker.job_type or "evaluate"}), config
+    known = dict(trained.get("tracker") or {})
+    if known.get("_target_") == tracker["_target_"]:  # the names of the training run stay as they are
+        tracker, shown = {**known, **({"mode": tracker["mode"]} if "mode" in tracker else {})}, trained
     else:
-        settings, shown = known.model_copy(update={"mode": tracker.mode}), trained
-    figures = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    with Tracker(folder, settings, shown) as run:
-        run.summarize({f"{found['benchmark']}/{name}": float(value) for name, value in figures.items()})
+        shown = config
+        if "job_type" in tracker:
+            tracker = {**tracker, "job_type": tracker["job_type"] or "evaluate"}
+    metrics = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    with MetricsLog(folder, build_tracker(tracker), shown) as log:
+        log.summarize({f"{found['benchmark']}/{name}": float(value) for name, value in metrics.items()})
 
 
 def _start_of(run: Path) -> str | None:

@@ -12,7 +12,7 @@ from alignlab.comparison import leaderboard as board
 from alignlab.comparison.graph import DONE, NODES, PLAN, is_result
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
-from alignlab.training.callbacks.tracking import how_to_sync
+from alignlab.training.callbacks.trackers import how_to_sync
 
 COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
 CURVES = (

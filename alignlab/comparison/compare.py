@@ -22,7 +22,7 @@ from alignlab.config import section
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_text
 from alignlab.core.storage import storage_errors
-from alignlab.training.callbacks.tracking import how_to_sync
+from alignlab.training.callbacks.trackers import how_to_sync
 
 
 def compare(config: dict[str, Any], out: Path, own: Path | None = None) -> int:

@@ -18,7 +18,7 @@ from alignlab.comparison.graph import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
-from alignlab.training.callbacks.tracking import named
+from alignlab.training.callbacks.trackers import named
 from alignlab.training.run import check
 from alignlab.training.run_folder import REFERENCE_CACHE
 

@@ -40,6 +40,10 @@ class StartAgain(AlignlabError):
     status = 75  # EX_TEMPFAIL of sysexits.h
 
 
+class SamplerLost(AlignlabError):
+    """What draws a run's responses, such as a server, is gone. A run saves a checkpoint before it ends."""
+
+
 class Interrupted(AlignlabError):
     """The run was asked to stop by a signal, named as in "SIGTERM", and has saved a checkpoint."""
 

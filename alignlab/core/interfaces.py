@@ -256,8 +256,16 @@ class Tracker(Protocol):
     """Where metrics go besides `metrics.jsonl`: wandb, TensorBoard, MLflow, trackio, … Config: `tracker`. It is made
     and called on the main process alone, and what it raises never ends a run."""
 
-    def start(self, folder: Path, config: Mapping[str, Any], name: str) -> None:
-        """Begin, or go on with the run that has begun in this folder."""
+    def start(self, folder: Path, config: Mapping[str, Any], lines: int) -> int | None:
+        """Begin, or go on with the run that has begun in this folder.
+
+        Args:
+            config: the run's, without secrets.
+            lines: how many lines `metrics.jsonl` has.
+
+        Returns:
+            How many of them it has already, so that it is told the others; None: as many as it was ever told.
+        """
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

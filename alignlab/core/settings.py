@@ -20,7 +20,10 @@ RENAMED = {
     "source.refresh_weight": "source.ref_update_tau",
     "source.samples": "source.group_size",
     "token_budget": "max_tokens_per_microbatch",
+    "training.min_lr": "schedule.min_lr",
+    "training.schedule": "schedule, a config group: schedule=linear",
     "training.token_budget": "training.max_tokens_per_microbatch",
+    "training.warmup": "schedule.warmup",
 }
 """Keys as they were once called, or as other tools call them → as they are called here."""
 

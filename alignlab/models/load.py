@@ -85,6 +85,7 @@ def load_model(
         network = _new_adapter(network, adapter, kind)
     model = PackedModel(network, tokenizer, kind).to(device)
     model.source, model.dropout, model.features = settings.path, settings.dropout, Features()
+    model.fresh_adapter = saved_adapter is None and adapter.kind == "lora" and trainable
     if saved_adapter is not None:
         model.notes += _notes_on_saved_adapter(network, settings, adapter, trainable)
     if model.max_length:  # many tokenizers name no limit

@@ -62,6 +62,7 @@ class PackedModel(nn.Module):
         value_head, critic, critic_decoder: a policy's critic; see `heads.add_value_head`.
         language_head: a score model's; see `heads.add_language_head`.
         source: the folder or Hub id it was loaded from.
+        fresh_adapter: whether its adapter is new and untrained, so that it still equals its base.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -80,6 +81,7 @@ class PackedModel(nn.Module):
         self.critic_decoder: Any = None
         self.language_head: nn.Module | None = None
         self.source = ""
+        self.fresh_adapter = False
 
     @property
     def features(self) -> Features:

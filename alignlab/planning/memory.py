@@ -11,9 +11,9 @@ from alignlab.build import build
 from alignlab.planning.shapes import Inventory
 from alignlab.planning.trace import Generation, Passes
 from alignlab.training.distributed.engine import BUCKET as EXCHANGED
-from alignlab.training.distributed.engine import DIVIDING
 from alignlab.training.distributed.zero import BUCKET as REDUCED
 from alignlab.training.distributed.zero import LIVE as HELD
+from alignlab.training.settings import DIVIDING
 
 MODES = ("single", "ddp", "zero1", "zero2", "fsdp", "zero3", "zero3_offload")
 """From the simplest and fastest to the one that waits longest for others, or for the host."""

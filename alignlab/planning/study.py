@@ -17,7 +17,7 @@ from alignlab.planning.memory import Memory, Optimizer, Setting, device_memory, 
 from alignlab.planning.settings import PlanSettings
 from alignlab.planning.shapes import Inventory, Shapes, bare_bytes, extrapolate, read_config, saved_dtype
 from alignlab.planning.trace import Generation, Passes, Workload, trace_generation, trace_passes
-from alignlab.training.run import Checked
+from alignlab.training.run import RunConfig
 
 FEW, MORE = 2, 4
 """Layers of the models that are traced; everything is linear in them from there on."""
@@ -68,7 +68,7 @@ class Study:
         on_cpu: whether processes compute on CPUs.
     """
 
-    def __init__(self, checked: Checked, optimizer: dict[str, Any], settings: PlanSettings, on_cpu: bool) -> None:
+    def __init__(self, checked: RunConfig, optimizer: dict[str, Any], settings: PlanSettings, on_cpu: bool) -> None:
         self.checked, self.settings, self.on_cpu = checked, settings, on_cpu
         self.config, self.saved = read_config(checked.model)
         self._optimizer = optimizer

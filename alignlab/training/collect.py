@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-
-from alignlab.core import Algorithm, AlignlabError, Group, Response, Sampler, Scorer
-from alignlab.models import PackedModel, Reference
-from alignlab.models.quantization import quantization_of
-from alignlab.rollout import LocalEngine
-from alignlab.rollout.vllm.engine import Prefetch, VllmEngine
-from alignlab.rollout.vllm.settings import VllmSettings
+from alignlab.core import (
+    Algorithm,
+    AlignlabError,
+    Environment,
+    ExactSampler,
+    Group,
+    PrefetchingSampler,
+    Reports,
+    Response,
+    RolloutEngine,
+    Sampler,
+    Scorer,
+)
+from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
@@ -38,7 +45,7 @@ class Collected:
         groups: what there is to train on.
         generated_tokens: response tokens drawn, over all processes.
         reward: mean reward of the responses drawn, where they have one.
-        report: of a server's samples: how far they are from the policy that is trained, and how old.
+        report: metrics of the scorers and the environment, and of the off-policy correction.
     """
 
     sampled: list[Group]
@@ -49,12 +56,28 @@ class Collected:
 
 
 @dataclass
+class Prefetch:
+    """Responses that are being drawn while something else goes on.
+
+    Attributes:
+        sampler: that draws them.
+        take: waits for them.
+        seed: what they are drawn with, which tells whose they are.
+        step: optimiser steps that the weights had seen.
+    """
+
+    sampler: Sampler
+    take: Callable[[], list[Group]]
+    seed: int
+    step: int
+
+
+@dataclass
 class Collector:
     """Makes an iteration's groups. Each process samples, scores and reads its share; all get everything.
 
     Attributes:
         cache: what the reference has said of the data in this run and others; None where it is not kept.
-        vllm: of the server that samples, if one does.
     """
 
     algorithm: Algorithm
@@ -62,15 +85,19 @@ class Collector:
     source: SourceSettings
     scorers: Sequence[Scorer]
     reference: Reference | None
-    sampler: Callable[[PackedModel], Sampler] | None
+    rollout: RolloutEngine | None
+    environment: Environment | None
     max_tokens_per_microbatch: int
-    temperature: float
     cache: ReferenceCache | None = None
-    vllm: VllmSettings | None = None
 
     def __post_init__(self) -> None:
         self.model, self.processes = self.engine.model, self.engine.processes
-        self._prefetch: Prefetch | None = None
+        self._prefetched: Prefetch | None = None
+
+    @property
+    def temperature(self) -> float:
+        """Log-probs are of softmax(logits / temperature): what was sampled from, where the run samples."""
+        return self.rollout.temperature if self.rollout is not None else 1.0
 
     def collect(
         self,
@@ -85,55 +112,56 @@ class Collector:
             step: optimiser steps done.
             following: the next groups and their seed, whose responses are to be drawn meanwhile where that is wanted.
         """
-        found, tokens, exact, stale = list(groups), 0, False, 0
-        if self.source.kind == "rollout" or self.scorers:
-            share = shares(groups, self.processes.world)
-            mine = [groups[i] for i in share[self.processes.rank]]
-            drawn = 0
-            if self.source.kind == "rollout":
-                if self._prefetch is not None and self._prefetch.seed == seed:
-                    stale = step - self._prefetch.step
-                mine, drawn, exact = self._sample(mine, seed)
-                if following is not None and self.vllm is not None and self.vllm.asynchronous:
-                    self._prefetch_next(*following(), step)
-            for scorer in self.scorers:
-                scorer.score(mine)
-            parts = self.processes.gather((mine, drawn))
-            tokens = sum(n for _, n in parts)
-            for indices, (part, _) in zip(share, parts, strict=True):
-                for i, group in zip(indices, part, strict=True):
-                    found[i] = group
-        rewards = [
-            float(r.columns["reward"])  # type: ignore[arg-type]
-            for g in found
-            for r in g.responses
-            if r.source != "data" and "reward" in r.columns
-        ]
-        prompts = {id(r): g.prompt_ids for g in found for r in g.responses if exact and r.source == "policy"}
-        arranged = self.algorithm.arrange(found)
-        self._fill(arranged, prompts)
-        report = {}
-        if self.vllm is not None and self.source.kind == "rollout":
-            report = {"rollout_staleness": float(stale), **compare(arranged, self.vllm.importance_cap)}
+        share = shares(groups, self.processes.world)
+        mine = [groups[i] for i in share[self.processes.rank]]
+        drawn, exact, stale, report = 0, False, 0, dict[str, float]()
+        if self.source.kind == "rollout":
+            if self._prefetched is not None and self._prefetched.seed == seed:
+                stale = step - self._prefetched.step
+            mine, drawn, exact = self._sample(mine, seed)
+            if following is not None and self.rollout is not None and self.rollout.prefetches:
+                self._prefetch(*following(), step)
+        for scorer in self.scorers:
+            scorer.score(mine)
+        for reporting in (*self.scorers, self.environment):
+            if isinstance(reporting, Reports):
+                report |= {name: float(value) for name, value in reporting.report.items()}
+
+        # An algorithm that arranges anew looks at all groups at once; for others, one exchange does for everything.
+        arranges = type(self.algorithm).arrange is not Algorithm.arrange
+        filled = [] if arranges else self._fill(mine, groups, _drawn_for(mine, exact))
+        found, tokens, report = self._exchange(groups, mine, share, drawn, report, filled)
+        arranged = found
+        if arranges:
+            arranged = self.algorithm.arrange(found)
+            share = shares(arranged, self.processes.world)
+            mine = [arranged[i] for i in share[self.processes.rank]]
+            filled = self._fill(mine, arranged, _drawn_for(found, exact))
+            self._exchange_columns(arranged, mine, share, filled)
+        if self.rollout is not None and self.rollout.off_policy and self.source.kind == "rollout":
+            report |= {"rollout_staleness": float(stale), **compare(arranged, self.rollout.importance_cap)}
             if not stale and self.processes.is_main:
                 warn(report)
-        prepared = self.algorithm.prepare(arranged)
-        return Collected(found, prepared, tokens, sum(rewards) / len(rewards) if rewards else None, report)
+        return Collected(found, self.algorithm.prepare(arranged), tokens, _mean_reward(found), report)
+
+    # ------------------------------------------------------------------ sampling
 
     def _sample(self, groups: Sequence[Group], seed: int) -> tuple[list[Group], int, bool]:
         """Groups with their samples, after the record's own responses where those are kept; the tokens drawn; and
         whether the samples' `behaviour_logp` is what a scoring pass would say."""
-        if self.sampler is None:
-            raise AlignlabError("source.kind=rollout needs a sampler")
-        sampler: Sampler
-        if self._prefetch is not None and self._prefetch.seed == seed:
-            sampler, exact = self._prefetch.engine, False
-            drawn, self._prefetch = self._prefetch.take(), None
+        if self.rollout is None:
+            raise AlignlabError("source.kind=rollout needs a rollout engine")
+        if self._prefetched is not None and self._prefetched.seed == seed:
+            sampler, exact = self._prefetched.sampler, False
+            drawn, self._prefetched = self._prefetched.take(), None
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
             with choice as policy, self.engine.whole(policy):
-                sampler = self.sampler(policy)
-                drawn = sampler.sample(groups, self.source.group_size, seed)
+                sampler = self.rollout.sampler(policy)
+                if self.environment is not None:
+                    drawn = self.environment.rollout(sampler, groups, self.source.group_size, seed)
+                else:
+                    drawn = sampler.sample(groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
         tokens = sampler.generated_tokens  # a search draws more than it returns
         if self.source.keep:
@@ -141,40 +169,49 @@ class Collector:
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]
         return drawn, tokens, exact
 
-    def _prefetch_next(self, groups: Sequence[Group], seed: int, step: int) -> None:
+    def _prefetch(self, groups: Sequence[Group], seed: int, step: int) -> None:
         """Begin to draw the next iteration's responses, with the weights as they are now."""
-        assert self.sampler is not None
+        assert self.rollout is not None
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         with self.engine.whole(self.model):
-            engine = self.sampler(self.model)
-        assert isinstance(engine, VllmEngine)
-        self._prefetch = Prefetch(engine, mine, self.source.group_size, seed, step)
+            sampler = self.rollout.sampler(self.model)
+        if not isinstance(sampler, PrefetchingSampler):
+            raise AlignlabError(f"{type(self.rollout).__name__} prefetches, but its samplers have no `prefetch`")
+        take = sampler.prefetch(mine, self.source.group_size, seed)
+        self._prefetched = Prefetch(sampler, take, seed, step)
 
     def _exact(self, sampler: Sampler) -> bool:
-        """Whether a sampler's log-probs are the scoring pass's, to float32 rounding: of this very model, in float32 or
-        better, of everything it could have said."""
+        """Whether a sampler's log-probs are the scoring pass's, to float32 rounding. A search or an environment reads
+        them off the same sampler, but behind other prompts than the record's."""
         return (
-            isinstance(sampler, LocalEngine)
-            and sampler.settings.unfiltered
-            and sampler.settings.temperature == self.temperature
-            and sampler.model.dtype in (torch.float32, torch.float64)
-            and quantization_of(sampler.model.base) is None
+            self.environment is None
+            and isinstance(sampler, ExactSampler)
+            and sampler.exact_logp
             and self.processes.accelerator.mixed_precision == "no"
         )
 
-    def _fill(self, groups: list[Group], prompts: Mapping[int, list[int]]) -> None:
+    # ------------------------------------------------------------------ log-probs
+
+    def _columns(self) -> list[str]:
+        """What the loop itself fills in of what the algorithm needs."""
+        return [c for c in ("ref_logp", *OLD.values()) if c in self.algorithm.needs]
+
+    def _fill(self, mine: list[Group], everyones: Sequence[Group], prompts: Mapping[int, list[int]]) -> list[str]:
         """What the algorithm needs of the reference and of the policy as it is before the iteration's first update.
 
         Args:
+            mine: this process's share.
+            everyones: all groups of which that is a share.
             prompts: what the responses were drawn for that have exact log-probs of the policy they were drawn from,
                 by the response's `id`: those need no pass, unless the algorithm has put them behind another prompt.
+
+        Returns:
+            The columns filled.
         """
-        needs = self.algorithm.needs
-        columns = [c for c in ("ref_logp", *OLD.values()) if c in needs]
+        columns, needs = self._columns(), self.algorithm.needs
         if not columns:
-            return
-        mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
-        in_step = self.engine.in_step(groups)
+            return columns
+        in_step = self.engine.in_step(mine, everyones)
         old = {output: column for output, column in OLD.items() if column in needs}
         sampled = OF_POLICY[self.source.policy]
 
@@ -183,28 +220,79 @@ class Collector:
 
         for response in (r for g in mine for r in g.responses if sampled in needs and not to_read(g, r)):
             response.columns[sampled] = response.columns["behaviour_logp"]
+        budget, temperature = self.max_tokens_per_microbatch, self.temperature
         with self.processes.accelerator.autocast():  # as in training: not every engine puts it into the model itself
             if "ref_logp" in needs:
                 with self._reference().model() as reference:
                     if self.cache is None:
-                        fill_log_probs(
-                            reference, mine, "ref_logp", self.max_tokens_per_microbatch, self.temperature, in_step
-                        )
+                        fill_log_probs(reference, mine, "ref_logp", budget, temperature, in_step)
                     else:  # each group by itself: what is kept must not depend on what else this run reads
-                        alone = (reference, mine, "ref_logp", 1, self.temperature, in_step)
+                        alone = (reference, mine, "ref_logp", 1, temperature, in_step)
                         self.cache.fill(mine, lambda: fill_log_probs(*alone))
             unread = with_some(mine, to_read) if sampled in old.values() and "value" not in old else mine
-            fill_outputs(self.model, unread, old, self.max_tokens_per_microbatch, self.temperature, in_step)
-        if self.processes.world == 1:
-            return
-        found = [[{c: r.columns[c] for c in columns} for r in g.responses] for g in mine]
-        share = shares(groups, self.processes.world)
-        for indices, part in zip(share, self.processes.gather(found), strict=True):
-            for i, responses in zip(indices, part, strict=True):
-                for response, values in zip(groups[i].responses, responses, strict=True):
-                    response.columns.update(values)
+            fill_outputs(self.model, unread, old, budget, temperature, in_step)
+        return columns
 
     def _reference(self) -> Reference:
         if self.reference is None:
             raise AlignlabError(f"{type(self.algorithm).__name__} needs a reference policy and the run has none")
         return self.reference
+
+    # ------------------------------------------------------------------ exchange
+
+    def _exchange(
+        self,
+        groups: Sequence[Group],
+        mine: list[Group],
+        share: Sequence[Sequence[int]],
+        drawn: int,
+        report: dict[str, float],
+        filled: Sequence[str],
+    ) -> tuple[list[Group], int, dict[str, float]]:
+        """Everyone's share on every process; tokens drawn by all; metrics averaged over the processes.
+
+        Records that everyone has travel as the columns that were filled in; only new responses travel whole.
+        """
+        new = self.source.kind == "rollout" or bool(self.scorers)
+        found = list(groups)
+        if self.processes.world == 1:
+            for i, group in zip(share[0], mine, strict=True):
+                found[i] = group
+            return found, drawn, report
+        if not new:
+            self._exchange_columns(found, mine, share, filled)
+            return found, drawn, report
+        parts = self.processes.gather((mine, drawn, report))
+        for indices, (part, _, _) in zip(share, parts, strict=True):
+            for i, group in zip(indices, part, strict=True):
+                found[i] = group
+        told: dict[str, list[float]] = {}
+        for _, _, metrics in parts:
+            for name, value in metrics.items():
+                told.setdefault(name, []).append(value)
+        return found, sum(n for _, n, _ in parts), {n: sum(v) / len(v) for n, v in told.items()}
+
+    def _exchange_columns(
+        self, groups: Sequence[Group], mine: Sequence[Group], share: Sequence[Sequence[int]], filled: Sequence[str]
+    ) -> None:
+        """Columns that each process has filled in for its share, on every process."""
+        if self.processes.world == 1 or not filled:
+            return
+        columns = [[{c: r.columns[c] for c in filled} for r in g.responses] for g in mine]
+        for indices, part in zip(share, self.processes.gather(columns), strict=True):
+            for i, responses in zip(indices, part, strict=True):
+                for response, values in zip(groups[i].responses, responses, strict=True):
+                    response.columns.update(values)
+
+
+def _drawn_for(groups: Sequence[Group], exact: bool) -> dict[int, list[int]]:
+    """The prompt that each response was drawn for whose sampler's log-probs are exact, by the response's `id`."""
+    return {id(r): g.prompt_ids for g in groups for r in g.responses if exact and r.source == "policy"}
+
+
+def _mean_reward(groups: Sequence[Group]) -> float | None:
+    """Over the responses that were drawn."""
+    rewards: list[Any] = [
+        r.columns["reward"] for g in groups for r in g.responses if r.source != "data" and "reward" in r.columns
+    ]
+    return sum(map(float, rewards)) / len(rewards) if rewards else None

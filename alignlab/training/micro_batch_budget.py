@@ -61,6 +61,7 @@ class TokenBudget:
     not learn it anew; a continuation that asks for another budget gets that.
 
     Args:
+        folder: the run's; None: there is none, and nothing is kept.
         asked: `training.max_tokens_per_microbatch`; None: what suits the device.
 
     Attributes:
@@ -68,12 +69,14 @@ class TokenBudget:
         tokens: what is in use.
     """
 
-    def __init__(self, folder: Path, asked: int | None, device: torch.device) -> None:
-        self.path = folder / BUDGET
+    def __init__(self, folder: Path | None, asked: int | None, device: torch.device) -> None:
+        self.path = None if folder is None else folder / BUDGET
         self.asked = self.tokens = asked or usual_tokens(device.type == "cpu")
 
     def found(self) -> int:
         """What the folder says of a run that asked for as much."""
+        if self.path is None:
+            return self.asked
         try:
             kept = json.loads(self.path.read_text())
             return min(self.asked, int(kept["tokens"])) if kept["asked"] == self.asked else self.asked
@@ -84,7 +87,7 @@ class TokenBudget:
         """Make the budget half of what there was no memory for, but no less than the longest group there.
 
         Args:
-            write: keep it in the folder as well; one process at least does.
+            write: say so, and keep it in the folder; one process at least does.
 
         Raises:
             AlignlabError: a group alone was too much.
@@ -97,8 +100,9 @@ class TokenBudget:
                 )
         before = self.tokens
         self.tokens = min(max(s.longest, min(before, s.tokens) // 2) for s in shortages)
-        if write:
+        if write and self.path is not None:
             write_json(self.path, {"asked": self.asked, "tokens": self.tokens})
+        if write:
             first = shortages[0]
             log.warning(
                 "out of memory in a micro-batch of %s tokens on process %d (%s): "

@@ -1,12 +1,9 @@
-"""Samples from a server: how far the policy that drew them is from the one that is trained, what is done about it, and
-what becomes of a run that loses its server."""
+"""Off-policy correction: how far the policy that sampled is from the one that is trained, and what is done about it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +11,6 @@ from torch import Tensor
 from alignlab.algorithms.importance import importance
 from alignlab.algorithms.policy_gradient import kl_estimate
 from alignlab.core import Group, Response
-from alignlab.rollout.vllm.client import ServerLost
-
-if TYPE_CHECKING:
-    from alignlab.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +19,7 @@ SUSPICIOUS = 0.2
 
 
 def compare(groups: Sequence[Group], cap: float | None) -> dict[str, float]:
-    """Figures on the sampled responses of an iteration, from their `behaviour_logp` and the trainer's own `old_logp`,
+    """Metrics of the sampled responses of an iteration, from their `behaviour_logp` and the trainer's own `old_logp`,
     by token and in nats: `rollout_logp_difference` and its `_max`, the mean and largest absolute difference;
     `rollout_kl`, KL(π_b‖π_old) estimated by k3.
 
@@ -73,20 +66,3 @@ def _pair(response: Response) -> tuple[Tensor, Tensor] | None:
     if not isinstance(old, list) or not isinstance(behaviour, list) or len(old) != len(behaviour) or not old:
         return None
     return torch.tensor(old, dtype=torch.float64), torch.tensor(behaviour, dtype=torch.float64)
-
-
-@contextlib.contextmanager
-def saved_when_lost(trainer: Trainer) -> Iterator[None]:
-    """Where the server that samples is lost, what has been learnt is kept before that is said.
-
-    Raises:
-        ServerLost: with the checkpoint that the same command goes on from.
-    """
-    try:
-        yield
-    except ServerLost as error:
-        if not trainer.state.step:
-            raise
-        trainer.checkpoint()
-        kept = f"checkpoint of step {trainer.state.step} saved: the same command goes on"
-        raise ServerLost(f"{error}; {kept}") from error

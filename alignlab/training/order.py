@@ -1,36 +1,65 @@
-"""Where an iteration's groups come from: records in a seeded order, or responses sampled for their prompts."""
+"""In which order records are trained on, and how an iteration is shared out among processes.
+
+The config group `order` names a `DataOrder` by `_target_`. It is told what became of each batch (`observe`), so that a
+curriculum can go by the last rewards.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from alignlab.core import AlignlabError, Group
 
 
-class Order:
+class Shuffled:
     """A seeded order over records, in batches: batch i is the same whoever asks, whenever.
 
     Each epoch is a fresh permutation; its last batch may be smaller, so every record comes exactly once an epoch.
+
+    Args:
+        groups: the records.
+        batch_size: records in a batch.
+        seed: of the permutations.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        if count == 0:
+    def __init__(self, groups: Sequence[Any], batch_size: int, seed: int = 0) -> None:
+        if not len(groups):
             raise AlignlabError("there are no records to train on")
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.batches_per_epoch = math.ceil(count / batch_size)
-        self._epoch = lru_cache(maxsize=1)(self._permuted)
+        self.count, self.batch_size, self.seed = len(groups), batch_size, seed
+        self.batches_per_epoch = math.ceil(self.count / batch_size)
+        self._epoch = lru_cache(maxsize=1)(self.epoch)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The order of all records in an epoch, counted from 0."""
+        return np.random.default_rng([self.seed, number]).permutation(self.count)
 
     def batch(self, index: int) -> list[int]:
         """Indices of the records of batch `index`, counted over all epochs."""
         epoch, place = divmod(index, self.batches_per_epoch)
-        return self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        return [int(i) for i in self._epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
 
-    def _permuted(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+    def observe(self, index: int, records: Sequence[int], groups: Sequence[Group]) -> None:
+        """Nothing: what a batch brought does not change the order."""
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """Nothing: the order follows from the seed."""
+        return {}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Sequential(Shuffled):
+    """The records as they stand in the data, epoch after epoch."""
+
+    def epoch(self, number: int) -> np.ndarray:
+        return np.arange(self.count)
 
 
 def shares(groups: Sequence[Group], world_size: int) -> list[list[int]]:

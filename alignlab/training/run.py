@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignlab.algorithms.importance import PolicyGradient
-from alignlab.config import build, section
-from alignlab.core import Algorithm, ConfigError, DataError, Group, Sampler, Scorer, require
-from alignlab.core.files import write_json, write_text
-from alignlab.data import DataSettings, load
+from alignlab.build import build, build_type, section
+from alignlab.core import (
+    Algorithm,
+    Callback,
+    ConfigError,
+    DataError,
+    DataOrder,
+    Environment,
+    RolloutContext,
+    RolloutEngine,
+    Scorer,
+    Tracker,
+    require,
+)
+from alignlab.core.files import write_json
+from alignlab.data import DataSettings, Splits, load
 from alignlab.models import (
     AdapterSettings,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
-    Reference,
-    add_value_head,
     check_adapter,
     load_model,
     save_model,
 )
-from alignlab.rollout import LocalEngine, RolloutSettings
-from alignlab.rollout.vllm.engine import VllmEngine, check_settings
-from alignlab.rollout.vllm.run import VllmRun
-from alignlab.rollout.vllm.settings import VllmSettings
+from alignlab.rollout import build_engine, build_environment
+from alignlab.scoring import build_scorers
 from alignlab.training import provenance
+from alignlab.training.callbacks import CheckpointEvery, Evaluation, Samples
+from alignlab.training.callbacks.logging import Logging, MetricsLog
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.callbacks.pruning import PRUNED, Pruning
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.run_lock import RunLock
+from alignlab.training.callbacks.trackers import build_tracker
 from alignlab.training.checkpoints.store import Checkpoints
-from alignlab.training.distributed.engine import DIVIDING, make_engine
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
-from alignlab.training.off_policy import saved_when_lost
-from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.run_folder import RESULT, claim
-from alignlab.training.run_lock import RunLock
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.trainer import Trainer
-
-SAMPLES_KEPT = 2
-"""Groups of each iteration that go to samples.jsonl."""
+from alignlab.training.trainer import Trainer, wants_reference
 
 
-def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
+def train(
+    config: dict[str, Any], out: Path, callbacks: Iterable[Callback] = (), checked: RunConfig | None = None
+) -> dict[str, Any]:
     """Train as the config says, in the folder `out`; go on from its newest checkpoint where there is one.
+
+    Args:
+        callbacks: called beside those of the config.
+        checked: what the config names, where it is made already.
 
     Returns:
         What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation. Of a trial of a search that
@@ -63,236 +72,112 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings.
         DataError: a record cannot be used, with file and line.
     """
-    checked = check(config)
-    settings, source, rollout, algorithm = checked.training, checked.source, checked.rollout, checked.algorithm
-    data_settings, scorers = checked.data, checked.scorers
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-
-    processes = Processes(settings.mixed_precision, checked.distributed)
-    owner = RunLock(out) if processes.is_main else None
-    if owner is not None:
-        claim(out, config, settings)
-        owner.take()
-    processes.barrier()
-    processes.watch(out / LOGS)
-    divides = checked.distributed.mode in DIVIDING
-    model = load_model(
-        checked.model,
-        checked.adapter,
-        algorithm.model,
-        labels=algorithm.labels,
-        language_head=algorithm.model == "score" and "logp" in algorithm.reads,
-        quantization=checked.quantization,
-        # A model that is to be divided need not fit on one device; a quantised base is made there, and is small.
-        device="cpu" if divides and checked.quantization.kind == "none" else processes.device,
-        seed=settings.seed,
-    )
-    algorithm.setup(model.tokenizer)
-    torch.manual_seed(settings.seed)
-    for note in model.notes if processes.is_main else ():
-        print(f"note: {note}", file=sys.stderr)
-    if data_settings.max_length is None and model.max_length:
-        data_settings = data_settings.model_copy(update={"max_length": model.max_length})
-    splits = load(data_settings, model.tokenizer)
-    for line in splits.report.lines() if processes.is_main else ():
-        print(line)
-    groups = splits.train
-    for group in [*groups, *splits.validation]:
-        reason = algorithm.check(group) if source.kind == "data" else None
-        if reason:
-            raise DataError(f"{group.origin}: {reason}")
-
-    if settings.eval_every is not None and not splits.validation:
-        raise ConfigError("training.eval_every: there are no validation records: see data.validation")
-
-    fresh = checked.adapter.kind == "lora" and not (Path(checked.model.path) / "adapter_config.json").exists()
-    reference = (
-        Reference(model, fresh, moves=source.ref_update_interval is not None)
-        if _wants_reference(algorithm, source)
-        else None
-    )
-    temperature, cache = rollout.temperature if source.kind == "rollout" else 1.0, None
-    if reference is not None and settings.reference_cache and source.kind == "data" and not source.ref_update_interval:
-        known = identity(reference, temperature, settings.mixed_precision) if processes.is_main else ""
-        cache = ReferenceCache(Path(settings.reference_cache), processes.gather(known)[0])
-    if "value" in algorithm.reads:
-        add_value_head(model, algorithm.critic, settings.seed)
-    optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
-
-    server: VllmRun | None = None
-
-    def sampler(policy: PackedModel) -> Sampler:
-        shown = settings.progress != "off"
-        if server is not None:
-            server.push(policy)
-            return VllmEngine(policy, rollout, server, progress=shown)
-        engine = LocalEngine(policy, rollout, progress=shown)
-        return checked.search(engine) if checked.search else engine
-
-    with processes.peers():
-        engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
-        processes.same_timeout()
-    if reference is not None and not reference.shares_weights:
-        engine.divide(reference.held_in)
-    tracker = Tracker(out, checked.tracker, config, processes.is_main)
-    trainer = Trainer(
-        algorithm=algorithm,
-        engine=engine,
-        settings=settings,
-        source=source,
-        train=groups,
-        validation=splits.validation,
-        scorers=scorers,
-        reference=reference,
-        sampler=sampler,
-        temperature=temperature,
-        cache=cache,
-        checkpoints=Checkpoints(
-            out / "checkpoints",
-            settings.keep_last,
-            settings.keeps_best,
-            settings.metric_mode,
-            is_main=processes.is_main,
-            agree=lambda well: all(processes.gather(well)),
-        ),
-        tracker=tracker,
-        progress=ProgressDisplay(settings.progress, processes.is_main),
-        keep_samples=_keep_samples(out),
-        pruning=Pruning.of(out) if processes.is_main else None,
-        owner=owner,
-    )
+    run = checked or check(config)
+    if run.training.threads:
+        torch.set_num_threads(run.training.threads)
+    processes = Processes(run.training.mixed_precision, run.distributed)
+    lock = _take_folder(out, config, run, processes)
+    model = _load_model(run, processes)
+    splits = _load_data(run, model, processes)
+    trainer = _make_trainer(config, out, run, processes, lock, model, splits, callbacks)
     if processes.is_main:
-        files = [Path(p) for p in data_settings.paths if Path(p).exists()]
-        resumed = settings.resume == "auto" and bool(trainer.checkpoints.folders())
-        provenance.write(
-            out, provenance.collect(config, files, model.tokenizer, settings.seed, processes.world), resumed
-        )
-        where = f"{processes.world} process(es), {engine.name}, {processes.device}"
-        rows = f"{model.layout} rows, {trainer.budget.found():,} tokens at a time"
-        print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {rows} → {out}")
-    if source.kind == "rollout" and rollout.vllm is not None:
-        shown = settings.progress != "off"
-        server = VllmRun(rollout, model, checked.model, out, processes.is_main, processes.gather, shown)
-        trainer.collector.vllm = rollout.vllm
-    with server or nullcontext(), tracker, trainer.progress, processes.peers(), saved_when_lost(trainer):
-        state = trainer.run()
-        if owner is not None:
-            owner.check()
-    result = {
-        "step": state.step,
-        "trained_tokens": state.trained_tokens,
-        "generated_tokens": state.generated_tokens,
-        "seconds": round(state.seconds, 3),
-        "peak_memory_mb": round(max(processes.gather(peak_memory_mb())), 1),
-        "processes": processes.world,
-        "engine": engine.name,
-        "evaluation": trainer.evaluation,
-    }
-    if trainer.pruned:
-        if processes.is_main:
-            write_json(out / PRUNED, result)
-        processes.barrier()
-        processes.unwatch()
-        return result | {"pruned": True}
-    texts = [g for g in groups if g.responses][:8]
-    trained: dict[str, Any] = {}
-    for name, tensors in engine.tensors(states=False) if divides else ():
-        if processes.is_main:
-            trained[name] = {"weight": tensors["weight"].cpu()}
-    if processes.is_main:
-        if divides:  # no process has the model: put it together anew, in the host's memory
-            from alignlab.training.checkpoints.export import rebuild
-
-            model = rebuild(out, trained)
-        notes = save_model(model, out / "model", merge=settings.save_model == "merged", texts=texts)
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        write_json(out / RESULT, result)
-    processes.barrier()
-    processes.unwatch()
-    return result
+        _say(config, out, run, trainer)
+    context = RolloutContext(
+        model=model,
+        model_settings=run.model,
+        folder=out,
+        is_main=processes.is_main,
+        gather=processes.gather,
+        show_progress=run.training.progress != "off",
+    )
+    with run.sampling(context), processes.peers():
+        trainer.run()
+    return _finish(out, run, trainer)
 
 
 @dataclass(frozen=True)
-class Checked:
+class RunConfig:
     """The sections of a run's config, each possible in itself and with the others."""
 
     training: TrainingSettings
     distributed: DistributedSettings
     source: SourceSettings
-    rollout: RolloutSettings
     model: ModelSettings
     adapter: AdapterSettings
     quantization: QuantizationSettings
     data: DataSettings
-    tracker: TrackerSettings
     algorithm: Algorithm
     scorers: list[Scorer]
-    search: Callable[[LocalEngine], Sampler] | None
+    rollout: RolloutEngine
+    environment: Environment | None
+    tracker: Tracker | None
+    schedule: Any
+    order: Any
+    callbacks: list[Callback]
+    optimizer: dict[str, Any]
+
+    @property
+    def samples(self) -> bool:
+        """Whether responses are sampled."""
+        return self.source.kind == "rollout"
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """What samples in this run; None where nothing does."""
+        return self.rollout if self.samples else None
+
+    def sampling(self, context: RolloutContext) -> Any:
+        """What must live while responses are sampled, such as a server."""
+        return self.rollout.start(context) if self.samples else nullcontext()
 
 
-def check(config: dict[str, Any]) -> Checked:
+# ---------------------------------------------------------------------------------------------- the config
+
+
+def check(config: dict[str, Any], algorithm: Algorithm | None = None) -> RunConfig:
     """All that can be known to be wrong with a run before a model or data are loaded.
+
+    Args:
+        algorithm: instead of the one that the config names.
 
     Raises:
         ConfigError: a setting is unknown, impossible, or at odds with another.
     """
-    checked = Checked(
+    run = RunConfig(
         training=section(TrainingSettings, config["training"], "training"),
         distributed=section(DistributedSettings, config.get("distributed", {}), "distributed"),
         source=section(SourceSettings, config["source"], "source"),
-        rollout=section(RolloutSettings, config["rollout"], "rollout"),
         model=section(ModelSettings, config["model"], "model"),
         adapter=section(AdapterSettings, config["adapter"], "adapter"),
         quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
         data=section(DataSettings, config["data"], "data"),
-        tracker=section(TrackerSettings, config["tracker"], "tracker"),
-        algorithm=build_algorithm(config["algorithm"]),
+        algorithm=algorithm or build_algorithm(config["algorithm"]),
         scorers=build_scorers(config["scoring"]),
-        search=build(config.get("search"), "search"),
+        rollout=build_engine(config["rollout"]),
+        environment=build_environment(config.get("environment")),
+        tracker=build_tracker(config.get("tracker")),
+        schedule=build(config.get("schedule"), "schedule"),
+        order=_order_maker(config.get("order")),
+        callbacks=[
+            build_type(Callback, values, f"callbacks.{name}")
+            for name, values in (config.get("callbacks") or {}).items()
+        ],
+        optimizer=config["optimizer"],
     )
-    _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
-    check_adapter(checked.quantization, checked.adapter)
-    _check_limits(checked.training)
-    if checked.source.kind == "rollout":
-        temperature = checked.rollout.temperature
+    _build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+    check_adapter(run.quantization, run.adapter)
+    _check_limits(run.training)
+    if run.samples:
+        temperature = run.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
-    _check_columns(checked.algorithm, checked.source, checked.scorers)
-    if checked.source.kind == "rollout" and checked.rollout.vllm is not None:
-        _check_server(checked, checked.rollout.vllm)
-    if checked.search and checked.source.kind != "rollout":
-        raise ConfigError("search: responses are searched for only with source=rollout")
-    if checked.source.ref_update_interval and not _wants_reference(checked.algorithm, checked.source):
-        raise ConfigError(f"source.ref_update_interval: {type(checked.algorithm).__name__} uses no reference policy")
-    return checked
-
-
-def _check_server(checked: Checked, server: VllmSettings) -> None:
-    """Raise ConfigError for what cannot be had from a vLLM server, or not without correction."""
-    check_settings(checked.rollout)
-    name, corrects = type(checked.algorithm).__name__, isinstance(checked.algorithm, PolicyGradient)
-    if checked.search:
-        raise ConfigError("search: responses are drawn step by step, which a vLLM server cannot: use rollout=local")
-    if checked.source.policy == "reference":
-        raise ConfigError("source.policy=reference: a vLLM server has the policy that is trained: use rollout=local")
-    if checked.distributed.mode in DIVIDING:
-        raise ConfigError(
-            f"distributed={checked.distributed.mode}: no process has all weights to send: use ddp or zero2"
-        )
-    if server.importance_cap is not None:
-        cap, rule = server.importance_cap, f"{name} does not weigh its loss by importance weights"
-        require(corrects, "rollout.vllm.importance_cap", cap, rule)
-    elif server.asynchronous and "old_logp" in checked.algorithm.needs:
-        raise ConfigError(
-            f"rollout.vllm.asynchronous: {name} takes its samples for the policy's own, and these are an iteration "
-            "old: give rollout.vllm.importance_cap, as in 2"
-        )
-    elif checked.quantization.kind != "none" and "old_logp" in checked.algorithm.needs:
-        raise ConfigError(
-            f"quantization={checked.quantization.kind}: the server samples from the base in full precision: give "
-            "rollout.vllm.importance_cap, as in 2, or use rollout=local"
-        )
+        _check_columns(run)
+        parts = {"source": run.source, "distributed": run.distributed, "quantization": run.quantization}
+        run.rollout.check({**parts, "environment": run.environment}, run.algorithm)
+    elif run.environment is not None:
+        raise ConfigError("environment: a policy acts in one only with source=rollout")
+    if run.source.ref_update_interval and not wants_reference(run.algorithm, run.source):
+        raise ConfigError(f"source.ref_update_interval: {type(run.algorithm).__name__} uses no reference policy")
+    return run
 
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:
@@ -303,31 +188,18 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     return algorithm
 
 
-def build_scorers(values: Any) -> list[Scorer]:
-    """One scorer, a list of them, or none."""
-    entries = values if isinstance(values, list) else [values] if values else []
-    scorers = [build(entry, "scoring") for entry in entries]
-    for entry, scorer in zip(entries, scorers, strict=True):
-        if not isinstance(scorer, Scorer):
-            raise ConfigError(f"scoring._target_={entry['_target_']}: a scorer has `fills` and `score(groups)`")
-    return scorers
+def _order_maker(values: dict[str, Any] | None) -> Any:
+    """What makes the order of the records; None for the usual one."""
+    return None if not values else partial(_make_order, values)
 
 
-def peak_memory_mb() -> float:
-    """Most memory this process has held: on the GPU where it computes on one, else of the process, in MB (10⁶)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+def _make_order(values: dict[str, Any], **arguments: Any) -> Any:
+    return build_type(DataOrder, values, "order", **arguments)
 
 
-def _build_optimizer(values: dict[str, Any], trained: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that `_target_` names, with weight decay on matrices only."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2]},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = build(values, "optimizer", [g for g in groups if g["params"]])
+def _build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser that `_target_` names, for parameter groups."""
+    optimizer = build(values, "optimizer", groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError("optimizer._target_: must name a subclass of torch.optim.Optimizer")
     return optimizer
@@ -343,40 +215,203 @@ def _check_limits(settings: TrainingSettings) -> None:
             raise ConfigError(f"training.{name}: needs evaluations: give training.eval_every, in steps")
 
 
-def _wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
-    return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
-
-
-def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:
-    """Find out before anything is loaded that nobody fills in what the algorithm needs."""
-    if source.kind == "data":
-        return  # records bring columns of their own; a missing one is reported with the record
-    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in scorers for c in s.fills)}
-    for column in algorithm.needs:
+def _check_columns(run: RunConfig) -> None:
+    """Find out before anything is loaded that nobody fills in what the algorithm needs. Records bring columns of their
+    own; a missing one is reported with the record."""
+    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in run.scorers for c in s.fills)}
+    filled |= set(run.environment.fills) if run.environment is not None else set()
+    for column in run.algorithm.needs:
         if column not in filled:
             raise ConfigError(
-                f"scoring: {type(algorithm).__name__} needs the column '{column}' and nothing fills it: "
+                f"scoring: {type(run.algorithm).__name__} needs the column '{column}' and nothing fills it: "
                 "choose a scorer, as in scoring=reward_model scoring.path=DIR"
             )
 
 
-def _keep_samples(out: Path) -> Any:
-    """Append the first groups of each iteration to samples.jsonl, for people to read. Without groups: forget what
-    an earlier sitting wrote after this iteration, which will be sampled again."""
-    path = out / "samples.jsonl"
+# ---------------------------------------------------------------------------------------------- the steps of a run
 
-    def keep(iteration: int, step: int, groups: Sequence[Group]) -> None:
-        if not groups:
-            if path.exists():
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines  # killed while writing
-                write_text(path, "".join(s for s in whole if json.loads(s)["iteration"] <= iteration))
-            return
-        with path.open("a", encoding="utf-8") as file:
-            for group in groups[:SAMPLES_KEPT]:
-                for response in group.responses:
-                    line = {"iteration": iteration, "step": step, "prompt": group.prompt, "response": response.text}
-                    numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
-                    file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
 
-    return keep
+def _take_folder(out: Path, config: dict[str, Any], run: RunConfig, processes: Processes) -> RunLock | None:
+    """Claim the run's folder; its lock, on the main process."""
+    lock = RunLock(out) if processes.is_main else None
+    if lock is not None:
+        claim(out, config, run.training)
+        lock.take()
+    processes.barrier()
+    processes.watch(out / LOGS)
+    return lock
+
+
+def _load_model(run: RunConfig, processes: Processes) -> PackedModel:
+    algorithm = run.algorithm
+    model = load_model(
+        run.model,
+        run.adapter,
+        algorithm.model,
+        labels=algorithm.labels,
+        language_head=algorithm.model == "score" and "logp" in algorithm.reads,
+        quantization=run.quantization,
+        # A model that is to be divided need not fit on one device; a quantised base is made there, and is small.
+        device="cpu" if run.distributed.divides and run.quantization.kind == "none" else processes.device,
+        seed=run.training.seed,
+    )
+    algorithm.setup(model.tokenizer)
+    torch.manual_seed(run.training.seed)
+    for note in model.notes if processes.is_main else ():
+        print(f"note: {note}", file=sys.stderr)
+    return model
+
+
+def _load_data(run: RunConfig, model: PackedModel, processes: Processes) -> Splits:
+    """Training and validation records, each of which the algorithm can use."""
+    settings = run.data
+    if settings.max_length is None and model.max_length:
+        settings = settings.model_copy(update={"max_length": model.max_length})
+    splits = load(settings, model.tokenizer)
+    for line in splits.report.lines() if processes.is_main else ():
+        print(line)
+    for group in [*splits.train, *splits.validation]:
+        reason = None if run.samples else run.algorithm.check(group)
+        if reason:
+            raise DataError(f"{group.origin}: {reason}")
+    if run.training.eval_every is not None and not splits.validation:
+        raise ConfigError("training.eval_every: there are no validation records: see data.validation")
+    return splits
+
+
+def _make_trainer(
+    config: dict[str, Any],
+    out: Path,
+    run: RunConfig,
+    processes: Processes,
+    lock: RunLock | None,
+    model: PackedModel,
+    splits: Splits,
+    callbacks: Iterable[Callback],
+) -> Trainer:
+    settings = run.training
+    return Trainer(
+        model,
+        run.algorithm,
+        optimizer=partial(_build_optimizer, run.optimizer),
+        train=splits.train,
+        validation=splits.validation,
+        scorers=run.scorers,
+        rollout=run.engine,
+        environment=run.environment,
+        schedule=run.schedule,
+        order=run.order,
+        callbacks=[*_callbacks(config, out, run, processes, lock), *run.callbacks, *callbacks],
+        settings=settings,
+        source=run.source,
+        distributed=run.distributed,
+        processes=processes,
+        checkpoints=Checkpoints(
+            out / "checkpoints",
+            settings.keep_last,
+            settings.keeps_best,
+            settings.metric_mode,
+            is_main=processes.is_main,
+            agree=lambda well: all(processes.gather(well)),
+            guard=lock.check if lock is not None else None,
+        ),
+    )
+
+
+def _callbacks(
+    config: dict[str, Any], out: Path, run: RunConfig, processes: Processes, lock: RunLock | None
+) -> list[Callback]:
+    """What every run has. Pruning comes after the metrics that it goes by, at the end of a run before their log."""
+    settings, is_main = run.training, processes.is_main
+    found: list[Callback] = [
+        Logging(
+            MetricsLog(out, run.tracker, config, is_main),
+            ProgressDisplay(settings.progress, is_main),
+            settings.log_every,
+        )
+    ]
+    if settings.eval_every is not None:
+        found.append(
+            Evaluation(
+                settings.eval_every,
+                settings.metric,
+                settings.metric_mode,
+                settings.patience,
+                settings.keeps_best,
+                settings.final == "best",
+            )
+        )
+    if lock is not None:
+        found.append(lock)
+    if run.samples:
+        found.append(Samples(out))
+    if is_main and (pruning := Pruning.of(out)) is not None:
+        found.append(pruning)
+    if settings.checkpoint_every is not None:
+        found.append(CheckpointEvery(settings.checkpoint_every))
+    return found
+
+
+def _say(config: dict[str, Any], out: Path, run: RunConfig, trainer: Trainer) -> None:
+    """Write down where the run comes from, and print what it is."""
+    processes, model = trainer.processes, trainer.model
+    files = [Path(p) for p in run.data.paths if Path(p).exists()]
+    resumed = run.training.resume == "auto" and trainer.checkpoints is not None and bool(trainer.checkpoints.folders())
+    found = provenance.collect(config, files, model.tokenizer, run.training.seed, processes.world)
+    provenance.write(out, found, resumed)
+    where = f"{processes.world} process(es), {trainer.engine.name}, {processes.device}"
+    rows = f"{model.layout} rows, {trainer.budget.found():,} tokens at a time"
+    print(f"{type(run.algorithm).__name__} on {len(trainer.train)} groups: {where}, {rows} → {out}")
+
+
+def _finish(out: Path, run: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """Write the model and the result."""
+    processes, state = trainer.processes, trainer.state
+    result = {
+        "step": state.step,
+        "trained_tokens": state.trained_tokens,
+        "generated_tokens": state.generated_tokens,
+        "seconds": round(state.seconds, 3),
+        "peak_memory_mb": round(max(processes.gather(peak_memory_mb())), 1),
+        "processes": processes.world,
+        "engine": trainer.engine.name,
+        "evaluation": trainer.evaluation,
+    }
+    if trainer.discarded:  # a trial that was pruned
+        if processes.is_main:
+            write_json(out / PRUNED, result)
+        processes.barrier()
+        processes.unwatch()
+        return result | {"pruned": True}
+    model = _whole_model(out, run, trainer)
+    if processes.is_main:
+        texts = [g for g in trainer.train if g.responses][:8]
+        for note in save_model(model, out / "model", merge=run.training.save_model == "merged", texts=texts):
+            print(f"note: {note}", file=sys.stderr)
+        write_json(out / RESULT, result)
+    processes.barrier()
+    processes.unwatch()
+    return result
+
+
+def _whole_model(out: Path, run: RunConfig, trainer: Trainer) -> PackedModel:
+    """The trained model; where no process has it, put together anew in the main process's memory."""
+    if not run.distributed.divides:
+        return trainer.model
+    trained: dict[str, Any] = {}
+    for name, tensors in trainer.engine.tensors(states=False):
+        if trainer.processes.is_main:
+            trained[name] = {"weight": tensors["weight"].cpu()}
+    if not trainer.processes.is_main:
+        return trainer.model
+    from alignlab.training.checkpoints.export import rebuild
+
+    return rebuild(out, trained)
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process has held: on the GPU where it computes on one, else of the process, in MB (10⁶)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6

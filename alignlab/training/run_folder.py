@@ -20,7 +20,7 @@ BUDGET = "token_budget.json"
 REFERENCE_CACHE = "cache"
 """In the folder of a sweep or a comparison: what references have said of the data, for all of its runs."""
 
-MAY_CHANGE = ("tracker", "out", "name", "distributed")
+MAY_CHANGE = ("tracker", "callbacks", "out", "name", "distributed")
 MAY_CHANGE_TRAINING = (
     *("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume"),
     *("max_tokens_per_microbatch", "reference_cache"),

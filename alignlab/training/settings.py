@@ -8,6 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from alignlab.core.settings import Settings
 
+DIVIDING = ("fsdp", "zero3", "zero3_offload")
+"""Modes in which no process holds all weights."""
+
 
 class TrainingSettings(Settings):
     """How long, in what portions, watched how. Batch sizes and limits are global, over all processes."""
@@ -20,9 +23,6 @@ class TrainingSettings(Settings):
     batch_size: int = Field(32, ge=1)
     max_tokens_per_microbatch: int | None = Field(None, ge=1)
     reference_cache: str | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = Field(0.0, ge=0, le=1)
-    min_lr: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     non_finite: Literal["stop", "skip"] = "stop"
@@ -58,6 +58,11 @@ class DistributedSettings(Settings):
     mode: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "single"
     processes: int | None = Field(None, ge=1)
     timeout: float = Field(1800.0, gt=0)
+
+    @property
+    def divides(self) -> bool:
+        """Whether no process holds all weights."""
+        return self.mode in DIVIDING
 
 
 class SourceSettings(Settings):

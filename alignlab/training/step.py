@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outputs, aggregate
-from alignlab.core.memory import is_memory_error
+from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outputs, StartAgain, aggregate
+from alignlab.core.memory import is_memory_error, release_memory
 from alignlab.training.distributed.engine import Engine
 from alignlab.training.distributed.processes import Processes
-from alignlab.training.micro_batch_budget import OutOfMemory, Shortage
+from alignlab.training.micro_batch_budget import OutOfMemory, Shortage, TokenBudget, random_state, set_random_state
 from alignlab.training.order import shares
 
 
@@ -48,6 +49,62 @@ class Pass:
     """Loss-bearing tokens, over all processes."""
     units: int
     """What the loss is a mean over: tokens, responses, pairs or groups; 0 means that there was nothing to learn."""
+
+
+def parameter_groups(trained: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups as torch's optimisers take them: weight decay is for matrices alone."""
+    trained = list(trained)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2]},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def run_with_memory(
+    groups: Sequence[Group],
+    *,
+    algorithm: Algorithm,
+    engine: Engine,
+    budget: TokenBudget,
+    temperature: float = 1.0,
+    train: bool = True,
+    resumes: bool = True,
+) -> Pass:
+    """`run_batch`, as often as memory runs out, with a smaller budget each time; nothing else is other than the first
+    time.
+
+    Args:
+        budget: tokens per micro-batch; smaller afterwards where memory ran out.
+        resumes: whether the same command goes on from the last checkpoint, for the message.
+
+    Raises:
+        StartAgain: memory ran out, and the engine cannot repeat a step.
+    """
+    processes = engine.processes
+    while True:
+        random = random_state(processes.device)
+        try:
+            return run_batch(
+                groups,
+                algorithm=algorithm,
+                engine=engine,
+                max_tokens_per_microbatch=budget.tokens,
+                temperature=temperature,
+                train=train,
+            )
+        except OutOfMemory as error:
+            shortages = error.shortages
+        budget.halve(shortages, write=processes.is_main or engine.together)
+        if engine.together:
+            again = "" if resumes else " (with training.resume=auto)"
+            raise StartAgain(
+                f"out of memory, after which {engine.name} cannot go on in these processes: the same command{again} "
+                f"goes on from the last checkpoint, with training.max_tokens_per_microbatch={budget.tokens}"
+            )
+        engine.discard()
+        release_memory()
+        set_random_state(random, processes.device)
 
 
 def run_batch(

@@ -26,7 +26,7 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "
 POSITIONS = 1024
 COMMON = [
     *("data.on_bad_record=skip", "data.validation=0.1", "data.test=0.2"),
-    *("optimizer.lr=1e-3", "training.schedule=linear", "training.warmup=0.05", "training.batch_size=32"),
+    *("optimizer.lr=1e-3", "schedule=linear", "schedule.warmup=0.05", "training.batch_size=32"),
     *("training.progress=plain", "training.log_every=50", "training.threads=1"),
 ]
 

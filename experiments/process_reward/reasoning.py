@@ -90,7 +90,7 @@ def monte_carlo(policy: Path, prompts: Path, out: Path) -> Path:
         [
             *(sys.executable, "-m", "alignlab", "train", "algorithm=process_reward_model", *settings),
             *("data=groups", f"data.path={out / 'groups.jsonl'}", "data.validation=0.1", f"out={out / 'prm'}"),
-            *("training.epochs=20", "training.batch_size=64", "training.schedule=linear", "training.warmup=0.05"),
+            *("training.epochs=20", "training.batch_size=64", "schedule=linear", "schedule.warmup=0.05"),
             *(
                 "optimizer.lr=2e-3",
                 "training.progress=off",

@@ -278,7 +278,7 @@ def test_a_metric_that_nobody_has(
 
 
 def test_the_page_has_a_panel_for_each_setting_and_a_point_for_each_run(home: Path) -> None:
-    assert sweeps.sweep(home, "drawn", "optimizer.lr=0.001,0.01,0.1", "training.schedule=linear,constant") == 0
+    assert sweeps.sweep(home, "drawn", "optimizer.lr=0.001,0.01,0.1", "schedule=linear,constant") == 0
     page = (home / "drawn/sweep.html").read_text()
     panels = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(panels) == 2

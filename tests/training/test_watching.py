@@ -281,7 +281,7 @@ def rates(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def test_the_rate_follows_the_nearest_limit(folder: Path) -> None:
-    linear = ["training.schedule=linear"]
+    linear = ["schedule=linear"]
     _, lines = sft(folder, "rate-steps", *linear, "training.steps=4", "training.epochs=100")
     assert rates(lines) == pytest.approx([1, 0.75, 0.5, 0.25])
     more = ["training.batch_size=5", "training.steps=null", "training.epochs=2"]
@@ -295,7 +295,7 @@ def test_the_rate_follows_the_nearest_limit(folder: Path) -> None:
 
 def test_the_rate_of_a_run_limited_by_sampling(folder: Path) -> None:
     """What was sampled counts as consumed once it has been trained on."""
-    more = ["training.schedule=linear", "training.steps=null", "training.max_generated_tokens=300"]
+    more = ["schedule=linear", "training.steps=null", "training.max_generated_tokens=300"]
     runs.train(folder, "rejection_sampling", "rate-sampled", *more, "training.progress=off")
     lines = runs.metrics(folder, "rate-sampled")
     assert len(lines) > 3
@@ -311,7 +311,7 @@ def test_the_rate_of_a_run_limited_by_sampling(folder: Path) -> None:
 
 
 def test_the_rate_warms_up_in_a_run(folder: Path) -> None:
-    _, lines = sft(folder, "warm", "training.steps=4", "training.warmup=0.5", "training.schedule=linear")
+    _, lines = sft(folder, "warm", "training.steps=4", "schedule.warmup=0.5", "schedule=linear")
     assert rates(lines) == pytest.approx([0, 0.5, 1, 0.5])
 
 

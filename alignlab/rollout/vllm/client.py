@@ -10,13 +10,13 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, SamplerLost
 
 KEY = "ALIGNLAB_VLLM_API_KEY"
 """Environment variable with the key of a server that wants one; never in a config."""
 
 
-class ServerLost(AlignlabError):
+class ServerLost(SamplerLost):
     """The server that samples does not answer any more: what was asked of it can be asked again of another one."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h

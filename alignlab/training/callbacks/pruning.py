@@ -11,10 +11,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_json
+from alignlab.training.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from alignlab.training.trainer import Trainer
 
 TRIAL, PRUNED = "trial.json", "pruned.json"
 
@@ -46,8 +50,8 @@ class Trial:
         write_json(folder / TRIAL, asdict(self))
 
 
-class Pruning:
-    """Reports a trial's metric to its study.
+class Pruning(Callback):
+    """Reports a trial's metric to its study, and ends the trial where the study's pruner says so.
 
     Raises:
         AlignlabError: the study cannot be read.
@@ -75,16 +79,22 @@ class Pruning:
         found = cls(trial)
         return None if found.over else found
 
-    def should_prune(self, step: int, figures: Mapping[str, float]) -> bool:
-        """Report the figures of a step; whether to end the trial here. Without the metric among them: False."""
-        if self.trial.metric not in figures:
+    def on_step(self, trainer: Trainer) -> None:
+        logged = trainer.state.step % trainer.settings.log_every == 0 or trainer.done >= 1
+        metrics = trainer.metrics if logged else trainer.evaluation if trainer.state.watched is not None else {}
+        if self.should_prune(trainer.state.step, metrics) and trainer.done < 1:
+            trainer.request_stop("pruned", discard=True)
+
+    def should_prune(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Report the metrics of a step; whether to end the trial here. Without the metric among them: False."""
+        if self.trial.metric not in metrics:
             return False
         storage = self.study._storage
         known = storage.get_trial(self._id)
         if known.last_step is not None and step < known.last_step:
             return False  # was reported, and decided on, before the run was stopped and went on from a checkpoint
         if step not in known.intermediate_values:
-            storage.set_trial_intermediate_value(self._id, step, float(figures[self.trial.metric]))
+            storage.set_trial_intermediate_value(self._id, step, float(metrics[self.trial.metric]))
             known = storage.get_trial(self._id)
         return bool(self.study.pruner.prune(self.study, known))
 

@@ -49,6 +49,10 @@ class State:
         reward: mean reward of the current iteration's samples.
         report: the algorithm's figures of the current iteration.
         algorithm: what the algorithm wants to keep.
+        order: what the order of the records wants to keep.
+        callbacks: what callbacks want to keep, by name.
+        watched: the watched metric, where this step was evaluated.
+        stopped: why a callback has ended the run.
     """
 
     step: int = 0
@@ -65,6 +69,10 @@ class State:
     reward: float | None = None
     report: dict[str, float] = field(default_factory=dict)
     algorithm: dict[str, float] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    watched: float | None = None
+    stopped: str | None = None
     pending: list[Group] = field(default_factory=list)
 
 

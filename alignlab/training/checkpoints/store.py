@@ -99,6 +99,7 @@ class Checkpoints:
             False for the other processes, and for whoever only reads, which change nothing when made.
         agree: given whether all went well in this process, whether it did so in all of them; must wait for all
             (a logical-and all-reduce). The default is right for a single process.
+        guard: called before anything is written; raises where this process may not write.
 
     Attributes:
         problems: what was found wrong with checkpoints so far, for people; each is logged as an error once, too.
@@ -112,11 +113,12 @@ class Checkpoints:
         mode: Literal["min", "max"] = "min",
         is_main: bool = True,
         agree: Callable[[bool], bool] = bool,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         require(keep_last >= 1, "keep_last", keep_last, "must be >= 1: the newest checkpoint is always kept")
         require(mode in ("min", "max"), "mode", mode, "must be 'min' or 'max'")
         self.folder, self.keep_last, self.keep_best, self.mode = Path(folder), keep_last, keep_best, mode
-        self.is_main, self.agree = is_main, agree
+        self.is_main, self.agree, self.guard = is_main, agree, guard
         self.problems: list[str] = []
         self._damaged: set[Path] = set()
         if is_main:
@@ -153,6 +155,8 @@ class Checkpoints:
                 the block leaves things alike and passes through.
         """
         with self._stage(step):
+            if self.guard is not None:
+                self.guard()
             temporary = self.temporary(step)
         with self._stage(step), self._storage_errors(step):
             _await(temporary)

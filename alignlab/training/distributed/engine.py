@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignlab.core import ConfigError, Group
+from alignlab.core import ConfigError, Group, Response
 from alignlab.models import InStep, PackedModel
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.settings import DistributedSettings
@@ -121,11 +121,22 @@ class Engine:
     def divide(self, model: PackedModel) -> None:
         """Divide another model among the processes as the trained one is: a frozen reference."""
 
-    def in_step(self, groups: Sequence[Group]) -> InStep | None:
-        """What a scoring pass over a share of `groups` needs where weights are divided."""
-        if not self.divides or not groups:
+    def in_step(self, mine: Sequence[Group], everyones: Sequence[Group]) -> InStep | None:
+        """What a scoring pass over this process's share needs where weights are divided.
+
+        Args:
+            mine: the share; may be empty.
+            everyones: all groups; their responses may still be with the processes whose share they are.
+        """
+        if not self.divides or not everyones:
             return None
-        return InStep(lambda count: max(self.processes.gather(count)), min(groups, key=lambda g: g.packed_length))
+        prompt = min(everyones, key=lambda g: len(g.prompt_ids))
+        spare = min(
+            (g for g in mine if g.responses),
+            key=lambda g: g.packed_length,
+            default=prompt.with_responses([Response(prompt.prompt_ids[:1])]),
+        )
+        return InStep(lambda count: max(self.processes.gather(count)), spare)
 
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
@@ -209,9 +220,6 @@ def make_engine(
         raise ConfigError(f"distributed={settings.mode}: {expected} was to train, but {engine.name} is what came of it")
     return engine
 
-
-DIVIDING = ("fsdp", "zero3", "zero3_offload")
-"""Modes in which no process holds all weights."""
 
 EXPECTED = {
     "single": "single",

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: the last one's to have begun in it. Who has lost it stops, and writes nothing more.
+"""A lock on a run's folder: the process that took it last has it; one that has lost it stops, and writes nothing more.
 
 Two may be at work in one folder where the same command is given twice, or where a cluster has lost a node whose
 processes live on and starts the run anew on another.
@@ -11,16 +11,21 @@ import secrets
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError
 from alignlab.core.files import write_text
+from alignlab.training.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from alignlab.training.trainer import Trainer
 
 OWNER = "owner"
 EVERY = 10.0
 """Seconds between looks while a run goes on."""
 
 
-class RunLock:
+class RunLock(Callback):
     """That of a run's main process.
 
     Args:
@@ -36,7 +41,8 @@ class RunLock:
         write_text(self.path, self.mark + "\n")
 
     def check(self) -> None:
-        """
+        """Look whether the lock is still this process's.
+
         Raises:
             AlignlabError: another process has begun in the folder since.
         """
@@ -52,7 +58,10 @@ class RunLock:
                 "command again, or its job was queued again): this one stops, and leaves it alone"
             )
 
-    def check_now_and_then(self) -> None:
-        """`check`, where the last one was some time ago."""
+    def on_step(self, trainer: Trainer) -> None:
         if time.monotonic() - self._looked >= EVERY:
+            self.check()
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if error is None:
             self.check()

@@ -1,0 +1,139 @@
+"""The base class of callbacks, and the small ones: evaluation, checkpoints, samples for people to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignlab.core import AlignlabError, Group
+from alignlab.core.files import write_text
+
+if TYPE_CHECKING:
+    from alignlab.training.trainer import Trainer
+
+SAMPLES = "samples.jsonl"
+SAMPLES_KEPT = 2
+"""Groups of each iteration that go to samples.jsonl."""
+
+
+class Callback:
+    """Does something at certain points of a run. Its methods do nothing; override those you need.
+
+    Every process has one, and calls it at the same points: `trainer.processes.is_main` tells the first of them.
+    `trainer.request_stop(reason)` and `trainer.request_checkpoint()` may be called in any of them.
+    """
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, after a checkpoint was loaded where there is one: `trainer.state.step` tells."""
+
+    def on_iteration(self, trainer: Trainer, sampled: Sequence[Group]) -> None:
+        """The responses of an iteration are there, sampled and scored; before the algorithm chose from them."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """An optimiser step is done: `trainer.metrics` are its metrics."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done; its metrics have names that begin with `eval/`."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """A checkpoint is being written: files put into `folder` become part of it."""
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        """The run is over, or `error` ended it. The last callback of the list is called first."""
+
+
+class Evaluation(Callback):
+    """Evaluates on the validation records, and ends the run where that stops improving.
+
+    Args:
+        every: optimiser steps between evaluations, >= 1; the last step is evaluated too.
+        metric: what improvement is measured by.
+        mode: "min" or "max": which direction is better.
+        patience: end after so many evaluations without improvement, >= 1; None: never.
+        keep_best: checkpoint where the metric is the best so far.
+        final_best: the best checkpoint's weights become the run's model.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        metric: str = "eval/loss",
+        mode: str = "min",
+        patience: int | None = None,
+        keep_best: bool = False,
+        final_best: bool = False,
+    ) -> None:
+        self.every, self.metric, self.mode, self.patience = every, metric, mode, patience
+        self.keep_best, self.final_best = keep_best or final_best, final_best
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step % self.every:
+            return
+        metrics, state = trainer.evaluate(), trainer.state
+        trainer.evaluated(metrics)
+        if self.metric not in metrics:
+            raise AlignlabError(f"training.metric={self.metric}: an evaluation gives {', '.join(sorted(metrics))}")
+        value, best = metrics[self.metric], state.best
+        better = best is None or (value < best if self.mode == "min" else value > best)
+        state.watched, state.best = value, value if better else best
+        state.bad_evaluations = 0 if better else state.bad_evaluations + 1
+        if better and self.keep_best:
+            trainer.request_checkpoint()
+        if self.patience is not None and state.bad_evaluations >= self.patience:
+            trainer.request_stop(f"{self.metric} has not improved for {state.bad_evaluations} evaluations")
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if error is not None or trainer.discarded:
+            return
+        if trainer.state.step % self.every:
+            trainer.evaluated(trainer.evaluate())
+        if self.final_best:
+            trainer.load_best()
+
+
+class CheckpointEvery(Callback):
+    """Writes a checkpoint every so many steps.
+
+    Args:
+        every: optimiser steps, >= 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step % self.every == 0:
+            trainer.request_checkpoint()
+
+
+class Samples(Callback):
+    """Appends the first responses of each iteration to `samples.jsonl`, for people to read.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SAMPLES
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Forget what an earlier sitting wrote after this iteration: it will be sampled again."""
+        if not trainer.processes.is_main or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines  # killed while writing
+        iteration = trainer.state.iteration
+        write_text(self.path, "".join(s for s in whole if json.loads(s)["iteration"] <= iteration))
+
+    def on_iteration(self, trainer: Trainer, sampled: Sequence[Group]) -> None:
+        if not trainer.processes.is_main:
+            return
+        place = {"iteration": trainer.state.iteration, "step": trainer.state.step}
+        with self.path.open("a", encoding="utf-8") as file:
+            for group in sampled[:SAMPLES_KEPT]:
+                for response in group.responses:
+                    line = {**place, "prompt": group.prompt, "response": response.text}
+                    numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
+                    file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
