@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import torch
-
-from alignlab.core import Algorithm, AlignlabError, Group, Response, Sampler, Scorer
+from alignlab.core import (
+    Algorithm,
+    AlignlabError,
+    Environment,
+    ExactSampler,
+    Group,
+    NeedsSampler,
+    PrefetchingSampler,
+    Response,
+    RolloutEngine,
+    Sampler,
+    Scorer,
+)
 from alignlab.models import PackedModel, Reference
-from alignlab.models.quantization import quantization_of
-from alignlab.rollout import LocalEngine
-from alignlab.rollout.vllm.engine import Prefetch, VllmEngine
-from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
@@ -48,13 +55,24 @@ class Collected:
     report: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Prefetched:
+    """Responses that are being drawn: what they are drawn with, whose weights, and what waits for them."""
+
+    sampler: Sampler
+    seed: int
+    step: int
+    take: Callable[[], list[Group]]
+
+
 @dataclass
 class Collector:
     """Makes an iteration's groups. Each process samples, scores and reads its share; all get everything.
 
     Attributes:
         cache: what the reference has said of the data in this run and others; None where it is not kept.
-        vllm: of the server that samples, if one does.
+        rollout: the engine that makes samplers; None: its responses are the policy's own.
+        environment: what the policy acts in; None: its responses are plain samples.
     """
 
     algorithm: Algorithm
@@ -66,11 +84,12 @@ class Collector:
     max_tokens_per_microbatch: int
     temperature: float
     cache: ReferenceCache | None = None
-    vllm: VllmSettings | None = None
+    rollout: RolloutEngine | None = None
+    environment: Environment | None = None
 
     def __post_init__(self) -> None:
         self.model, self.processes = self.engine.model, self.engine.processes
-        self._prefetch: Prefetch | None = None
+        self._prefetch: Prefetched | None = None
 
     def collect(
         self,
@@ -94,7 +113,7 @@ class Collector:
                 if self._prefetch is not None and self._prefetch.seed == seed:
                     stale = step - self._prefetch.step
                 mine, drawn, exact = self._sample(mine, seed)
-                if following is not None and self.vllm is not None and self.vllm.asynchronous:
+                if following is not None and self.rollout is not None and self.rollout.prefetches:
                     self._prefetch_next(*following(), step)
             for scorer in self.scorers:
                 scorer.score(mine)
@@ -113,8 +132,8 @@ class Collector:
         arranged = self.algorithm.arrange(found)
         self._fill(arranged, prompts)
         report = {}
-        if self.vllm is not None and self.source.kind == "rollout":
-            report = {"rollout_staleness": float(stale), **compare(arranged, self.vllm.importance_cap)}
+        if self.rollout is not None and self.rollout.off_policy and self.source.kind == "rollout":
+            report = {"rollout_staleness": float(stale), **compare(arranged, self.rollout.importance_cap)}
             if not stale and self.processes.is_main:
                 warn(report)
         prepared = self.algorithm.prepare(arranged)
@@ -127,15 +146,19 @@ class Collector:
             raise AlignlabError("source.kind=rollout needs a sampler")
         sampler: Sampler
         if self._prefetch is not None and self._prefetch.seed == seed:
-            sampler, exact = self._prefetch.engine, False
+            sampler, exact = self._prefetch.sampler, False
             drawn, self._prefetch = self._prefetch.take(), None
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
             with choice as policy, self.engine.whole(policy):
                 sampler = self.sampler(policy)
-                drawn = sampler.sample(groups, self.source.group_size, seed)
+                act = sampler.sample if self.environment is None else partial(self.environment.rollout, sampler)
+                drawn = act(groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
         tokens = sampler.generated_tokens  # a search draws more than it returns
+        for scorer in self.scorers:
+            if isinstance(scorer, NeedsSampler):
+                scorer.bind_sampler(sampler)
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]
@@ -146,21 +169,15 @@ class Collector:
         assert self.sampler is not None
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         with self.engine.whole(self.model):
-            engine = self.sampler(self.model)
-        assert isinstance(engine, VllmEngine)
-        self._prefetch = Prefetch(engine, mine, self.source.group_size, seed, step)
+            sampler = self.sampler(self.model)
+        assert isinstance(sampler, PrefetchingSampler)
+        self._prefetch = Prefetched(sampler, seed, step, sampler.prefetch(mine, self.source.group_size, seed))
 
     def _exact(self, sampler: Sampler) -> bool:
-        """Whether a sampler's log-probs are the scoring pass's, to float32 rounding: of this very model, in float32 or
-        better, of everything it could have said."""
-        return (
-            isinstance(sampler, LocalEngine)
-            and sampler.settings.unfiltered
-            and sampler.settings.temperature == self.temperature
-            and sampler.model.dtype in (torch.float32, torch.float64)
-            and quantization_of(sampler.model.base) is None
-            and self.processes.accelerator.mixed_precision == "no"
-        )
+        """Whether a sampler's log-probs are the scoring pass's, to float32 rounding. An environment may have made
+        anything of what was drawn."""
+        exact = isinstance(sampler, ExactSampler) and sampler.exact_logp and self.environment is None
+        return exact and self.processes.accelerator.mixed_precision == "no"
 
     def _fill(self, groups: list[Group], prompts: Mapping[int, list[int]]) -> None:
         """What the algorithm needs of the reference and of the policy as it is before the iteration's first update.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,24 @@ from typing import Any
 
 import torch
 
-from alignlab.algorithms.importance import PolicyGradient
 from alignlab.config import build, section
-from alignlab.core import Algorithm, ConfigError, DataError, Group, Sampler, Scorer, require
+from alignlab.core import (
+    Algorithm,
+    ConfigError,
+    DataError,
+    Environment,
+    Group,
+    NeedsPolicy,
+    RolloutContext,
+    RolloutEngine,
+    Scorer,
+    require,
+)
 from alignlab.core.files import write_json, write_text
 from alignlab.data import DataSettings, load
 from alignlab.models import (
     AdapterSettings,
     ModelSettings,
-    PackedModel,
     QuantizationSettings,
     Reference,
     add_value_head,
@@ -29,10 +38,8 @@ from alignlab.models import (
     load_model,
     save_model,
 )
-from alignlab.rollout import LocalEngine, RolloutSettings
-from alignlab.rollout.vllm.engine import VllmEngine, check_settings
-from alignlab.rollout.vllm.run import VllmRun
-from alignlab.rollout.vllm.settings import VllmSettings
+from alignlab.rollout import build_engine, build_environment
+from alignlab.scoring import build_scorers
 from alignlab.training import provenance
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.callbacks.pruning import PRUNED, Pruning
@@ -120,16 +127,6 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         add_value_head(model, algorithm.critic, settings.seed)
     optimizer = _build_optimizer(config["optimizer"], [p for p in model.parameters() if p.requires_grad])
 
-    server: VllmRun | None = None
-
-    def sampler(policy: PackedModel) -> Sampler:
-        shown = settings.progress != "off"
-        if server is not None:
-            server.push(policy)
-            return VllmEngine(policy, rollout, server, progress=shown)
-        engine = LocalEngine(policy, rollout, progress=shown)
-        return checked.search(engine) if checked.search else engine
-
     with processes.peers():
         engine = make_engine(checked.distributed, model, optimizer, processes, settings.max_grad_norm)
         processes.same_timeout()
@@ -145,7 +142,7 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         validation=splits.validation,
         scorers=scorers,
         reference=reference,
-        sampler=sampler,
+        sampler=rollout.sampler,
         temperature=temperature,
         cache=cache,
         checkpoints=Checkpoints(
@@ -171,11 +168,14 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any]:
         where = f"{processes.world} process(es), {engine.name}, {processes.device}"
         rows = f"{model.layout} rows, {trainer.budget.found():,} tokens at a time"
         print(f"{type(algorithm).__name__} on {len(groups)} groups: {where}, {rows} → {out}")
-    if source.kind == "rollout" and rollout.vllm is not None:
-        shown = settings.progress != "off"
-        server = VllmRun(rollout, model, checked.model, out, processes.is_main, processes.gather, shown)
-        trainer.collector.vllm = rollout.vllm
-    with server or nullcontext(), tracker, trainer.progress, processes.peers(), saved_when_lost(trainer):
+    trainer.collector.rollout, trainer.collector.environment = rollout, checked.environment
+    for part in (*scorers, checked.environment):
+        if isinstance(part, NeedsPolicy):
+            part.bind(model, model.tokenizer)
+    shown = settings.progress != "off"
+    context = RolloutContext(model, checked.model, out, processes.is_main, processes.gather, shown)
+    drawing = rollout.start(context) if source.kind == "rollout" else nullcontext()
+    with drawing, tracker, trainer.progress, processes.peers(), saved_when_lost(trainer):
         state = trainer.run()
         if owner is not None:
             owner.check()
@@ -221,7 +221,7 @@ class Checked:
     training: TrainingSettings
     distributed: DistributedSettings
     source: SourceSettings
-    rollout: RolloutSettings
+    rollout: RolloutEngine
     model: ModelSettings
     adapter: AdapterSettings
     quantization: QuantizationSettings
@@ -229,7 +229,7 @@ class Checked:
     tracker: TrackerSettings
     algorithm: Algorithm
     scorers: list[Scorer]
-    search: Callable[[LocalEngine], Sampler] | None
+    environment: Environment | None
 
 
 def check(config: dict[str, Any]) -> Checked:
@@ -242,7 +242,7 @@ def check(config: dict[str, Any]) -> Checked:
         training=section(TrainingSettings, config["training"], "training"),
         distributed=section(DistributedSettings, config.get("distributed", {}), "distributed"),
         source=section(SourceSettings, config["source"], "source"),
-        rollout=section(RolloutSettings, config["rollout"], "rollout"),
+        rollout=build_engine(config["rollout"]),
         model=section(ModelSettings, config["model"], "model"),
         adapter=section(AdapterSettings, config["adapter"], "adapter"),
         quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
@@ -250,7 +250,7 @@ def check(config: dict[str, Any]) -> Checked:
         tracker=section(TrackerSettings, config["tracker"], "tracker"),
         algorithm=build_algorithm(config["algorithm"]),
         scorers=build_scorers(config["scoring"]),
-        search=build(config.get("search"), "search"),
+        environment=build_environment(config.get("environment")),
     )
     _build_optimizer(config["optimizer"], [torch.nn.Parameter(torch.zeros(1, 1))])
     check_adapter(checked.quantization, checked.adapter)
@@ -258,41 +258,15 @@ def check(config: dict[str, Any]) -> Checked:
     if checked.source.kind == "rollout":
         temperature = checked.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
-    _check_columns(checked.algorithm, checked.source, checked.scorers)
-    if checked.source.kind == "rollout" and checked.rollout.vllm is not None:
-        _check_server(checked, checked.rollout.vllm)
-    if checked.search and checked.source.kind != "rollout":
-        raise ConfigError("search: responses are searched for only with source=rollout")
+    fillers: list[Scorer | Environment] = [*checked.scorers, *([checked.environment] if checked.environment else [])]
+    _check_columns(checked.algorithm, checked.source, fillers)
+    if checked.source.kind == "rollout":
+        checked.rollout.check(vars(checked), checked.algorithm)
+    elif checked.environment:
+        raise ConfigError("environment: responses are drawn in it only with source=rollout")
     if checked.source.ref_update_interval and not _wants_reference(checked.algorithm, checked.source):
         raise ConfigError(f"source.ref_update_interval: {type(checked.algorithm).__name__} uses no reference policy")
     return checked
-
-
-def _check_server(checked: Checked, server: VllmSettings) -> None:
-    """Raise ConfigError for what cannot be had from a vLLM server, or not without correction."""
-    check_settings(checked.rollout)
-    name, corrects = type(checked.algorithm).__name__, isinstance(checked.algorithm, PolicyGradient)
-    if checked.search:
-        raise ConfigError("search: responses are drawn step by step, which a vLLM server cannot: use rollout=local")
-    if checked.source.policy == "reference":
-        raise ConfigError("source.policy=reference: a vLLM server has the policy that is trained: use rollout=local")
-    if checked.distributed.mode in DIVIDING:
-        raise ConfigError(
-            f"distributed={checked.distributed.mode}: no process has all weights to send: use ddp or zero2"
-        )
-    if server.importance_cap is not None:
-        cap, rule = server.importance_cap, f"{name} does not weigh its loss by importance weights"
-        require(corrects, "rollout.vllm.importance_cap", cap, rule)
-    elif server.asynchronous and "old_logp" in checked.algorithm.needs:
-        raise ConfigError(
-            f"rollout.vllm.asynchronous: {name} takes its samples for the policy's own, and these are an iteration "
-            "old: give rollout.vllm.importance_cap, as in 2"
-        )
-    elif checked.quantization.kind != "none" and "old_logp" in checked.algorithm.needs:
-        raise ConfigError(
-            f"quantization={checked.quantization.kind}: the server samples from the base in full precision: give "
-            "rollout.vllm.importance_cap, as in 2, or use rollout=local"
-        )
 
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:
@@ -301,16 +275,6 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"algorithm._target_={values['_target_']}: not a subclass of alignlab.core.Algorithm")
     return algorithm
-
-
-def build_scorers(values: Any) -> list[Scorer]:
-    """One scorer, a list of them, or none."""
-    entries = values if isinstance(values, list) else [values] if values else []
-    scorers = [build(entry, "scoring") for entry in entries]
-    for entry, scorer in zip(entries, scorers, strict=True):
-        if not isinstance(scorer, Scorer):
-            raise ConfigError(f"scoring._target_={entry['_target_']}: a scorer has `fills` and `score(groups)`")
-    return scorers
 
 
 def peak_memory_mb() -> float:
@@ -347,11 +311,11 @@ def _wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
     return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
 
 
-def _check_columns(algorithm: Algorithm, source: SourceSettings, scorers: Sequence[Scorer]) -> None:
+def _check_columns(algorithm: Algorithm, source: SourceSettings, fillers: Sequence[Scorer | Environment]) -> None:
     """Find out before anything is loaded that nobody fills in what the algorithm needs."""
     if source.kind == "data":
         return  # records bring columns of their own; a missing one is reported with the record
-    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in scorers for c in s.fills)}
+    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for f in fillers for c in f.fills)}
     for column in algorithm.needs:
         if column not in filled:
             raise ConfigError(

@@ -59,6 +59,11 @@ class DistributedSettings(Settings):
     processes: int | None = Field(None, ge=1)
     timeout: float = Field(1800.0, gt=0)
 
+    @property
+    def divides(self) -> bool:
+        """Whether no process has all weights."""
+        return self.mode in ("fsdp", "zero3", "zero3_offload")
+
 
 class SourceSettings(Settings):
     """Where the groups come from: the data, or sampled from a policy for the data's prompts."""
