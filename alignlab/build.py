@@ -62,9 +62,11 @@ def build(values: Any, key: str, *arguments: Any, **given: Any) -> Any:
         raise
     except ValidationError as error:
         # Of settings that a constructor makes of a dictionary: find the one that it was.
-        place = next((k for k, v in made.items() if isinstance(v, dict) and error.errors()[0]["loc"][0] in v), None)
+        first = error.errors()[0]["loc"][:1]
+        place = next((k for k, v in made.items() if isinstance(v, dict) and first and first[0] in v), None)
         nested, where = (made[place], f"{key}.{place}") if place else (made, key)
-        raise _invalid(error, nested, where) from error
+        kind = target if inspect.isclass(target) and issubclass(target, BaseModel) else None
+        raise _invalid(error, nested, where, kind) from error
     except Exception as error:  # the target may be the user's own: say where it failed
         raise ConfigError(f"{key}._target_={name}: {_failure(error)}") from error
 
@@ -143,7 +145,7 @@ def _checked(target: Any, values: dict[str, Any], key: str, first: int, given: C
     named = {p.name: p for p in parameters if p.kind in kinds and p.name not in given}
     for name in values:
         if name not in named and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ConfigError(f"{key}.{name}: unknown key{did_you_mean(name, named)}")
+            raise ConfigError(f"{key}.{name}: unknown key{renamed(f'{key}.{name}') or did_you_mean(name, named)}")
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in values:
             raise ConfigError(f"{key}.{name}: must be given, as in {key}.{name}=VALUE")

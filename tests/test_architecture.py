@@ -30,8 +30,10 @@ LAYERS = (
 BESIDE = {"config": ("build", "core"), "build": ("core",)}
 """Not layers: what they may import themselves. Everything from training up may import them."""
 
-EXCEPTIONS = {
-    "alignlab.rollout.produce": {"config"},  # a command's work: it reads its own config
+EXCEPTIONS = {  # what makes objects of a config's sections
+    "alignlab.rollout": {"build"},
+    "alignlab.rollout.produce": {"build"},
+    "alignlab.scoring": {"build"},
 }
 
 LONGEST, LONGEST_ALGORITHM = 410, 150

@@ -11,15 +11,15 @@ import pytest
 import yaml
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
+from alignlab.build import build
 from alignlab.comparison.settings import Budget, ComparisonSettings, Pairs
 from alignlab.config import compose, config_folder, locate, resolve
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
-from alignlab.rollout import RolloutSettings
+from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.produce import ProduceSettings
-from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.sweeps.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
 from alignlab.training.callbacks.tracking import TrackerSettings
 from alignlab.training.run import check
@@ -44,7 +44,6 @@ CLASSES: dict[str, type[Settings]] = {
     "distributed": DistributedSettings,
     "model": ModelSettings,
     "quantization": QuantizationSettings,
-    "rollout": RolloutSettings,
     "source": SourceSettings,
     "tracker": TrackerSettings,
     "training": TrainingSettings,
@@ -95,7 +94,6 @@ FULL = {
     "data": ["base"],
     "distributed": ["ddp"],
     "quantization": ["nf4", "int8"],
-    "rollout": ["vllm", "compiled"],
     "source": ["rollout"],
     "tracker": ["wandb"],
 }
@@ -150,10 +148,18 @@ def test_the_commands_own_keys() -> None:
     assert set(sections["pairs"]) == set(Pairs.model_fields)
 
 
-def test_a_server_s_section_has_every_key_and_the_class_s_values() -> None:
+@pytest.mark.parametrize(
+    ("option", "kind"), [("local", LocalRollout), ("compiled", LocalRollout), ("vllm", VllmRollout)]
+)
+def test_an_engine_s_section_has_the_class_s_values(option: str, kind: type[Settings]) -> None:
+    found = build(composed("train", f"rollout={option}")["rollout"], "rollout")
+    assert found == kind(**({"compile": True} if option == "compiled" else {}))
+
+
+def test_a_server_s_section_has_every_key() -> None:
     found = composed("train", "rollout=vllm")["rollout"]
     assert set(found["vllm"]) == set(VllmSettings.model_fields)
-    assert RolloutSettings(**found) == RolloutSettings(vllm=VllmSettings())
+    assert set(found) == {"_target_", *VllmRollout.model_fields}
 
 
 def targets(value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
@@ -169,7 +175,7 @@ TARGETS = [(name(p), *t) for p in FILES for t in targets(yaml.safe_load(p.read_t
 
 @pytest.mark.parametrize(("file", "where", "values"), TARGETS, ids=[f"{f}:{w}" for f, w, _ in TARGETS])
 def test_keys_of_a_target_are_its_arguments_with_their_defaults(file: str, where: str, values: dict[str, Any]) -> None:
-    found = {k: v for k, v in values.items() if k != "_target_"}
+    found = {k: v for k, v in values.items() if k not in ("_target_", "defaults")}
     parameters = inspect.signature(locate(values["_target_"], where)).parameters
     assert set(found) <= set(parameters), f"{file}: no such argument"
     ours = values["_target_"].startswith("alignlab.")
@@ -177,8 +183,8 @@ def test_keys_of_a_target_are_its_arguments_with_their_defaults(file: str, where
         assert set(found) == set(parameters), f"{file}: an algorithm's settings are all in its config"
     for key, value in found.items():
         default = parameters[key].default
-        if ours and default is not inspect.Parameter.empty:
-            assert value == default, f"{file}: {key}"
+        if ours and default is not inspect.Parameter.empty and file != "rollout/vllm.yaml":  # has a test of its own
+            assert str(default) == "<factory>" or value == default, f"{file}: {key}"
 
 
 @pytest.mark.parametrize("path", [*FILES, *FOLDER.glob("*.yaml")], ids=name)

@@ -27,7 +27,7 @@ from alignlab.config import compose, config_folder, resolve
 from alignlab.core import Group, Response
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, PackedModel, load_model
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 from alignlab.scoring import BradleyTerryLabels, PairwiseScorer
 from alignlab.training.run import train
 from tests.training.runs import ALGORITHMS
@@ -92,7 +92,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         )
         for i in range(1024)
     ]
-    engine = LocalEngine(base, RolloutSettings(max_new_tokens=3), progress=False)
+    engine = LocalRollout(max_new_tokens=3).sampler(base)
     for name, samples, certain in (("pairs", 2, False), ("fours", 4, True)):
         drawn = engine.sample(prompts, samples, 0)
         BradleyTerryLabels(benchmark.gold(), TEMPERATURE, certain).score(drawn)

@@ -19,7 +19,7 @@ from alignlab.core import ConfigError, require
 from alignlab.core.files import write_json
 from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import build_engine
 from alignlab.scoring import RewardModelScorer
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import build_tracker, tracks
@@ -70,7 +70,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     benchmark = build_benchmark(config["benchmark"])
-    rollout = section(RolloutSettings, config["rollout"], "rollout")
+    rollout = build_engine(config["rollout"])
     check_best_of("best_of", wanted.best_of, benchmark, wanted.reward_model, rollout.temperature)
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
 
@@ -91,7 +91,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     subject = Subject(
         policy=open_model(str(path), "run"),
         reference=_as_context(lambda: open_model(reference_path, "reference")),
-        sampler=lambda policy: LocalEngine(policy, rollout),
+        sampler=rollout.sampler,
         base=(lambda: open_model(base, "base")) if base else None,
         proxy=RewardModelScorer(wanted.reward_model) if wanted.reward_model else None,
         max_tokens_per_microbatch=wanted.max_tokens_per_microbatch,

@@ -127,7 +127,7 @@ class _Plan:
         if settings.baseline and settings.sft is not None:
             self._measure(f"runs/sft-seed{seed}", seed, start)
         for n in settings.best_ofs:
-            temperature = self.config["rollout"]["temperature"]
+            temperature = self.config["rollout"].get("temperature", 1.0)
             check_best_of("comparison.best_of", n, self.benchmark, settings.reward_model, temperature)
             self._measure(f"runs/best_of_{n}-seed{seed}", seed, start, n)
         for algorithm, words in settings.algorithms.items():

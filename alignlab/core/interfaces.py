@@ -45,6 +45,15 @@ class NeedsPolicy(Protocol):
 
 
 @runtime_checkable
+class NeedsSampler(Protocol):
+    """A scorer that draws responses itself, such as completions of the beginning of a solution."""
+
+    def bind_sampler(self, sampler: Sampler) -> None:
+        """Called before `score`, with a sampler of the policy as it is now."""
+        ...
+
+
+@runtime_checkable
 class Reports(Protocol):
     """A scorer or environment that has metrics of its own."""
 
@@ -146,12 +155,14 @@ class RolloutEngine(Protocol):
         """Raise ConfigError for what it cannot do in this run, before anything is loaded.
 
         Args:
-            config: the run's checked sections by name (`source`, `distributed`, `quantization`, …).
+            config: the run's checked sections by name (`source`, `distributed`, `quantization`, `environment`, …).
+            algorithm: None where nothing is trained.
         """
         ...
 
     def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
-        """Whatever must live as long as the run, such as a server. Entered once, before the first sample."""
+        """Whatever must live as long as the run, such as a server. Entered once, before the first sample, by what
+        samples from one policy: training and `alignlab sample`."""
         ...
 
     def sampler(self, policy: Any) -> Sampler:

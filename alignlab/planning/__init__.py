@@ -107,10 +107,10 @@ def _memory(study: Study, memory: Memory, device: Device) -> dict[str, Any]:
 
 def _speed(study: Study, device: Device, settings: PlanSettings, count: int) -> dict[str, Any]:
     needs = study.needs(study.asked, devices=count)
-    what, c = needs.inventory, study.checked
+    what = needs.inventory
     rows = 0
     if study.samples:
-        rows = max(1, c.rollout.max_batch_tokens // (study.workload().prompt + c.rollout.max_new_tokens))
+        rows = max(1, study.rollout.max_batch_tokens // (study.workload().prompt + study.rollout.max_new_tokens))
     found: Speed = speed(
         device,
         what.parameters,

@@ -17,6 +17,7 @@ from alignlab.planning.memory import Memory, Optimizer, Setting, device_memory, 
 from alignlab.planning.settings import PlanSettings
 from alignlab.planning.shapes import Inventory, Shapes, bare_bytes, extrapolate, read_config, saved_dtype
 from alignlab.planning.trace import Generation, Passes, Workload, trace_generation, trace_passes
+from alignlab.rollout import RolloutSettings
 from alignlab.training.run import RunConfig
 
 FEW, MORE = 2, 4
@@ -93,6 +94,12 @@ class Study:
         mode, processes = self.checked.distributed.mode, self.checked.distributed.processes
         return 1 if mode == "single" else processes or self.settings.gpus or 1
 
+    @property
+    def rollout(self) -> RolloutSettings:
+        """What is sampled; of a user's own engine, the local engine's defaults are assumed."""
+        engine = self.checked.rollout
+        return engine if isinstance(engine, RolloutSettings) else RolloutSettings(temperature=engine.temperature)
+
     # ------------------------------------------------------------------ the workload
 
     @property
@@ -118,14 +125,14 @@ class Study:
     def workload(self, max_tokens_per_microbatch: int | None = None, devices: int = 1) -> Workload:
         """A micro-batch: as many rows as the token budget holds, and no more than a process's share of a step."""
         c, s = self.checked, self.settings
-        response = min(c.rollout.max_new_tokens, s.response_tokens) if self.samples else s.response_tokens
+        response = min(self.rollout.max_new_tokens, s.response_tokens) if self.samples else s.response_tokens
         one = Workload(
             1,
             s.prompt_tokens,
             response,
             self.responses,
             {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.training.mixed_precision],
-            c.rollout.temperature if self.samples else 1.0,
+            self.rollout.temperature if self.samples else 1.0,
         )
         share = math.ceil(c.training.batch_size / devices)
         return replace(
@@ -211,7 +218,7 @@ class Study:
         shapes = self._shapes(variant, layers)
         generation = None
         if self.samples:
-            rollout = self.checked.rollout
+            rollout = self.rollout
             k = self.checked.source.group_size
             rows = max(1, rollout.max_batch_tokens // (work.prompt + rollout.max_new_tokens))
             prompts = self.checked.source.rollout_batch_size or self.checked.training.batch_size

@@ -3,131 +3,89 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from alignlab.core import ConfigError, DataError, Group, NonFiniteError
+from alignlab.core import NonFiniteError, RolloutContext
 from alignlab.core.memory import in_halves
 from alignlab.data.progress import progress
 from alignlab.models import PackedModel, evaluating
 from alignlab.models.adapters import merged
+from alignlab.models.quantization import quantization_of
 from alignlab.rollout.batching import LOGITS, Queue, Row, batches
 from alignlab.rollout.continuous import ContinuousDecoding, takes_plans
 from alignlab.rollout.decoding import Decoding, decoding_mode
 from alignlab.rollout.quick import quick_products
-from alignlab.rollout.sampling import sample, stream_key, uniforms
+from alignlab.rollout.sampler import RowSampler
+from alignlab.rollout.sampling import sample, uniforms
 from alignlab.rollout.settings import RolloutSettings
-from alignlab.rollout.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
 
-class LocalEngine:
-    """A `Sampler` on a `PackedModel`: one prefill per prompt, rows that end leave the batch.
-
-    A response depends on the seed, the prompt (its tokens, and the file name and line of its origin) and the index of
-    the sample: number t of its uniforms is a hash of these and t, and a token is the uniform's quantile. Batches,
-    their order, the token budget and the number of processes change nothing, up to rounding of the logits. A group
-    that occurs again in a call, same prompt and origin, goes on where the samples of the last occurrence end:
-    two occurrences with n samples are one with 2n. (In another process it would start from 0 again, so records need
-    origins of their own.)
-
-    Args:
-        progress: show a bar, on a terminal, for what takes over two seconds.
+class LocalRollout(RolloutSettings):
+    """The policy in this process draws, token by token.
 
     Attributes:
-        generated_tokens: response tokens drawn so far.
+        compile: compile the decoding step, whose shapes are then few and fixed; for GPUs.
     """
 
-    def __init__(self, model: PackedModel, settings: RolloutSettings, progress: bool = True) -> None:
-        if model.kind != "policy":
-            raise ConfigError(f"rollout: responses come from a language model, this is a {model.kind} model")
-        self.model = model
-        self.settings = settings
-        self.generated_tokens = 0
-        self._progress = progress
-        self._stopping = Stopping(model, settings)
+    compile: bool = False
+    _show_progress: bool = True
 
-    def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        """For each group, in order, the same prompt with n new responses from the policy.
+    def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
+        self._show_progress = context.show_progress
+        return nullcontext()
 
-        Returns:
-            Groups whose responses have `behaviour_logp`, one value in nats for each token, under the distribution
-            drawn from (after temperature and filters; 0 throughout when greedy); `finished` is False where a limit
-            cut the response.
+    def sampler(self, policy: PackedModel) -> LocalSampler:
+        return LocalSampler(policy, self, self._show_progress, self.compile)
 
-        Raises:
-            DataError: for a prompt that leaves no room for a token in the model's positions, or an empty one.
-            NonFiniteError: where the model's logits are NaN or infinite.
-        """
-        return self._sample(groups, n, seed, self.settings)
 
-    def greedy(self, groups: Sequence[Group]) -> list[Group]:
-        """For each group, the response made of the most probable tokens."""
-        return self._sample(groups, 1, 0, self.settings.model_copy(update={"temperature": 0.0}))
+class LocalSampler(RowSampler):
+    """A `StepSampler` on a `PackedModel`: one prefill per prompt, rows that end leave the batch.
 
-    def _sample(self, groups: Sequence[Group], n: int, seed: int, settings: RolloutSettings) -> list[Group]:
-        rows = self.rows(groups, n, seed)
-        self.draw(rows, settings=settings)
-        return [g.with_responses([r.response() for r in rows[i * n : (i + 1) * n]]) for i, g in enumerate(groups)]
+    Number t of a response's uniforms is a hash of its prompt, sample number and t, and a token is the uniform's
+    quantile. Batches, their order, the token budget and the number of processes change nothing, up to rounding of the
+    logits.
 
-    def draw(
-        self, rows: Sequence[Row], until: Callable[[Row], bool] | None = None, settings: RolloutSettings | None = None
+    Args:
+        progress: show a bar, on a terminal, for what takes over a second.
+        compile: compile the decoding step.
+    """
+
+    def __init__(
+        self, model: PackedModel, settings: RolloutSettings, progress: bool = True, compile: bool = False
     ) -> None:
-        """Go on with rows, in place, each until it ends, or until `until` is true of it after another token.
+        super().__init__(model, settings, progress)
+        self._compiled = compile
 
-        Drawn in one go or in several, a row gets the same tokens.
-        """
+    @property
+    def exact_logp(self) -> bool:
+        """See `alignlab.core.ExactSampler`."""
+        exact = self.model.dtype in (torch.float32, torch.float64) and quantization_of(self.model.base) is None
+        return exact and self.settings.unfiltered
+
+    def draw(self, rows: Sequence[Row], settings: RolloutSettings) -> None:
+        self._extend(rows, settings, None)
+
+    def extend(self, rows: Sequence[Row], until: Callable[[Row], bool] | None = None) -> None:
+        """See `StepSampler.extend`."""
+        self._extend(rows, self.settings, until)
+
+    def _extend(self, rows: Sequence[Row], settings: RolloutSettings, until: Callable[[Row], bool] | None) -> None:
         for row in rows:
             row.begun = len(row.tokens)
-        settings = settings or self.settings
         network = self.model.network
         # A compiler knows quick products of its own.
-        quick = nullcontext() if settings.compile else quick_products(network)
+        quick = nullcontext() if self._compiled else quick_products(network)
         with torch.no_grad(), evaluating(self.model), merged(network), quick:
             ended = self._draw(rows, settings, until)
             for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
                 pass
         self.generated_tokens += sum(len(row.tokens) - row.begun for row in rows)
-
-    def rows(self, groups: Sequence[Group], n: int, seed: int) -> list[Row]:
-        """n rows for each group, in order, without tokens yet.
-
-        Raises:
-            DataError: as `sample` does.
-        """
-        if n < 1:
-            raise ConfigError(f"rollout: n={n} responses per prompt; at least 1 is needed")
-        most, positions = self.settings.max_new_tokens, self.model.max_length
-        occurrences: Counter[bytes] = Counter()
-        rows: list[Row] = []
-        shortened = 0
-        for group in groups:
-            length = len(group.prompt_ids)
-            if not length:
-                raise DataError(f"{group.origin or 'a group'}: the prompt has no tokens")
-            room = most if positions is None else min(most, positions - length)
-            if room < 1:
-                raise DataError(
-                    f"{group.origin or 'a group'}: the prompt has {length} tokens and the model knows {positions} "
-                    "positions: no room for a response. Leave such prompts out or shorten them"
-                )
-            shortened += room < most
-            key = stream_key(seed, group.origin, group.prompt_ids)
-            first = n * occurrences[key]
-            occurrences[key] += 1
-            rows += [Row(group.prompt_ids, group.origin, key, first + k, room) for k in range(n)]
-        if shortened:
-            log.warning(
-                "%d of %d prompts leave less room than max_new_tokens=%d in the model's %d positions: "
-                "their responses end where the positions end",
-                *(shortened, len(groups), most, positions),
-            )
-        return rows
 
     def _draw(
         self, rows: Sequence[Row], settings: RolloutSettings, until: Callable[[Row], bool] | None
@@ -153,17 +111,17 @@ class LocalEngine:
             if some := going(rows):
                 fewer = len(places) < most
                 budget = settings.max_batch_tokens * len(places) // most
-                queue = Queue(some, budget, len(places) if fewer else self._most_rows(), settings.compile)
-                yield from finish(ContinuousDecoding(self.model, settings.compile), queue)
+                queue = Queue(some, budget, len(places) if fewer else self._most_rows(), self._compiled)
+                yield from finish(ContinuousDecoding(self.model, self._compiled), queue)
 
         name = type(self.model.base).__name__
         longest = max((row.final_length for row in rows), default=0)
         if rows and takes_plans(self.model, longest):
-            most = Queue(rows, settings.max_batch_tokens, self._most_rows(), settings.compile).first
+            most = Queue(rows, settings.max_batch_tokens, self._most_rows(), self._compiled).first
             yield from in_halves([list(range(most))], in_places, "sampling")
         elif rows:
             mode = decoding_mode(self.model)
-            if settings.compile:
+            if self._compiled:
                 log.warning("rollout.compile: %s is not compiled, it goes through transformers' own cache", name)
             yield from in_halves(batches(rows, settings.max_batch_tokens, mode.padded), in_batch, "sampling")
 

@@ -47,13 +47,16 @@ class MonteCarloLabels:
         self._sampler: Sampler | None = None
         self._tokenizer: Any = None
 
-    def attach(self, sampler: Sampler, tokenizer: Any) -> None:
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """The policy's tokenizer tells where steps end."""
+        self._tokenizer, self._steps = tokenizer, Steps(tokenizer, self.step_separator, self.step_token)
+
+    def bind_sampler(self, sampler: Sampler) -> None:
         """The policy that completes solutions."""
-        self._sampler, self._tokenizer = sampler, tokenizer
-        self._steps = Steps(tokenizer, self.step_separator, self.step_token)
+        self._sampler = sampler
 
     def score(self, groups: Sequence[Group]) -> None:
-        if self._sampler is None:
+        if self._sampler is None or self._tokenizer is None:
             raise ConfigError("scoring: Monte-Carlo labels need a policy to complete solutions: use `alignlab sample`")
         ends = [[self._steps.ends(r.token_ids) for r in g.responses] for g in groups]
         begun = [

@@ -1,27 +1,23 @@
-"""Sample responses to prompts, score or label them, and write them down: a data set made from a policy."""
+"""Sample responses to prompts, score or label them, write them down: a data set made from a policy."""
 
 from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from alignlab.config import build, section
-from alignlab.core import ConfigError, Group, Scorer
+from alignlab.build import section
+from alignlab.core import ConfigError, Group, NeedsPolicy, NeedsSampler, RolloutContext
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, QuantizationSettings, load_model
-from alignlab.rollout.local import LocalEngine
-from alignlab.rollout.monte_carlo import MonteCarloLabels
-from alignlab.rollout.settings import RolloutSettings
-from alignlab.rollout.vllm.engine import VllmEngine
-from alignlab.rollout.vllm.run import VllmRun
+from alignlab.rollout import build_engine, build_environment
+from alignlab.scoring import build_scorers
 
 
 class ProduceSettings(Settings):
@@ -37,13 +33,14 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write `groups.jsonl` in `out`: `rounds` times over the prompts, `group_size` responses each, with columns.
 
     Returns:
-        groups, generated_tokens and seconds.
+        groups, generated_tokens (without those that scorers draw) and seconds.
     """
     wanted = section(ProduceSettings, {k: config[k] for k in ProduceSettings.model_fields}, "")
     settings = section(ModelSettings, config["model"], "model")
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
-    rollout = section(RolloutSettings, config["rollout"], "rollout")
-    scorers: list[Scorer] = [build(config["scoring"], "scoring")] if config["scoring"] else []
+    engine, environment = build_engine(config["rollout"]), build_environment(config.get("environment"))
+    engine.check({"model": settings, "quantization": quantization, "environment": environment}, None)
+    scorers = build_scorers(config["scoring"])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,26 +52,26 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
-    if rollout.vllm is not None and quantization.kind != "none":
-        raise ConfigError(
-            f"quantization={quantization.kind}: a vLLM server samples from the base as it is: leave it out"
-        )
-    server = VllmRun(rollout, model, settings, out) if rollout.vllm is not None else None
+    for part in (*scorers, environment):
+        if isinstance(part, NeedsPolicy):
+            part.bind(model, model.tokenizer)
     found: list[Group] = []
-    with server or nullcontext():
+    tokens = 0
+    with engine.start(RolloutContext(model, settings, out)):
         started = time.monotonic()
-        engine = LocalEngine(model, rollout)
-        if server is not None:
-            server.push(model)
-            engine = VllmEngine(model, rollout, server)
+        sampler = engine.sampler(model)
         for scorer in scorers:
-            if isinstance(scorer, MonteCarloLabels):
-                scorer.attach(engine, model.tokenizer)
+            if isinstance(scorer, NeedsSampler):
+                scorer.bind_sampler(sampler)
         for round_ in range(wanted.rounds):
-            groups = engine.sample(prompts, wanted.group_size, wanted.seed + round_)
+            seed, before = wanted.seed + round_, sampler.generated_tokens
+            if environment is None:
+                groups = sampler.sample(prompts, wanted.group_size, seed)
+            else:
+                groups = environment.rollout(sampler, prompts, wanted.group_size, seed)
+            tokens += sampler.generated_tokens - before
             for scorer in scorers:
                 scorer.score(groups)
             found.extend(groups)
     write_jsonl(out / "groups.jsonl", [group_to_record(g) for g in found])
-    tokens = sum(len(r.token_ids) for g in found for r in g.responses)
     return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - started, 3)}

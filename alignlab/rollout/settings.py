@@ -1,22 +1,54 @@
-"""The `rollout` section of the config: what is sampled, when it ends, how much at a time."""
+"""The `rollout` section of the config: what all engines have, what is sampled, which server samples."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from alignlab.core import RolloutContext, Sampler
 from alignlab.core.settings import Settings
-from alignlab.rollout.vllm.settings import VllmSettings
 
 
-class RolloutSettings(Settings):
-    """How responses are drawn. The filters apply in the order temperature, top_k, top_p, min_p.
+class BaseRollout(Settings):
+    """Base class of rollout engines; a subclass needs only `sampler`. See `alignlab.core.RolloutEngine`.
 
-    Tokens in `stop_tokens` and `suppress_tokens` are ids, or entries of the tokenizer's vocabulary as text.
+    Its annotated attributes are its keys in the config's section `rollout`.
     """
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def importance_cap(self) -> float | None:
+        return None
+
+    @property
+    def off_policy(self) -> bool:
+        return False
+
+    @property
+    def prefetches(self) -> bool:
+        return False
+
+    def check(self, config: Mapping[str, Any], algorithm: Any) -> None:
+        """Nothing is refused."""
+
+    def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def sampler(self, policy: Any) -> Sampler:
+        raise NotImplementedError(f"{type(self).__name__} does not define sampler")
+
+
+class RolloutSettings(BaseRollout):
+    """What responses are drawn, when they end, how much is drawn at a time.
+
+    The filters apply in the order temperature, top_k, top_p, min_p. Tokens in `stop_tokens` and `suppress_tokens` are
+    ids, or entries of the tokenizer's vocabulary as text.
+    """
+
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -26,8 +58,6 @@ class RolloutSettings(Settings):
     stop_tokens: list[int | str] = Field(default_factory=list)
     suppress_tokens: list[int | str] = Field(default_factory=list)
     max_batch_tokens: int = Field(16384, ge=1)
-    compile: bool = False
-    vllm: VllmSettings | None = None
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -37,7 +67,28 @@ class RolloutSettings(Settings):
 
     @property
     def unfiltered(self) -> bool:
-        """Whether responses are drawn from the model's own distribution, at the temperature, whatever the tokens, and
-        by the very network that is trained."""
-        filters = self.top_k or self.top_p < 1 or self.min_p or self.vllm is not None
+        """Whether responses are drawn from the model's own distribution, at the temperature, whatever the tokens."""
+        filters = self.top_k or self.top_p < 1 or self.min_p
         return not (filters or self.min_new_tokens or self.suppress_tokens or self.temperature == 0)
+
+
+class VllmSettings(Settings):
+    """The section `rollout.vllm`: which server samples, how it is started, and how samples are corrected that come
+    from another policy than the trainer's.
+
+    Attributes:
+        importance_cap: C of truncated importance weights min(π_old/π_behaviour, C); None: no weights.
+        asynchronous: whether an iteration's responses are drawn while the one before it trains.
+    """
+
+    url: str | None = Field(None, pattern=r"^https?://[^/\s]+/?$")
+    shared_dir: str | None = None
+    python: str | None = None
+    port: int | None = Field(None, ge=1, le=65535)
+    devices: str | None = None
+    memory: float = Field(0.3, gt=0, lt=1)
+    arguments: list[str] = Field(default_factory=list)
+    start_timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0)
+    importance_cap: float | None = Field(None, gt=0)
+    asynchronous: bool = False

@@ -8,42 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from alignlab.core import AlignlabError, Group, Scorer, require
+from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Sampler, Scorer, require
 from alignlab.data.steps import Steps
-from alignlab.rollout.local import LocalEngine, Row
+from alignlab.rollout.batching import Row
+from alignlab.rollout.sampler import StepSampler
 
 OWN_SAMPLES = 1 << 32
 """Numbers of samples from here on are those of a search: no plain sample shares their random numbers."""
-
-
-class StepSearch:
-    """How to search; called with an engine, it is a `Sampler` whose responses were found by search.
-
-    Args:
-        scorer: fills `reward` of beginnings of solutions, as of whole ones.
-        beams: how many beginnings are kept, >= 1.
-        expand: how many next steps are drawn for each, >= 1. With one beam and one step it is plain sampling.
-        step_separator, step_token: what ends a step, see `data`.
-    """
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        beams: int = 4,
-        expand: int = 4,
-        step_separator: str = "\n",
-        step_token: str | None = None,
-    ) -> None:
-        require(beams >= 1, "search.beams", beams, "must be at least 1")
-        require(expand >= 1, "search.expand", expand, "must be at least 1")
-        if "reward" not in scorer.fills:
-            raise AlignlabError(f"search.scorer: fills {', '.join(scorer.fills) or 'nothing'}, not 'reward'")
-        self.scorer, self.beams, self.expand = scorer, beams, expand
-        self.step_separator, self.step_token = step_separator, step_token
-
-    def __call__(self, engine: LocalEngine) -> SearchSampler:
-        return SearchSampler(engine, self)
 
 
 @dataclass(slots=True)
@@ -68,38 +41,68 @@ class _Search:
     children: list[_Beam] = field(default_factory=list)
 
 
-class SearchSampler:
-    """A `Sampler`: each of the n responses to a prompt is the best one found by a search of its own.
+class StepSearch:
+    """An `Environment`: each of the n responses to a prompt is the best one found by a search of its own.
 
     `behaviour_logp` holds the log-probs under the policy that drew the tokens; that the best of several was kept is
-    not in them.
+    not in them. It needs a `StepSampler`, and fills what `scorer` fills.
+
+    Args:
+        scorer: fills `reward` of beginnings of solutions, as of whole ones.
+        beams: how many beginnings are kept, >= 1.
+        expand: how many next steps are drawn for each, >= 1. With one beam and one step it is plain sampling.
+        step_separator, step_token: what ends a step, see `data`.
     """
 
-    def __init__(self, engine: LocalEngine, search: StepSearch) -> None:
-        self.engine, self.search = engine, search
-        self.steps = Steps(engine.model.tokenizer, search.step_separator, search.step_token)
+    needs_step_sampler = True
 
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens drawn so far, those of beginnings that were given up included."""
-        return self.engine.generated_tokens
+    def __init__(
+        self,
+        scorer: Scorer,
+        beams: int = 4,
+        expand: int = 4,
+        step_separator: str = "\n",
+        step_token: str | None = None,
+    ) -> None:
+        require(beams >= 1, "environment.beams", beams, "must be at least 1")
+        require(expand >= 1, "environment.expand", expand, "must be at least 1")
+        if "reward" not in scorer.fills:
+            raise AlignlabError(f"environment.scorer: fills {', '.join(scorer.fills) or 'nothing'}, not 'reward'")
+        self.scorer, self.beams, self.expand = scorer, beams, expand
+        self.step_separator, self.step_token = step_separator, step_token
+        self.fills = tuple(scorer.fills)
 
-    def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        rows = self.engine.rows(groups, n, seed)
-        searches = [_Search(groups[i // n], [_Beam(row)]) for i, row in enumerate(rows)]
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """For a scorer that works with the policy."""
+        if isinstance(self.scorer, NeedsPolicy):
+            self.scorer.bind(policy, tokenizer)
+
+    def rollout(self, sampler: Sampler, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
+        """See `alignlab.core.Environment.rollout`.
+
+        Raises:
+            ConfigError: the sampler cannot draw step by step.
+        """
+        if not isinstance(sampler, StepSampler):
+            raise ConfigError(
+                f"environment: responses are drawn step by step, which {type(sampler).__name__} cannot: use "
+                "rollout=local"
+            )
+        steps = Steps(sampler.tokenizer, self.step_separator, self.step_token)
+        searches = [_Search(groups[i // n], [_Beam(row)]) for i, row in enumerate(sampler.rows(groups, n, seed))]
         first = True
         while going := [s for s in searches if not all(b.ended for b in s.beams)]:
             for search in going:
-                self._expand(search, self.search.expand * (self.search.beams if first else 1))
-            self.engine.draw([c.row for s in going for c in s.children if not c.ended], self._step_complete)
-            self._prune(going, self.search.beams)
+                self._expand(search, self.expand * (self.beams if first else 1))
+            drawn = [c.row for s in going for c in s.children if not c.ended]
+            sampler.extend(drawn, lambda row: steps.completes(row.tokens, row.begun))
+            self._prune(going, self.beams)
             first = False
         self._prune(searches, 1)
-        found = [s.beams[0].row.response() for s in searches]
-        return [g.with_responses(found[i * n : (i + 1) * n]) for i, g in enumerate(groups)]
-
-    def _step_complete(self, row: Row) -> bool:
-        return self.steps.completes(row.tokens, row.begun)
+        best = [s.beams[0].row.response() for s in searches]
+        found = [g.with_responses(best[i * n : (i + 1) * n]) for i, g in enumerate(groups)]
+        self.scorer.score(found)
+        return found
 
     def _expand(self, search: _Search, count: int) -> None:
         """Each beam that has not ended as `count` copies, to be continued; the first goes on with its own samples."""
@@ -127,7 +130,7 @@ class SearchSampler:
         pairs = zip(crowded, new, strict=True)
         scored = [s.group.with_responses([b.row.response() for b in some]) for s, some in pairs]
         if wanted := [g for g in scored if g.responses]:
-            self.search.scorer.score(wanted)
+            self.scorer.score(wanted)
         for group, some in zip(scored, new, strict=True):
             for response, beam in zip(group.responses, some, strict=True):
                 beam.score = float(response.columns["reward"])  # type: ignore[arg-type]

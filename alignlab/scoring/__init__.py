@@ -1,5 +1,11 @@
 """Scoring: what fills columns of groups."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from alignlab.build import build
+from alignlab.core import ConfigError, Scorer
 from alignlab.scoring.combined import CombinedScorer
 from alignlab.scoring.endpoint import Endpoint
 from alignlab.scoring.function import FunctionScorer
@@ -22,6 +28,18 @@ __all__ = [
     "ProcessRewardScorer",
     "RewardModelScorer",
     "StepCheckScorer",
+    "build_scorers",
     "fill_log_probs",
     "fill_outputs",
 ]
+
+
+def build_scorers(values: Any) -> list[Scorer]:
+    """The scorers that the config's section `scoring` names: one, a list of them, which score one after the other, or
+    none."""
+    entries = values if isinstance(values, list) else [values] if values else []
+    scorers = [build(entry, f"scoring.{i}" if len(entries) > 1 else "scoring") for i, entry in enumerate(entries)]
+    for entry, scorer in zip(entries, scorers, strict=True):
+        if not isinstance(scorer, Scorer):
+            raise ConfigError(f"scoring._target_={entry['_target_']}: a scorer has `fills` and `score(groups)`")
+    return scorers

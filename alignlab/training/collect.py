@@ -13,6 +13,7 @@ from alignlab.core import (
     Environment,
     ExactSampler,
     Group,
+    NeedsSampler,
     PrefetchingSampler,
     Reports,
     Response,
@@ -164,6 +165,9 @@ class Collector:
                     drawn = sampler.sample(groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
         tokens = sampler.generated_tokens  # a search draws more than it returns
+        for scorer in self.scorers:
+            if isinstance(scorer, NeedsSampler):
+                scorer.bind_sampler(sampler)
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alignlab.core import Group
+from alignlab.build import section
+from alignlab.core import Group, RolloutContext
 from alignlab.models import PackedModel, save_model
 from alignlab.rollout import LocalRollout
 
@@ -46,9 +47,9 @@ class Policy:
             ConfigError: there is no such setting, or its value is impossible.
             DataError: a prompt leaves no room for a response.
         """
-        engine = LocalRollout(**settings)
-        engine.show_progress = progress
-        return engine.sampler(self.model).sample(prompts, n, seed)
+        engine = section(LocalRollout, settings, "sample")
+        with engine.start(RolloutContext(self.model, None, Path(), show_progress=progress)):
+            return engine.sampler(self.model).sample(prompts, n, seed)
 
     def log_probs(
         self, groups: Sequence[Group], temperature: float = 1.0, max_tokens_per_microbatch: int = 16384

@@ -23,10 +23,10 @@ from alignlab.benchmarks.reasoning import ReasoningBenchmark, check_steps
 from alignlab.core import Group, Sampler, Scorer
 from alignlab.data import DataSettings, load
 from alignlab.models import ModelSettings, PackedModel, load_model
-from alignlab.rollout import LocalEngine, RolloutSettings, StepSearch, best_of
+from alignlab.rollout import LocalRollout, StepSearch, best_of
 from alignlab.scoring import ProcessRewardScorer, StepCheckScorer
 
-ROLLOUT = RolloutSettings(max_new_tokens=40)
+ROLLOUT = LocalRollout(max_new_tokens=40)
 PROBLEMS, SEED = 1024, 11
 
 
@@ -36,7 +36,7 @@ def judged(prm: Path, groups: list[Group]) -> list[Case]:
 
 def checked(policy: PackedModel, path: Path, prompts: list[Group], seed: int) -> list[Group]:
     """The policy's own solutions, labelled by the program."""
-    groups = LocalEngine(policy, ROLLOUT).sample(prompts, 1, seed)
+    groups = ROLLOUT.sampler(policy).sample(prompts, 1, seed)
     StepCheckScorer(check_steps, str(path)).score(groups)
     return groups
 
@@ -53,7 +53,7 @@ def choices(policy: PackedModel, prm: Scorer, prompts: list[Group], benchmark: R
     """Ways to choose an answer: how often it is right, what it costs."""
     rows = []
 
-    def add(name: str, sampler: Sampler, found: list[Group], engine: LocalEngine, started: float) -> None:
+    def add(name: str, found: list[Group], engine: Sampler, started: float) -> None:
         right, error = accuracy(found, benchmark)
         tokens = engine.generated_tokens / len(prompts)
         rows.append(
@@ -61,16 +61,16 @@ def choices(policy: PackedModel, prm: Scorer, prompts: list[Group], benchmark: R
         )
         print(rows[-1], flush=True)
 
-    started, engine = time.monotonic(), LocalEngine(policy, ROLLOUT)
-    add("most probable", engine, engine.greedy(prompts), engine, started)
+    started, engine = time.monotonic(), ROLLOUT.sampler(policy)
+    add("most probable", engine.greedy(prompts), engine, started)
     for n in (1, 4, 16, 64):
-        started, engine = time.monotonic(), LocalEngine(policy, ROLLOUT)
+        started, engine = time.monotonic(), ROLLOUT.sampler(policy)
         found = best_of(engine, prm, prompts, n, SEED) if n > 1 else engine.sample(prompts, 1, SEED)
-        add(f"best of {n}" if n > 1 else "one sample", engine, found, engine, started)
+        add(f"best of {n}" if n > 1 else "one sample", found, engine, started)
     for beams, expand in ((1, 4), (2, 2), (1, 16), (4, 4), (8, 8)):
-        started, engine = time.monotonic(), LocalEngine(policy, ROLLOUT)
-        search = StepSearch(prm, beams, expand)(engine)
-        add(f"search, {beams} beams × {expand}", search, search.sample(prompts, 1, SEED), engine, started)
+        started, engine = time.monotonic(), ROLLOUT.sampler(policy)
+        found = StepSearch(prm, beams, expand).rollout(engine, prompts, 1, SEED)
+        add(f"search, {beams} beams × {expand}", found, engine, started)
     return rows
 
 

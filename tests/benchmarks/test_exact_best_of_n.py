@@ -12,7 +12,7 @@ from alignlab.benchmarks.exact import ExactReward, ExactWorld, ExactWorldSetting
 from alignlab.benchmarks.exact.base_model import BaseModelSettings, pretrain
 from alignlab.core import Group
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings, best_of
+from alignlab.rollout import LocalRollout, best_of
 
 DRAWS = 3000
 
@@ -34,7 +34,7 @@ def test_drawn_best_of_n_has_the_closed_form(world: ExactWorld, policy: PackedMo
     logp_XY = completion_log_probs(policy.network, world)
     expected_XY = metrics.best_of_n(logp_XY, world.reward_XY, n).exp()
     assert float(metrics.kl_divergence(expected_XY.log(), logp_XY)) <= math.log(n) - (n - 1) / n + 1e-9
-    engine = LocalEngine(policy, RolloutSettings(max_new_tokens=2), progress=False)
+    engine = LocalRollout(max_new_tokens=2).sampler(policy)
     for x, ids in enumerate(world.prompt_ids):
         groups = [Group(ids, origin=f"draw:{i}") for i in range(DRAWS)]
         chosen = best_of(engine, ExactReward(world), groups, n, seed=7)
@@ -53,7 +53,7 @@ def test_drawn_best_of_n_has_the_closed_form(world: ExactWorld, policy: PackedMo
 def test_the_closed_form_is_told_from_its_neighbours(world: ExactWorld, policy: PackedModel) -> None:
     """The guard of the test above: 3000 draws of best of 4 are not taken for best of 3 or 5."""
     logp_XY = completion_log_probs(policy.network, world)
-    engine = LocalEngine(policy, RolloutSettings(max_new_tokens=2), progress=False)
+    engine = LocalRollout(max_new_tokens=2).sampler(policy)
     groups = [Group(world.prompt_ids[0], origin=f"draw:{i}") for i in range(DRAWS)]
     chosen = best_of(engine, ExactReward(world), groups, 4, seed=7)
     counts = torch.bincount(torch.tensor([world.index(g.responses[0].token_ids) for g in chosen]), minlength=world.Y)

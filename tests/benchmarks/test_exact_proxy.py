@@ -18,7 +18,7 @@ from alignlab.benchmarks.exact.base_model import BaseModelSettings, pretrain
 from alignlab.benchmarks.exact.benchmark import ExactBenchmark
 from alignlab.core import AlignlabError, ConfigError, Group
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 
 WORLD = {"words": 2, "max_tokens": 2, "prompts": 2}
 COMPLETIONS = 7  # 1 + 2 + 4
@@ -53,9 +53,9 @@ def policies(benchmark: ExactBenchmark) -> list[PackedModel]:
 
 
 def subject(benchmark: ExactBenchmark, policies: list[PackedModel], **more: Any) -> Subject:
-    rollout = RolloutSettings(max_new_tokens=2)
+    rollout = LocalRollout(max_new_tokens=2)
     given = {"proxy": Table(TIED, benchmark.world.end_id), **more}
-    return Subject(policies[0], lambda: nullcontext(policies[1]), lambda m: LocalEngine(m, rollout), **given)
+    return Subject(policies[0], lambda: nullcontext(policies[1]), rollout.sampler, **given)
 
 
 def brute_force(p_Y: list[float], proxy_Y: list[float], n: int) -> list[float]:

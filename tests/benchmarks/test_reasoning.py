@@ -19,7 +19,7 @@ from alignlab.core import ConfigError, DataError, Group, Response
 from alignlab.data import DataSettings, load
 from alignlab.data.steps import Steps
 from alignlab.models import ModelSettings, PackedModel, load_model
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 
 PROMPT = "7+5*3-8="
 STEPS = ["7+5=2", "2*3=6", "6-8=8"]
@@ -144,7 +144,7 @@ def test_it_learns_the_form_of_a_solution(tmp_path: Path) -> None:
     rng = random.Random(5)
     prompts = [teacher.problem(rng, test=True) for _ in range(40)]
     groups = [Group(model.tokenizer(p)["input_ids"], [], f"p:{i}", p) for i, p in enumerate(prompts)]
-    found = LocalEngine(model, RolloutSettings(max_new_tokens=12)).greedy(groups)
+    found = LocalRollout(max_new_tokens=12).sampler(model).greedy(groups)
     formed = [g.responses[0].text.startswith(g.prompt) and len(g.responses[0].text) == 5 for g in found]
     assert sum(formed) > 36
 

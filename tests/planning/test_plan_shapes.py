@@ -15,7 +15,7 @@ from alignlab.core import Algorithm
 from alignlab.models import AdapterSettings, ModelSettings
 from alignlab.planning.shapes import BUILT_IN, Shapes, extrapolate, read_config
 from alignlab.planning.trace import Workload, trace_generation, trace_passes
-from alignlab.rollout import RolloutSettings
+from alignlab.rollout import LocalRollout
 from tests import tiny
 
 WIDTH, INNER, VOCABULARY, RANK = 32, 48, tiny.SIZE, 4
@@ -109,7 +109,7 @@ def test_checkpointing_keeps_a_layer_s_input_alone() -> None:
 )
 def test_all_is_linear_in_the_layers(build: Any) -> None:
     """So a model of 80 layers needs no more time than one of 4."""
-    work, rollout = Workload(2, 9, 5, 2), RolloutSettings(max_new_tokens=5)
+    work, rollout = Workload(2, 9, 5, 2), LocalRollout(max_new_tokens=5)
 
     def measured(layers: int) -> list[Any]:
         made = build(layers=layers)
@@ -148,7 +148,7 @@ def test_a_forward_pass_keeps_what_autograd_says() -> None:
 
 def test_the_cache_by_hand() -> None:
     """Keys and values of two heads of 8 numbers in two layers, for each token of each row."""
-    work, rollout = Workload(1, 9, 5, 1), RolloutSettings(max_new_tokens=6)
+    work, rollout = Workload(1, 9, 5, 1), LocalRollout(max_new_tokens=6)
     found = trace_generation(shapes(), 3, 2, work, rollout)
     tokens = 3 * 2 * (9 + 6 - 1)
     assert found.cache == pytest.approx(2 * 2 * 2 * 8 * 4 * tokens, rel=0.1)

@@ -10,7 +10,7 @@ import torch
 from alignlab.core import Group
 from alignlab.models import PackedModel
 from alignlab.models.probe import probe
-from alignlab.rollout import LocalEngine, RolloutSettings, local
+from alignlab.rollout import LocalRollout, local
 from alignlab.rollout.continuous import takes_plans
 from alignlab.rollout.decoding import Mode, decoding_mode
 from tests.rollout.tiny import EOS, PIECES, model, network, plain_logp, prompts, tokenizer
@@ -58,8 +58,8 @@ def test_which_networks_take_plans(name: str) -> None:
 def test_behaviour_logp_is_the_plain_forward_s(name: str, way: str) -> None:
     packed = model(name)
     assert decoding_mode(packed) == MODES[name]
-    settings = RolloutSettings(max_new_tokens=10, stop_tokens=["a", "b", "c"])
-    sampled = LocalEngine(packed, settings).sample(prompts(*LENGTHS), 6, 0)
+    settings = LocalRollout(max_new_tokens=10, stop_tokens=["a", "b", "c"])
+    sampled = settings.sampler(packed).sample(prompts(*LENGTHS), 6, 0)
     for group in sampled:
         for response in group.responses:
             expected = plain_logp(packed.network, group.prompt_ids, response.token_ids)
@@ -71,7 +71,7 @@ def test_behaviour_logp_is_the_plain_forward_s(name: str, way: str) -> None:
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_greedy_is_transformers_generate(name: str, way: str) -> None:
     packed = model(name)
-    for group in LocalEngine(packed, RolloutSettings(max_new_tokens=10)).greedy(prompts(*LENGTHS)):
+    for group in LocalRollout(max_new_tokens=10).sampler(packed).greedy(prompts(*LENGTHS)):
         ids = torch.tensor([group.prompt_ids])
         generated = packed.network.eval().generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, pad_token_id=0
@@ -84,8 +84,8 @@ def test_greedy_is_transformers_generate(name: str, way: str) -> None:
 def test_behaviour_logp_is_the_scoring_pass_s(name: str, temperature: float) -> None:
     packed = model(name)
     probe(packed)
-    settings = RolloutSettings(max_new_tokens=10, temperature=temperature)
-    sampled = LocalEngine(packed, settings).sample(prompts(*LENGTHS), 3, 0)
+    settings = LocalRollout(max_new_tokens=10, temperature=temperature)
+    sampled = settings.sampler(packed).sample(prompts(*LENGTHS), 3, 0)
     scored = packed.outputs(sampled, temperature=temperature)["logp"]
     responses = [r for g in sampled for r in g.responses]
     for response, logp in zip(responses, scored, strict=True):
@@ -111,7 +111,7 @@ def test_a_network_wrong_under_padding_is_found_out(loudness: float, caplog: pyt
         assert decoding_mode(packed) == Mode(cached=True, padded=False)
         decoding_mode(packed)
     assert caplog.text.count("only prompts of equal length are generated together") == 1, "tried and said once"
-    for group in LocalEngine(packed, RolloutSettings(max_new_tokens=5)).sample(prompts(*LENGTHS), 2, 0):
+    for group in LocalRollout(max_new_tokens=5).sampler(packed).sample(prompts(*LENGTHS), 2, 0):
         for response in group.responses:
             expected = plain_logp(net, group.prompt_ids, response.token_ids)
             assert response.columns["behaviour_logp"] == pytest.approx(expected, abs=1e-5)
@@ -123,7 +123,7 @@ def test_one_prefill_per_prompt_and_ended_rows_leave(name: str) -> None:
     packed = model(name)
     groups = [*prompts(2, 13, 7, 30), *prompts(13, seed=9)]
     groups.append(Group(groups[0].prompt_ids, origin="elsewhere:1"))  # the same prompt in another record
-    sampler = LocalEngine(packed, RolloutSettings(max_new_tokens=12))
+    sampler = LocalRollout(max_new_tokens=12).sampler(packed)
     decoding_mode(packed)
     shapes: list[torch.Size] = []
     hook = packed.base.get_input_embeddings().register_forward_hook(
@@ -144,8 +144,8 @@ def test_batches_keep_to_the_token_budget(way: str) -> None:
     decoding_mode(packed)
     shapes: list[tuple[int, int]] = []
     packed.base.get_input_embeddings().register_forward_hook(lambda _, i, __: shapes.append(tuple(i[0].shape)))
-    settings = RolloutSettings(max_new_tokens=4, max_batch_tokens=100, suppress_tokens=[EOS])
-    LocalEngine(packed, settings).sample(prompts(2, 3, 16, 21, 46), 3, 0)
+    settings = LocalRollout(max_new_tokens=4, max_batch_tokens=100, suppress_tokens=[EOS])
+    settings.sampler(packed).sample(prompts(2, 3, 16, 21, 46), 3, 0)
     # 46 + 4: two rows fit, so 2 + 1; then 21 + 4: four rows fit, of which 3 are used as 3 more do not; 16 + 4: five,
     # the same; 3 + 4: fourteen, both prompts of 3 rows.
     prefills, steps = [s for s in shapes if s[1] > 1], [s for s in shapes if s[1] == 1]
@@ -170,13 +170,13 @@ def test_a_real_model() -> None:
     groups = prompts(*[1] * 3)
     for group, text in zip(groups, texts, strict=True):
         group.prompt_ids = packed.tokenizer(text, add_special_tokens=False)["input_ids"]
-    for group in LocalEngine(packed, RolloutSettings(max_new_tokens=30)).greedy(groups):
+    for group in LocalRollout(max_new_tokens=30).sampler(packed).greedy(groups):
         ids = torch.tensor([group.prompt_ids])
         generated = packed.network.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30
         )
         assert group.responses[0].token_ids == generated[0, ids.shape[1] :].tolist()
-    stopped = LocalEngine(packed, RolloutSettings(max_new_tokens=60, stop=["."])).sample(groups, 4, 0)
+    stopped = LocalRollout(max_new_tokens=60, stop=["."]).sampler(packed).sample(groups, 4, 0)
     responses = [r for g in stopped for r in g.responses]
     assert any(r.finished for r in responses)
     for response in responses:

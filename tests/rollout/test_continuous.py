@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alignlab.core import AlignlabError
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings, cohort, continuous, local, quick
+from alignlab.rollout import LocalRollout, cohort, continuous, local, quick
 from alignlab.rollout.batching import Queue, Row, Space
 from alignlab.rollout.cohort import Cohort
 from alignlab.rollout.continuous import ContinuousDecoding, takes_plans
@@ -31,8 +31,8 @@ def llama() -> PackedModel:
 
 
 def drawn(packed: PackedModel, lengths: Sequence[int] = LENGTHS, n: int = 3, **settings: Any) -> list[list[Any]]:
-    given = RolloutSettings(**{"max_new_tokens": 12, **settings})
-    sampled = LocalEngine(packed, given, progress=False).sample(prompts(*lengths), n, 0)
+    given = LocalRollout(**{"max_new_tokens": 12, **settings})
+    sampled = given.sampler(packed).sample(prompts(*lengths), n, 0)
     return [[(r.token_ids, r.columns["behaviour_logp"]) for r in g.responses] for g in sampled]
 
 

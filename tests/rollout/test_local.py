@@ -10,7 +10,8 @@ import torch
 
 from alignlab.core import AlignlabError, ConfigError, DataError, Group, NonFiniteError, Response, Sampler
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings, best_of, local
+from alignlab.rollout import LocalRollout, best_of, local
+from alignlab.rollout.local import LocalSampler
 from tests.rollout.tiny import EOS, model, network, plain_logp, prompts, tokenizer
 
 MIXED = (3, 17, 9, 3, 30, 1)
@@ -21,8 +22,8 @@ def llama() -> PackedModel:
     return model("llama")
 
 
-def engine(packed: PackedModel, progress: bool = True, **settings: object) -> LocalEngine:
-    return LocalEngine(packed, RolloutSettings(**{"max_new_tokens": 8, **settings}), progress)  # type: ignore[arg-type]
+def engine(packed: PackedModel, progress: bool = True, **settings: object) -> LocalSampler:
+    return LocalSampler(packed, LocalRollout(**{"max_new_tokens": 8, **settings}), progress)  # type: ignore[arg-type]
 
 
 def tokens(groups: Sequence[Group]) -> list[list[list[int]]]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer
-from alignlab.rollout import LocalEngine, MonteCarloLabels, RolloutSettings
+from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, NeedsSampler, Response, Scorer
+from alignlab.rollout import LocalRollout, MonteCarloLabels
 from tests.rollout.tiny import EOS, ids, model, prompts, tokenizer
 
 
@@ -54,7 +54,7 @@ def test_exact_shares(estimate: Any, labels: list[float]) -> None:
     scorer = MonteCarloLabels(right, 4, estimate, seed=5)
     assert isinstance(scorer, Scorer)
     assert scorer.fills == ("step_label",)
-    scorer.attach(policy, tokenizer())
+    attach(scorer, policy, tokenizer())
     scorer.score([group])
     response = group.responses[0]
     assert response.columns == {"step_label": labels}
@@ -62,11 +62,17 @@ def test_exact_shares(estimate: Any, labels: list[float]) -> None:
     assert [(begun, n, seed) for _, begun, n, seed in policy.asked] == [("abc\n", 4, 5), ("abc\nd\n", 4, 5)]
 
 
+def attach(scorer: MonteCarloLabels, sampler: Any, tokenizer: Any) -> None:
+    assert isinstance(scorer, NeedsPolicy) and isinstance(scorer, NeedsSampler)
+    scorer.bind(None, tokenizer)
+    scorer.bind_sampler(sampler)
+
+
 def test_no_completion_is_right() -> None:
     group = solution("c|\n|d|<eos>")
     for estimate in ("soft", "hard"):
         scorer = MonteCarloLabels(right, 2, estimate)  # type: ignore[arg-type]
-        scorer.attach(Scripted({"c\n": ["d", "e"]}), tokenizer())
+        attach(scorer, Scripted({"c\n": ["d", "e"]}), tokenizer())
         scorer.score([group])
         assert group.responses[0].columns["step_label"] == [-1.0, -1.0]
 
@@ -75,7 +81,7 @@ def test_each_solution_is_completed_for_itself() -> None:
     """Equal beginnings of two solutions of one prompt have samples of their own; a solution of one step none."""
     policy = Scripted({"c\n": ["l", "e"]})
     scorer = MonteCarloLabels(right, 2, "soft")
-    scorer.attach(policy, tokenizer())
+    attach(scorer, policy, tokenizer())
     groups = [solution("c|\n|l|<eos>", "c|\n|e|<eos>", "l|<eos>"), solution("e|<eos>")]
     scorer.score(groups)
     found = [[r.columns["step_label"] for r in g.responses] for g in groups]
@@ -89,7 +95,7 @@ def test_what_a_stop_string_cut_off_is_no_part_of_the_answer() -> None:
             return [g.with_responses([Response(ids("l|k"), text="l")] * n) for g in groups]
 
     scorer = MonteCarloLabels(right, 1, "soft")
-    scorer.attach(Stopped({}), tokenizer())
+    attach(scorer, Stopped({}), tokenizer())
     group = solution("c|\n|d|<eos>")
     scorer.score([group])
     assert group.responses[0].columns["step_label"] == [1.0, -1.0]
@@ -101,7 +107,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"scoring\.completions=0"):
         MonteCarloLabels(right, 0)
     scorer = MonteCarloLabels(lambda prompt, response, extra: extra["answer"])
-    scorer.attach(Scripted({}), tokenizer())
+    attach(scorer, Scripted({}), tokenizer())
     with pytest.raises(AlignlabError, match=r"prompts.jsonl:7: .*failed: KeyError: 'answer'"):
         scorer.score([solution("c")])
 
@@ -114,9 +120,9 @@ def test_a_real_policy_s_shares_are_those_of_its_samples() -> None:
     def low(prompt: str, response: str, extra: dict) -> bool:
         return any(response.endswith(piece) for piece in ("a", "b", "c", "ab", "ca"))
 
-    engine = LocalEngine(packed, RolloutSettings(max_new_tokens=1))
+    engine = LocalRollout(max_new_tokens=1).sampler(packed)
     scorer = MonteCarloLabels(low, 400, "soft")
-    scorer.attach(engine, packed.tokenizer)
+    attach(scorer, engine, packed.tokenizer)
     group = prompts(4)[0].with_responses([Response([*ids("d|\n|e|\n|f"), EOS], text="d\ne\nf")])
     scorer.score([group])
     labels = group.responses[0].columns["step_label"]

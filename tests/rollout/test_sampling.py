@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from alignlab.rollout import RolloutSettings, filtered_log_probs
+from alignlab.rollout import LocalRollout, filtered_log_probs
 from alignlab.rollout.sampling import BLOCK, draw, sample, stream_key, uniforms
 
 LAST = 1 - 2.0**-53  # the largest float64 below 1
@@ -17,7 +17,7 @@ LAST = 1 - 2.0**-53  # the largest float64 below 1
 
 def filtered(probabilities: list[float], **settings: float) -> list[float]:
     logits = torch.tensor(probabilities, dtype=torch.float64).log() + 3.0  # logits are known up to a constant
-    return filtered_log_probs(logits, RolloutSettings(**settings)).exp().tolist()
+    return filtered_log_probs(logits, LocalRollout(**settings)).exp().tolist()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_filters_by_hand(given: list[float], settings: dict[str, float], expecte
 def test_ties_go_to_the_lower_id() -> None:
     level = torch.zeros(3, 5000)
     for settings in ({"top_k": 10}, {"top_p": 9.5 / 5000}):
-        kept = filtered_log_probs(level, RolloutSettings(**settings)).isfinite()
+        kept = filtered_log_probs(level, LocalRollout(**settings)).isfinite()
         assert kept.nonzero()[:, 1].tolist() == [*range(10)] * 3
 
 
@@ -88,7 +88,7 @@ def test_agrees_with_transformers(settings: dict[str, float]) -> None:
     before = logits.clone()
     chain = LogitsProcessorList([warpers[name](value) for name, value in settings.items()])
     expected = chain(torch.empty(50, 0), logits.clone()).softmax(-1)
-    found = filtered_log_probs(logits, RolloutSettings(**settings)).exp()
+    found = filtered_log_probs(logits, LocalRollout(**settings)).exp()
     assert torch.equal(found > 0, expected > 0)
     torch.testing.assert_close(found, expected)
     assert torch.equal(logits, before), "the logits given must not change"
@@ -96,11 +96,11 @@ def test_agrees_with_transformers(settings: dict[str, float]) -> None:
 
 def test_extreme_temperatures_and_precisions() -> None:
     logits = torch.tensor([[1.0, 5.0, -math.inf, 4.0]])
-    assert filtered_log_probs(logits, RolloutSettings(temperature=1e-38)).exp().tolist() == [[0, 1, 0, 0]]
-    flat = filtered_log_probs(logits, RolloutSettings(temperature=1e30)).exp()
+    assert filtered_log_probs(logits, LocalRollout(temperature=1e-38)).exp().tolist() == [[0, 1, 0, 0]]
+    flat = filtered_log_probs(logits, LocalRollout(temperature=1e30)).exp()
     assert flat[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
-    assert filtered_log_probs(logits.bfloat16(), RolloutSettings()).dtype == torch.float32
-    assert filtered_log_probs(logits.double(), RolloutSettings()).dtype == torch.float64
+    assert filtered_log_probs(logits.bfloat16(), LocalRollout()).dtype == torch.float32
+    assert filtered_log_probs(logits.double(), LocalRollout()).dtype == torch.float64
 
 
 def test_draw_takes_the_quantile() -> None:
@@ -185,9 +185,9 @@ def test_sample_is_draw_from_the_filtered_distribution(settings: dict[str, float
     logits = 3 * torch.randn(60, 3 * BLOCK + 50, generator=generator)
     logits[:, ::7] = -math.inf
     u = torch.rand(60, generator=generator, dtype=torch.float64)
-    logp = filtered_log_probs(logits, RolloutSettings(**settings))
+    logp = filtered_log_probs(logits, LocalRollout(**settings))
     before = logits.clone()
-    token, found, finite = sample(logits, u, RolloutSettings(**settings))
+    token, found, finite = sample(logits, u, LocalRollout(**settings))
     assert torch.equal(token, draw(logp, u)) and finite.all()
     torch.testing.assert_close(found, logp.gather(-1, token[:, None]).squeeze(-1), atol=1e-6, rtol=1e-6)
     assert torch.equal(logits, before), "the logits given must not change"
@@ -197,7 +197,7 @@ def test_sample_greedily_and_of_broken_logits() -> None:
     u = torch.full((4,), 0.5, dtype=torch.float64)
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, math.nan, 1.0], [math.inf, 0.0, 1.0], [-math.inf, 0.0, -math.inf]])
     for settings in ({"temperature": 0}, {}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
-        token, logp, finite = sample(logits, u, RolloutSettings(**settings))
+        token, logp, finite = sample(logits, u, LocalRollout(**settings))
         assert finite.tolist() == [True, False, False, True]
         assert token[3] == 1 and logp[3] == 0
         if settings == {"temperature": 0}:
@@ -210,7 +210,7 @@ def test_sample_greedily_and_of_broken_logits() -> None:
 def test_the_nucleus_in_a_large_vocabulary(top_p: float, spread: float, top_k: int) -> None:
     """However many tokens it takes: by sorting all of them."""
     logits = spread * torch.randn(4, 3000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    kept = filtered_log_probs(logits, RolloutSettings(top_p=top_p, top_k=top_k)).isfinite()
+    kept = filtered_log_probs(logits, LocalRollout(top_p=top_p, top_k=top_k)).isfinite()
     for row, found in zip(logits.tolist(), kept, strict=True):
         order = sorted(range(3000), key=lambda i: (-row[i], i))[: top_k or None]
         weight = [math.exp(row[i] - row[order[0]]) for i in order]

@@ -9,16 +9,17 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from alignlab.rollout import RolloutSettings
+from alignlab.rollout import LocalRollout
 
 FILE = Path(__file__).parents[2] / "configs" / "rollout" / "local.yaml"
 
 
 def test_config_file_holds_every_setting_with_its_default_and_meaning() -> None:
     values = yaml.safe_load(FILE.read_text())
-    assert values == RolloutSettings().model_dump(exclude={"vllm", "compile"})  # in other files of the group
-    assert RolloutSettings(**values) == RolloutSettings()
-    for line in FILE.read_text().splitlines():
+    assert values.pop("_target_") == "alignlab.rollout.LocalRollout"
+    assert values == LocalRollout().model_dump(exclude={"compile"})  # in another file of the group
+    assert LocalRollout(**values) == LocalRollout()
+    for line in FILE.read_text().splitlines()[1:]:
         assert len(line.partition("# ")[2]) > 20, f"no meaning: {line}"
 
 
@@ -40,4 +41,4 @@ def test_config_file_holds_every_setting_with_its_default_and_meaning() -> None:
 )
 def test_impossible_values_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        RolloutSettings(**wrong)
+        LocalRollout(**wrong)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from alignlab.core import Group
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 from tests.rollout.tiny import EOS, network, plain_logits, tokenizer
 
 VOCABULARY, LENGTH, SAMPLES = 7, 3, 6000
@@ -55,7 +55,7 @@ def test_frequencies_are_the_enumerated_probabilities(settings: dict[str, float]
     net = network("llama", spread=0.25, seed=4, vocab_size=VOCABULARY)
     expected = enumerate_sequences(net, settings)
     assert math.isclose(sum(expected.values()), 1, abs_tol=1e-9)
-    engine = LocalEngine(PackedModel(net, tokenizer()), RolloutSettings(max_new_tokens=LENGTH, **settings))  # type: ignore[arg-type]
+    engine = LocalRollout(max_new_tokens=LENGTH, **settings).sampler(PackedModel(net, tokenizer()))  # type: ignore[arg-type]
     responses = engine.sample([Group(PROMPT)], SAMPLES, seed=1)[0].responses
     for response in responses[:300]:
         logp = sum(response.columns["behaviour_logp"])  # type: ignore[arg-type]

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.core import AlignlabError, ConfigError, Group, Sampler
+from alignlab.core import AlignlabError, ConfigError, Environment, Group
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings, StepSearch
-from alignlab.rollout.local import Row
+from alignlab.rollout import LocalRollout, StepSearch
+from alignlab.rollout.batching import Row
+from alignlab.rollout.local import LocalSampler
 from tests.rollout.tiny import EOS, PIECES, Scripted, ids, model, plain_logp, prompts, tokenizer
 
 
@@ -40,8 +41,8 @@ def llama() -> PackedModel:
     return made
 
 
-def engine(packed: PackedModel, **settings: object) -> LocalEngine:
-    return LocalEngine(packed, RolloutSettings(**{"max_new_tokens": 12, **settings}), False)  # type: ignore[arg-type]
+def engine(packed: PackedModel, **settings: object) -> LocalSampler:
+    return LocalRollout(**{"max_new_tokens": 12, **settings}).sampler(packed)  # type: ignore[arg-type]
 
 
 def same(one: Sequence[Group], other: Sequence[Group]) -> None:
@@ -65,7 +66,7 @@ def test_drawn_in_several_goes_a_row_is_the_same(llama: PackedModel, settings: d
     count = 0
     while going := [r for r in rows if not r.finished and len(r.tokens) < r.limit]:
         # Rows pause at different times, so they are gone on with at different lengths.
-        sampler.draw(going, lambda row: (len(row.tokens) + row.sample) % every == 0)
+        sampler.extend(going, lambda row: (len(row.tokens) + row.sample) % every == 0)
         count += 1
     assert count > 2
     found = [g.with_responses([r.response() for r in rows[4 * i : 4 * i + 4]]) for i, g in enumerate(given)]
@@ -80,46 +81,46 @@ def test_drawn_in_several_goes_a_row_is_the_same(llama: PackedModel, settings: d
 def test_one_beam_and_one_step_are_plain_sampling(llama: PackedModel, settings: dict[str, Any]) -> None:
     given = [*prompts(3, 9, 5), prompts(3)[0]]  # the first comes twice
     scores = Scores()
-    search = StepSearch(scores, beams=1, expand=1)(engine(llama, **settings))
-    assert isinstance(search, Sampler)
-    found = search.sample(given, 3, 7)
+    search, drawing = StepSearch(scores, beams=1, expand=1), engine(llama, **settings)
+    assert isinstance(search, Environment)
+    found = search.rollout(drawing, given, 3, 7)
     same(found, engine(llama, **settings).sample(given, 3, 7))
     assert any("\n" in r.text.strip() for g in found for r in g.responses), "of several steps"
-    assert scores.seen == 0, "there is nothing to choose"
+    assert scores.seen == 12, "there is nothing to choose: what was found is scored, once"
 
 
 def test_contract(llama: PackedModel) -> None:
     given = prompts(3, 9)
     given[0].prompt, given[0].extra = "p", {"gold": 1}
-    search = StepSearch(Scores(), beams=2, expand=3)(engine(llama))
-    found = search.sample(given, 2, 0)
+    search, drawing = StepSearch(Scores(), beams=2, expand=3), engine(llama)
+    found = search.rollout(drawing, given, 2, 0)
     assert [(g.prompt_ids, g.prompt, g.extra) for g in found] == [(g.prompt_ids, g.prompt, g.extra) for g in given]
     for group in found:
         assert len(group.responses) == 2
         for response in group.responses:
-            assert response.columns.keys() == {"behaviour_logp"}
+            assert response.columns.keys() == {"behaviour_logp", "reward"}
             expected = plain_logp(llama.network, group.prompt_ids, response.token_ids)
             assert response.columns["behaviour_logp"] == pytest.approx(expected, abs=1e-4)
             assert response.finished == (response.token_ids[-1] == EOS)
             assert len(response.token_ids) <= 12
-    same(StepSearch(Scores(), beams=2, expand=3)(engine(llama)).sample(given, 2, 0), found)
-    alone = [StepSearch(Scores(), beams=2, expand=3)(engine(llama)).sample([g], 2, 0)[0] for g in given]
+    same(StepSearch(Scores(), beams=2, expand=3).rollout(engine(llama), given, 2, 0), found)
+    alone = [StepSearch(Scores(), beams=2, expand=3).rollout(engine(llama), [g], 2, 0)[0] for g in given]
     same(alone, found)
-    assert StepSearch(Scores())(engine(llama)).sample([], 1, 0) == []
+    assert StepSearch(Scores()).rollout(engine(llama), [], 1, 0) == []
 
 
 def test_every_token_drawn_is_counted(llama: PackedModel) -> None:
     drawing = engine(llama)
     drawn: list[int] = []
-    draw = drawing.draw
+    extend = drawing.extend
 
     def counted(rows: Sequence[Row], *rest: Any) -> None:
         before = sum(len(r.tokens) for r in rows)
-        draw(rows, *rest)
+        extend(rows, *rest)
         drawn.append(sum(len(r.tokens) for r in rows) - before)
 
-    drawing.draw = counted  # type: ignore[method-assign,assignment]
-    found = StepSearch(Scores(), 2, 2)(drawing).sample(prompts(4), 1, 0)
+    drawing.extend = counted  # type: ignore[method-assign,assignment]
+    found = StepSearch(Scores(), 2, 2).rollout(drawing, prompts(4), 1, 0)
     assert drawing.generated_tokens == sum(drawn) > len(found[0].responses[0].token_ids)
 
 
@@ -150,8 +151,8 @@ def value(tokens: Sequence[int]) -> float:
 @pytest.mark.parametrize("beams", [1, 2, 3])
 def test_the_best_path_is_found(tree: PackedModel, beams: int) -> None:
     """Four steps of three letters; of 12 draws each one is missed once in 130: a miss is a worse path, so none here."""
-    search = StepSearch(Scores(value), beams=beams, expand=24)(engine(tree, max_new_tokens=8))
-    found = search.sample(prompts(2, 3), 2, 0)
+    search, drawing = StepSearch(Scores(value), beams=beams, expand=24), engine(tree, max_new_tokens=8)
+    found = search.rollout(drawing, prompts(2, 3), 2, 0)
     assert {r.text for g in found for r in g.responses} == {"f\nf\nf\nf\n"}
     logp = found[0].responses[0].columns["behaviour_logp"]
     assert logp == pytest.approx([math.log(1 / 3), 0.0] * 4, abs=1e-5)
@@ -165,8 +166,8 @@ def test_a_garden_path_needs_more_than_one_beam(tree: PackedModel) -> None:
         return {"f": 1.0, "e": 0.9, "d": 0.0}[text[0]] if len(text) <= 2 else 2.0 * text.startswith("e\nd")
 
     def found(beams: int) -> str:
-        search = StepSearch(Scores(tricky), beams=beams, expand=24)(engine(tree, max_new_tokens=4))
-        return search.sample(prompts(2), 1, 0)[0].responses[0].text
+        search, drawing = StepSearch(Scores(tricky), beams=beams, expand=24), engine(tree, max_new_tokens=4)
+        return search.rollout(drawing, prompts(2), 1, 0)[0].responses[0].text
 
     assert found(1).startswith("f")
     assert found(2) == "e\nd\n", "the two beams differ, though most of the draws are alike"
@@ -174,8 +175,8 @@ def test_a_garden_path_needs_more_than_one_beam(tree: PackedModel) -> None:
 
 def test_the_draws_of_a_search_are_independent(tree: PackedModel) -> None:
     """Each of the draws is one of the three letters alike: over many searches the first beam's steps are uniform."""
-    search = StepSearch(Scores(lambda tokens: 0.0), beams=2, expand=2)(engine(tree, max_new_tokens=6))
-    texts = [r.text for g in search.sample(prompts(2), 900, 0) for r in g.responses]
+    search, drawing = StepSearch(Scores(lambda tokens: 0.0), beams=2, expand=2), engine(tree, max_new_tokens=6)
+    texts = [r.text for g in search.rollout(drawing, prompts(2), 900, 0) for r in g.responses]
     counts = [sum(t.replace("\n", "") == "".join(w) for t in texts) for w in itertools.product(LETTERS, repeat=3)]
     assert sum(counts) == 900
     chi = sum((c - 900 / 27) ** 2 / (900 / 27) for c in counts)
@@ -183,15 +184,15 @@ def test_the_draws_of_a_search_are_independent(tree: PackedModel) -> None:
 
     drawing = engine(tree, max_new_tokens=4)
     seen: list[tuple[str, ...]] = []  # what the four draws of each search said, at the first and the second step
-    draw = drawing.draw
+    extend = drawing.extend
 
     def watched(rows: Sequence[Row], *rest: Any) -> None:
-        draw(rows, *rest)
+        extend(rows, *rest)
         letters = [PIECES[row.tokens[-2]] for row in rows]
         seen.extend(tuple(letters[i : i + 4]) for i in range(0, len(letters), 4))
 
-    drawing.draw = watched  # type: ignore[method-assign,assignment]
-    StepSearch(Scores(lambda tokens: 0.0), 1, 4)(drawing).sample(prompts(2), 600, 1)
+    drawing.extend = watched  # type: ignore[method-assign,assignment]
+    StepSearch(Scores(lambda tokens: 0.0), 1, 4).rollout(drawing, prompts(2), 600, 1)
     assert len(seen) == 1200
     for i, j in itertools.combinations(range(4), 2):
         equal = sum(some[i] == some[j] for some in seen) / len(seen)
@@ -213,19 +214,19 @@ def test_a_finished_solution_competes_with_those_that_go_on() -> None:
 
     def found(sign: float) -> str:
         scores = Scores(lambda tokens: sign * len(tokens))
-        search = StepSearch(scores, beams=3, expand=8)(engine(packed, max_new_tokens=6))
-        return search.sample(prompts(2), 1, 0)[0].responses[0].text
+        search, drawing = StepSearch(scores, beams=3, expand=8), engine(packed, max_new_tokens=6)
+        return search.rollout(drawing, prompts(2), 1, 0)[0].responses[0].text
 
     assert found(-1.0) == "d"
     assert found(1.0).startswith("e\ne\n"), "as long as may be"
 
 
 def test_refusals(llama: PackedModel) -> None:
-    with pytest.raises(ConfigError, match=r"search\.beams=0"):
+    with pytest.raises(ConfigError, match=r"environment\.beams=0"):
         StepSearch(Scores(), beams=0)
-    with pytest.raises(ConfigError, match=r"search\.expand=0"):
+    with pytest.raises(ConfigError, match=r"environment\.expand=0"):
         StepSearch(Scores(), expand=0)
     scores = Scores()
     scores.fills = ("score",)  # type: ignore[assignment]
-    with pytest.raises(AlignlabError, match=r"search\.scorer: fills score, not 'reward'"):
+    with pytest.raises(AlignlabError, match=r"environment\.scorer: fills score, not 'reward'"):
         StepSearch(scores)

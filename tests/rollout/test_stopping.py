@@ -9,7 +9,7 @@ import torch
 
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 from tests.rollout.tiny import END, EOS, PIECES, Scripted, ids, network, tokenizer
 
 ALPHABET = {
@@ -25,7 +25,7 @@ ALPHABET = {
 
 def answer(wishes: dict[str, str] = ALPHABET, prompt: str = "d", **settings: Any) -> Response:
     model = PackedModel(Scripted(wishes), tokenizer())
-    engine = LocalEngine(model, RolloutSettings(temperature=0, **settings))
+    engine = LocalRollout(temperature=0, **settings).sampler(model)
     return engine.sample([Group(ids(prompt), origin="p:1")], 1, 0)[0].responses[0]
 
 
@@ -91,8 +91,8 @@ def test_min_new_tokens_agrees_with_transformers() -> None:
         expected = net.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=20, min_new_tokens=least, pad_token_id=0
         )[0, 3:].tolist()
-        settings = RolloutSettings(temperature=0, max_new_tokens=20, min_new_tokens=least)
-        engine = LocalEngine(PackedModel(net, tokenizer()), settings)
+        settings = LocalRollout(temperature=0, max_new_tokens=20, min_new_tokens=least)
+        engine = settings.sampler(PackedModel(net, tokenizer()))
         assert engine.sample([Group(prompt)], 1, 0)[0].responses[0].token_ids == expected
         lengths.append(len(expected))
     assert lengths[0] < lengths[2]
@@ -125,7 +125,7 @@ def test_special_tokens_are_not_text_and_stop_when_asked() -> None:
 def test_end_tokens_of_the_generation_config_count() -> None:
     network = Scripted({"d": "e", "e": "f", "f": "g"})
     network.generation_config.eos_token_id = [EOS, PIECES.index("f")]
-    engine = LocalEngine(PackedModel(network, tokenizer()), RolloutSettings(temperature=0, max_new_tokens=9))
+    engine = LocalRollout(temperature=0, max_new_tokens=9).sampler(PackedModel(network, tokenizer()))
     response = engine.sample([Group(ids("d"))], 1, 0)[0].responses[0]
     assert (response.token_ids, response.finished) == (ids("e|f"), True)
 
@@ -133,7 +133,7 @@ def test_end_tokens_of_the_generation_config_count() -> None:
 def test_end_token_of_the_tokenizer_counts() -> None:
     network = Scripted(ALPHABET)
     network.generation_config.eos_token_id = None
-    engine = LocalEngine(PackedModel(network, tokenizer()), RolloutSettings(temperature=0, max_new_tokens=9))
+    engine = LocalRollout(temperature=0, max_new_tokens=9).sampler(PackedModel(network, tokenizer()))
     assert engine.greedy([Group(ids("d"))])[0].responses[0].token_ids == ids("a|b|ca|e|<eos>")
 
 
@@ -142,7 +142,7 @@ def test_suppressed_tokens_are_never_drawn() -> None:
     model = PackedModel(Scripted({}), tokenizer())
     allowed = {PIECES.index("d"), PIECES.index("e")}
     banned = [i for i in range(len(PIECES)) if i not in allowed]
-    engine = LocalEngine(model, RolloutSettings(max_new_tokens=8, suppress_tokens=banned))
+    engine = LocalRollout(max_new_tokens=8, suppress_tokens=banned).sampler(model)
     drawn = {t for r in engine.sample([Group(ids("d"))], 20, 0)[0].responses for t in r.token_ids}
     assert drawn == allowed
 

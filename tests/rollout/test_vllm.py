@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.core import AlignlabError, ConfigError, NonFiniteError, Sampler
+from alignlab.core import AlignlabError, ConfigError, NonFiniteError, PrefetchingSampler, RolloutContext, Sampler
 from alignlab.core.children import free_port
 from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model
-from alignlab.rollout import RolloutSettings
+from alignlab.rollout import RolloutSettings, StepSearch, VllmSettings
 from alignlab.rollout.sampling import stream_key
 from alignlab.rollout.vllm.client import Client, ServerLost
-from alignlab.rollout.vllm.engine import Prefetch, VllmEngine, check_settings
+from alignlab.rollout.vllm.engine import VllmRollout, VllmSampler
 from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.server import check_version, interpreter, start
-from alignlab.rollout.vllm.settings import VllmSettings
+from alignlab.scoring import FunctionScorer
 from tests import tiny as letters
 from tests.rollout.fake_vllm import FakeVllm, always
 from tests.rollout.tiny import END, EOS, ids, model, prompts
@@ -46,15 +46,15 @@ def fake() -> Iterator[FakeVllm]:
 
 
 def run_of(fake: FakeVllm, policy: PackedModel, folder: Path, **settings: Any) -> VllmRun:
-    rollout = RolloutSettings(**{"max_new_tokens": 8, "vllm": {"url": fake.url}, **settings})
-    return VllmRun(rollout, policy, ModelSettings(path="m"), folder, show=False)
+    server = VllmSettings(**{"url": fake.url, **settings})
+    return VllmRun(server, RolloutContext(policy, ModelSettings(path="m"), folder, show_progress=False))
 
 
-def engine_of(fake: FakeVllm, policy: PackedModel, folder: Path, **settings: Any) -> VllmEngine:
-    run = run_of(fake, policy, folder, **settings)
+def engine_of(fake: FakeVllm, policy: PackedModel, folder: Path, **settings: Any) -> VllmSampler:
+    run = run_of(fake, policy, folder)
     run.ready()
     rollout = RolloutSettings(**{"max_new_tokens": 8, **settings})
-    return VllmEngine(policy, rollout, run, progress=False)
+    return VllmSampler(policy, rollout, run, progress=False)
 
 
 # ---------------------------------------------------------------------- what is asked
@@ -128,7 +128,7 @@ def test_what_comes_back(fake: FakeVllm, policy: PackedModel, tmp_path: Path) ->
     ]
     fake.answer = lambda request: answers
     engine = engine_of(fake, policy, tmp_path, stop=["c"], max_new_tokens=4)
-    assert isinstance(engine, Sampler)
+    assert isinstance(engine, Sampler) and isinstance(engine, PrefetchingSampler)
     given = prompts(5)
     (group,) = engine.sample(given, 3, 0)
     assert (group.prompt_ids, group.origin) == (given[0].prompt_ids, given[0].origin)
@@ -181,7 +181,7 @@ def test_adapters_are_loaded_under_one_name(fake: FakeVllm, tmp_path: Path) -> N
 
     fake.seen = read
     with run:
-        engine = VllmEngine(policy, RolloutSettings(max_new_tokens=8), run, progress=False)
+        engine = VllmSampler(policy, RolloutSettings(max_new_tokens=8), run, progress=False)
         for _ in range(2):
             change(policy.network)
             run.push(policy)
@@ -211,7 +211,7 @@ def test_whole_weights_are_read_again(fake: FakeVllm, tmp_path: Path) -> None:
             held.append(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors"))
 
     fake.seen = read
-    with run_of(fake, policy, tmp_path / "run", vllm={"url": fake.url, "shared_dir": str(shared)}) as run:
+    with run_of(fake, policy, tmp_path / "run", shared_dir=str(shared)) as run:
         change(policy.network)
         run.push(policy)
         assert run.model_name == "base"
@@ -254,10 +254,10 @@ def test_new_weights_wait_for_what_is_being_drawn(fake: FakeVllm, policy: Packed
     with run:
         run.push(policy)
         fake.seen = lambda path, body: said.append("weights") if path == "/collective_rpc" else None
-        ahead = Prefetch(VllmEngine(policy, RolloutSettings(max_new_tokens=8), run), prompts(3, 4), 1, 0, step=5)
+        take = VllmSampler(policy, RolloutSettings(max_new_tokens=8), run).prefetch(prompts(3, 4), 1, 0)
         salt = run.salt
         run.push(policy)
-        assert len(ahead.take()) == 2
+        assert len(take()) == 2
     assert said == ["answered", "answered", "weights"]
     assert {request["cache_salt"] for request in fake.completions} == {salt} != {run.salt}
 
@@ -284,24 +284,24 @@ def test_log_probs_of_another_distribution_are_refused(fake: FakeVllm, policy: P
 
 
 def test_settings_that_it_does_otherwise_are_refused() -> None:
-    check_settings(RolloutSettings(min_p=0.1))
-    check_settings(RolloutSettings(top_p=0.9, temperature=5))
+    VllmRollout(min_p=0.1).check({}, None)
+    VllmRollout(top_p=0.9, temperature=5).check({}, None)
     with pytest.raises(ConfigError, match=r"rollout\.min_p=0\.1"):
-        check_settings(RolloutSettings(min_p=0.1, top_p=0.9))
+        VllmRollout(min_p=0.1, top_p=0.9).check({}, None)
     with pytest.raises(ConfigError, match=r"rollout\.temperature=3"):
-        check_settings(RolloutSettings(temperature=3, suppress_tokens=[1]))
+        VllmRollout(temperature=3, suppress_tokens=[1]).check({}, None)
 
 
 def test_a_search_is_refused(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:
     engine = engine_of(fake, policy, tmp_path)
     with pytest.raises(ConfigError, match="rollout=local"):
-        engine.draw(engine.rows(prompts(3), 1, 0), lambda row: True)
+        StepSearch(FunctionScorer(lambda prompt, response, extra: 0.0)).rollout(engine, prompts(3), 1, 0)
 
 
 def test_no_server_there(policy: PackedModel, tmp_path: Path) -> None:
-    rollout = RolloutSettings(vllm={"url": f"http://127.0.0.1:{free_port()}"})  # type: ignore[arg-type]
+    settings = VllmSettings(url=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ServerLost, match=r"did not start: http://127\.0\.0\.1:\d+ does not answer"):
-        VllmRun(rollout, policy, ModelSettings(path="m"), tmp_path).ready()
+        VllmRun(settings, RolloutContext(policy, ModelSettings(path="m"), tmp_path)).ready()
 
 
 def test_a_server_that_is_lost_while_it_samples(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:
@@ -314,9 +314,9 @@ def test_a_server_that_is_lost_while_it_samples(fake: FakeVllm, policy: PackedMo
     fake.answer = lost
     with pytest.raises(ServerLost, match=r"rollout\.vllm: the server is lost: http"):
         engine.sample(prompts(3, 4, 5), 2, 0)
-    ahead = Prefetch(engine, prompts(3), 2, 0, step=7)
+    take = engine.prefetch(prompts(3), 2, 0)
     with pytest.raises(ServerLost, match="is lost"):
-        ahead.take()
+        take()
 
 
 def test_a_server_that_says_it_is_broken(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:

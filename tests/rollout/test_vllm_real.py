@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.core import AlignlabError, Group
+from alignlab.core import AlignlabError, Group, RolloutContext
 from alignlab.core.children import free_port
 from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.vllm.client import ServerLost
-from alignlab.rollout.vllm.engine import VllmEngine
+from alignlab.rollout.vllm.engine import VllmSampler
 from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.server import Server, interpreter, start
-from alignlab.rollout.vllm.settings import VllmSettings
 from alignlab.scoring import fill_log_probs
 from tests import tiny
 from tests.training import runs
@@ -102,12 +101,12 @@ def differences(policy: PackedModel, groups: list[Group], temperature: float = 1
 def test_log_probs_are_the_trainer_s_after_every_change_of_weights(folder: Path, server: Server, adapter: str) -> None:
     """Including prompts whose keys and values the server still has of earlier weights."""
     policy, settings = policy_of(folder, adapter)
-    rollout = RolloutSettings(max_new_tokens=16, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout, policy, settings, folder / f"weights-{adapter}") as run:
+    rollout = VllmRollout(max_new_tokens=16, vllm={"url": server.url})  # type: ignore[arg-type]
+    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / f"weights-{adapter}")) as run:
         drawn = []
         for seed in range(3):
             run.push(policy)
-            engine = VllmEngine(policy, rollout, run)
+            engine = VllmSampler(policy, rollout, run)
             groups = engine.sample(prompts(), 6, 1)
             found = differences(policy, groups)
             assert len(found) > 100 and max(found) < 1e-4
@@ -125,8 +124,8 @@ def test_log_probs_are_the_trainer_s_after_every_change_of_weights(folder: Path,
 def restore(folder: Path, server: Server) -> None:
     """Give the server the weights that it was started with, for the other tests."""
     policy, settings = policy_of(folder, "none")
-    rollout = RolloutSettings(vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout, policy, settings, folder / "weights-back") as run:
+    rollout = VllmRollout(vllm={"url": server.url})  # type: ignore[arg-type]
+    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-back")) as run:
         run.push(policy)
 
 
@@ -145,12 +144,12 @@ def test_the_rules_are_the_local_engine_s(folder: Path, server: Server) -> None:
     policy, settings = policy_of(folder, "none")
     some: dict[str, Any] = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "max_new_tokens": 10, "min_new_tokens": 2}
     some |= {"stop": ["q", "a b"], "stop_tokens": ["r"], "suppress_tokens": ["e", "i"]}
-    rollout = RolloutSettings(**some, vllm={"url": server.url})
+    rollout = VllmRollout(**some, vllm={"url": server.url})
     given = prompts()[:1]
-    with VllmRun(rollout, policy, settings, folder / "weights-rules") as run:
+    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-rules")) as run:
         run.push(policy)
-        (theirs,) = VllmEngine(policy, rollout, run).sample(given, 400, 0)
-    (ours,) = LocalEngine(policy, RolloutSettings(**some)).sample(given, 400, 0)
+        (theirs,) = VllmSampler(policy, rollout, run).sample(given, 400, 0)
+    (ours,) = LocalRollout(**some).sampler(policy).sample(given, 400, 0)
     banned = {tiny.VOCABULARY.index(w) for w in "ei"}
     for response in theirs.responses:
         assert not banned & set(response.token_ids)
@@ -182,17 +181,17 @@ def log_prob_of(response: Any) -> float:
 
 def test_greedy_is_the_local_engine_s(folder: Path, server: Server) -> None:
     policy, settings = policy_of(folder, "none")
-    rollout = RolloutSettings(max_new_tokens=12, temperature=0, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout, policy, settings, folder / "weights-greedy") as run:
+    rollout = VllmRollout(max_new_tokens=12, temperature=0, vllm={"url": server.url})  # type: ignore[arg-type]
+    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-greedy")) as run:
         run.push(policy)
-        theirs = VllmEngine(policy, rollout, run).greedy(prompts())
-    assert tokens(theirs) == tokens(LocalEngine(policy, rollout).greedy(prompts()))
+        theirs = VllmSampler(policy, rollout, run).greedy(prompts())
+    assert tokens(theirs) == tokens(rollout.sampler(policy).greedy(prompts()))
 
 
 def test_a_folder_that_it_does_not_see(folder: Path, server: Server) -> None:
     policy, settings = policy_of(folder, "lora")
-    rollout = RolloutSettings(max_new_tokens=12, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout, policy, settings, folder / "weights-unseen") as run:
+    rollout = VllmRollout(max_new_tokens=12, vllm={"url": server.url})  # type: ignore[arg-type]
+    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-unseen")) as run:
         seen = run._weights
         run._weights = seen.with_name("written")
         post = run.server.client.post
@@ -321,8 +320,8 @@ def name_of(pid: int) -> str:
 def test_a_server_that_cannot_start(folder: Path) -> None:
     policy, settings = policy_of(folder, "none")
     words = {"memory": MEMORY, "arguments": ["--max-model-len", "100000"], "port": free_port()}
-    rollout = RolloutSettings(vllm=words)  # type: ignore[arg-type]
-    run = VllmRun(rollout, policy, settings, folder / "too-long", show=False)
+    rollout = VllmRollout(vllm=words)  # type: ignore[arg-type]
+    run = VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "too-long"))
     with pytest.raises(ServerLost, match=r"did not start: vLLM ended with status 1; its last words: .*max_model_len"):
         run.ready()
     run.close()

@@ -105,8 +105,9 @@ INEXACT = {
     "mixed precision": ["training.mixed_precision=bf16"],
     "few bits": ["quantization=int8", "adapter=lora"],
     "searched": [
-        *("search=steps", "search.step_separator=a", "+search.scorer._target_=alignlab.scoring.FunctionScorer"),
-        "+search.scorer.function={_target_:hydra.utils.get_method,path:tests.training.runs.count_of_a}",
+        *("environment=steps", "environment.step_separator=a"),
+        "+environment.scorer._target_=alignlab.scoring.FunctionScorer",
+        "+environment.scorer.function={_target_:hydra.utils.get_method,path:tests.training.runs.count_of_a}",
     ],
 }
 

@@ -96,7 +96,7 @@ def test_a_model_of_steps_guides_search_and_learning(place: Path, adapter: str) 
             "source.group_size=1",
             "rollout.max_new_tokens=24",
         ),
-        *("search=steps", "search.beams=2", "search.expand=2", f"search.scorer={scorer}"),
+        *("environment=steps", "environment.beams=2", "environment.expand=2", f"environment.scorer={scorer}"),
         *("scoring=process_reward", f"scoring.path={place}/{prm}/model"),
     )
     assert result["generated_tokens"] > 2 * result["trained_tokens"], "what was thrown away counts"

@@ -227,15 +227,15 @@ def test_nothing_to_compare() -> None:
 # ---------------------------------------------------------------------- what is refused
 
 SEARCH = [
-    *("search=steps", "+search.scorer._target_=alignlab.scoring.FunctionScorer"),
-    "+search.scorer.function={_target_:hydra.utils.get_method,path:tests.training.runs.count_of_a}",
+    *("environment=steps", "+environment.scorer._target_=alignlab.scoring.FunctionScorer"),
+    "+environment.scorer.function={_target_:hydra.utils.get_method,path:tests.training.runs.count_of_a}",
 ]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "words", "said"),
     [
-        ("grpo", SEARCH, "search: "),
+        ("grpo", SEARCH, "environment: "),
         ("grpo", ["source.policy=reference"], r"source\.policy=reference"),
         ("grpo", ["distributed=fsdp"], "distributed=fsdp"),
         ("grpo", ["distributed=zero3"], "distributed=zero3"),

@@ -108,7 +108,7 @@ from alignlab.algorithms.ppo import PPO
 from alignlab.core import Algorithm, Batch, Group, Outputs, Response
 from alignlab.data import DataSettings, load
 from alignlab.models import AdapterSettings, ModelSettings, Reference, add_value_head, load_model, save_model
-from alignlab.rollout import LocalEngine, RolloutSettings
+from alignlab.rollout import LocalRollout
 from tests import tiny
 from tests.algorithms.common import Known, group
 
@@ -223,10 +223,10 @@ def test_missing_eos(saved: Saved) -> None:
     path = saved(special={"pad_token": "</s>"})
     model = load_model(ModelSettings(path=str(path)), trainable=False)
     prompts = [Group([5, tiny.EOS, 6], origin="p.jsonl:1"), Group([5, tiny.EOS], origin="p.jsonl:2")]
-    cut = RolloutSettings(max_new_tokens=3, suppress_tokens=["</s>"])
-    ended = RolloutSettings(max_new_tokens=3, stop_tokens=tiny.WORDS, suppress_tokens=["<pad>", "<unk>", "<s>"])
+    cut = LocalRollout(max_new_tokens=3, suppress_tokens=["</s>"])
+    ended = LocalRollout(max_new_tokens=3, stop_tokens=tiny.WORDS, suppress_tokens=["<pad>", "<unk>", "<s>"])
     for settings, expected in ((cut, -7.0), (ended, 2.0)):
-        groups = LocalEngine(model, settings).sample(prompts, 2, seed=0)
+        groups = settings.sampler(model).sample(prompts, 2, seed=0)
         for response in (r for g in groups for r in g.responses):
             known = [0.0] * len(response.token_ids)
             response.columns |= {"reward": 2.0, "old_logp": known, "ref_logp": known, "old_value": known}

@@ -1,21 +1,29 @@
-"""A `Sampler` whose responses come from a vLLM server."""
+"""Responses from a vLLM server."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
 
-from alignlab.core import AlignlabError, ConfigError, Group, NonFiniteError
+from pydantic import Field
+
+from alignlab.algorithms.importance import PolicyGradient
+from alignlab.core import AlignlabError, ConfigError, Group, NonFiniteError, RolloutContext, require
 from alignlab.data.progress import progress
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
-from alignlab.rollout.local import LocalEngine
-from alignlab.rollout.settings import RolloutSettings
+from alignlab.rollout.local import LocalSampler
+from alignlab.rollout.sampler import RowSampler
+from alignlab.rollout.settings import RolloutSettings, VllmSettings
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.rollout.vllm.run import VllmRun
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Requests under way: the server orders its work itself, it only has to know of enough."""
@@ -27,8 +35,101 @@ BIAS = -100.0
 """Added to the logit of a token that must not come: the least that vLLM takes."""
 
 
-class VllmEngine(LocalEngine):
-    """Draws what `LocalEngine` would draw, from the same distribution and ending by the same rules, with other random
+class VllmRollout(RolloutSettings):
+    """A vLLM server draws, started with the run or running already. See `RolloutSettings` and `VllmSettings`.
+
+    Without `start`, as where saved models are measured, responses are drawn in this process: the server has one policy.
+    """
+
+    vllm: VllmSettings = Field(default_factory=VllmSettings)
+    _run: VllmRun | None = None
+    _show_progress: bool = True
+
+    @property
+    def importance_cap(self) -> float | None:
+        return self.vllm.importance_cap
+
+    @property
+    def off_policy(self) -> bool:
+        return True
+
+    @property
+    def prefetches(self) -> bool:
+        return self.vllm.asynchronous
+
+    def check(self, config: Mapping[str, Any], algorithm: Any) -> None:
+        """Raise ConfigError for what cannot be had from a vLLM server, or not without correction."""
+        if self.min_p > 0 and self.top_p < 1:
+            raise ConfigError(
+                f"rollout.min_p={self.min_p}: vLLM applies it before top_p, the local engine after: use one of them"
+            )
+        if self.suppress_tokens and self.temperature > 2:
+            raise ConfigError(
+                f"rollout.temperature={self.temperature}: at most 2 with suppress_tokens and rollout=vllm, which only "
+                "makes tokens very improbable"
+            )
+        environment, quantization = config.get("environment"), config.get("quantization")
+        if getattr(environment, "needs_step_sampler", False):
+            raise ConfigError(
+                "environment: responses are drawn step by step, which a vLLM server cannot: use rollout=local"
+            )
+        if environment is not None and self.prefetches:
+            raise ConfigError(
+                "rollout.vllm.asynchronous: responses of an environment are not drawn in advance: leave out one of them"
+            )
+        quantized = quantization is not None and quantization.kind != "none"
+        if algorithm is not None:
+            self._check_training(config, algorithm, quantized)
+        elif quantized:
+            raise ConfigError(
+                f"quantization={config['quantization'].kind}: a vLLM server samples from the base as it is: leave it "
+                "out"
+            )
+
+    def _check_training(self, config: Mapping[str, Any], algorithm: Any, quantized: bool) -> None:
+        name, cap, corrects = type(algorithm).__name__, self.importance_cap, isinstance(algorithm, PolicyGradient)
+        if config["source"].policy == "reference":
+            raise ConfigError(
+                "source.policy=reference: a vLLM server has the policy that is trained: use rollout=local"
+            )
+        if config["distributed"].divides:
+            raise ConfigError(
+                f"distributed={config['distributed'].mode}: no process has all weights to send: use ddp or zero2"
+            )
+        if cap is not None:
+            rule = f"{name} does not weigh its loss by importance weights"
+            require(corrects, "rollout.vllm.importance_cap", cap, rule)
+        elif self.prefetches and "old_logp" in algorithm.needs:
+            raise ConfigError(
+                f"rollout.vllm.asynchronous: {name} takes its samples for the policy's own, and these are an iteration "
+                "old: give rollout.vllm.importance_cap, as in 2"
+            )
+        elif quantized and "old_logp" in algorithm.needs:
+            raise ConfigError(
+                f"quantization={config['quantization'].kind}: the server samples from the base in full precision: give "
+                "rollout.vllm.importance_cap, as in 2, or use rollout=local"
+            )
+
+    @contextmanager
+    def start(self, context: RolloutContext) -> Iterator[None]:
+        """Start the server or find it, wait until it answers; end it with the block. Called by all processes."""
+        self._show_progress = context.show_progress
+        with VllmRun(self.vllm, context) as self._run:
+            try:
+                yield
+            finally:
+                self._run = None
+
+    def sampler(self, policy: PackedModel) -> RowSampler:
+        if self._run is None:
+            log.warning("rollout=vllm: no server was started, responses are drawn in this process")
+            return LocalSampler(policy, self, self._show_progress)
+        self._run.push(policy)
+        return VllmSampler(policy, self, self._run, self._show_progress)
+
+
+class VllmSampler(RowSampler):
+    """Draws what `LocalSampler` would draw, from the same distribution and ending by the same rules, with other random
     numbers. A prompt's samples are one request with a seed of its own, so that other prompts change nothing, up to
     rounding of the logits (which here depends on what else is in the server's batch).
 
@@ -37,31 +138,48 @@ class VllmEngine(LocalEngine):
     """
 
     def __init__(self, model: PackedModel, settings: RolloutSettings, run: VllmRun, progress: bool = True) -> None:
-        check_settings(settings)
         super().__init__(model, settings, progress)
-        self.run, self._bar = run, progress
+        self.run, self._agrees = run, True
         self._vocabulary = int(model.config.vocab_size)
 
     def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        """As `LocalEngine.sample`. Called by all processes of a run, each with its groups.
+        """As `RowSampler.sample`. Called by all processes of a run, each with its groups.
 
         Raises:
             ServerLost: on every process, where the server is gone.
         """
-        with self.run.agreed():
+        with self.run.agreed() if self._agrees else nullcontext():
             return super().sample(groups, n, seed)
 
-    def sample_here(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        """The same, for this process alone and in any thread, without a bar."""
-        self._bar = False
-        return super().sample(groups, n, seed)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `SharedSampler.together`."""
+        with self.run.agreed():
+            self._agrees = False
+            try:
+                yield
+            finally:
+                self._agrees = True
 
-    def draw(
-        self, rows: Sequence[Row], until: Callable[[Row], bool] | None = None, settings: RolloutSettings | None = None
-    ) -> None:
-        if until is not None:
-            raise ConfigError("search: responses are drawn step by step, which a vLLM server cannot: use rollout=local")
-        settings = settings or self.settings
+    def prefetch(self, groups: Sequence[Group], n: int, seed: int) -> Callable[[], list[Group]]:
+        """See `alignlab.core.PrefetchingSampler`. The server gets no other weights before the responses are there.
+
+        Raises:
+            ServerLost: by the result, on every process, where the server is gone.
+        """
+        self._progress = False
+        thread = ThreadPoolExecutor(1)
+        drawn: Future[list[Group]] = thread.submit(super().sample, groups, n, seed)
+        thread.shutdown(wait=False)
+        self.run.background = drawn
+
+        def take() -> list[Group]:
+            with self.run.agreed():
+                return drawn.result()
+
+        return take
+
+    def draw(self, rows: Sequence[Row], settings: RolloutSettings) -> None:
         for row in rows:
             row.begun = len(row.tokens)
         requests = [list(same) for _, same in groupby(rows, key=lambda r: (r.key, len(r.tokens)))]
@@ -71,7 +189,7 @@ class VllmEngine(LocalEngine):
             asked = {pool.submit(self._ask, request, settings): request for request in requests}
             done = as_completed(asked)
             try:
-                for future in progress(done, "generating", len(asked)) if self._bar else done:
+                for future in progress(done, "generating", len(asked)) if self._progress else done:
                     self._fill(asked[future], future.result(), settings)
             except BaseException:
                 for future in asked:
@@ -134,42 +252,3 @@ class VllmEngine(LocalEngine):
 
     def _text(self, row: Row) -> str:
         return self._stopping.text(row.tokens)
-
-
-class Prefetch:
-    """Responses that are being drawn while something else goes on. Made and taken by all processes alike.
-
-    Attributes:
-        engine: that draws them.
-        seed: what they are drawn with, which tells whose they are.
-        step: optimiser steps that the weights had seen.
-    """
-
-    def __init__(self, engine: VllmEngine, groups: Sequence[Group], n: int, seed: int, step: int) -> None:
-        self.engine, self.seed, self.step = engine, seed, step
-        thread = ThreadPoolExecutor(1)
-        self._drawn: Future[list[Group]] = thread.submit(engine.sample_here, groups, n, seed)
-        thread.shutdown(wait=False)
-        engine.run.background = self._drawn
-
-    def take(self) -> list[Group]:
-        """Them, once all are there.
-
-        Raises:
-            ServerLost: on every process, where the server is gone.
-        """
-        with self.engine.run.agreed():
-            return self._drawn.result()
-
-
-def check_settings(settings: RolloutSettings) -> None:
-    """Raise ConfigError for what a vLLM server cannot do, or does otherwise than the local engine."""
-    if settings.min_p > 0 and settings.top_p < 1:
-        raise ConfigError(
-            f"rollout.min_p={settings.min_p}: vLLM applies it before top_p, the local engine after: use one of them"
-        )
-    if settings.suppress_tokens and settings.temperature > 2:
-        raise ConfigError(
-            f"rollout.temperature={settings.temperature}: at most 2 with suppress_tokens and rollout=vllm, which only "
-            "makes tokens very improbable"
-        )

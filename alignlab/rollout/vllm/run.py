@@ -7,19 +7,18 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from alignlab.core import AlignlabError, ConfigError
+from alignlab.core import AlignlabError, ConfigError, RolloutContext
 from alignlab.models import ModelSettings, PackedModel
 from alignlab.models.quantization import plain_copy
-from alignlab.rollout.settings import RolloutSettings
+from alignlab.rollout.settings import VllmSettings
 from alignlab.rollout.vllm.client import Refused, ServerLost
 from alignlab.rollout.vllm.server import BASE, Server, check_log_probs, start
-from alignlab.rollout.vllm.settings import VllmSettings
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of LoRA adapters that vLLM can be started for."""
@@ -27,45 +26,31 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 TYPES = ("float32", "bfloat16", "float16")
 """Precisions that vLLM has."""
 
-Gather = Callable[[Any], list[Any]]
-
 
 class VllmRun:
     """The server of a run, the same for all its processes; the main process starts, feeds and ends it.
 
     Args:
-        model: the policy; its base is what the server is started with.
-        folder: the run's own, for the log and, unless there is a `shared_dir`, for weights.
-        is_main, gather: of the run's processes.
-        show: say on standard error that one waits.
+        context: of the run; its model's base is what the server is started with, its folder is for the log and,
+            unless there is a `shared_dir`, for weights.
     """
 
-    def __init__(
-        self,
-        settings: RolloutSettings,
-        model: PackedModel,
-        model_settings: ModelSettings,
-        folder: Path,
-        is_main: bool = True,
-        gather: Gather = lambda value: [value],
-        show: bool = True,
-    ) -> None:
-        assert settings.vllm is not None
-        self.settings: VllmSettings = settings.vllm
-        self.is_main, self.gather, self._show = is_main, gather, show
+    def __init__(self, settings: VllmSettings, context: RolloutContext) -> None:
+        self.settings, model, folder = settings, context.model, context.folder
+        self.is_main, self.gather, self._show = context.is_main, context.gather, context.show_progress
         self.by_adapter = _hot_loadable(model.network)
         self.name = f"alignlab-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]}"
-        shared = self.settings.shared_dir
+        shared = settings.shared_dir
         self._weights = (Path(shared) / self.name if shared else folder / "vllm" / "weights").absolute()
         self._tokenizer = folder.absolute() / "vllm" / "tokenizer"
-        self._salt, self._pushed = gather(uuid.uuid4().hex)[0], 0
+        self._salt, self._pushed = self.gather(uuid.uuid4().hex)[0], 0
         started: Server | None = None
-        if self.settings.url is None and is_main:
-            words = _served(model, model_settings, self._tokenizer, self.by_adapter)
+        if settings.url is None and self.is_main:
+            arguments = _served(model, context.model_settings, self._tokenizer, self.by_adapter)
             on_gpu = model.device.type == "cuda"
-            started = start(self.settings, words, folder / "vllm" / "server.log", not self.by_adapter, on_gpu)
-        url = self.settings.url or gather(started.url if started else "")[0]
-        self.server = started or Server(url, self.settings.timeout)
+            started = start(settings, arguments, folder / "vllm" / "server.log", not self.by_adapter, on_gpu)
+        url = settings.url or self.gather(started.url if started else "")[0]
+        self.server = started or Server(url, settings.timeout)
         self.model_name = self.name if self.by_adapter else BASE
         self.background: Future[Any] | None = None
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.core.children import end_with_parent, free_port
+from alignlab.rollout.settings import VllmSettings
 from alignlab.rollout.vllm.client import Client, Refused, ServerLost
-from alignlab.rollout.vllm.settings import VllmSettings
 
 TESTED = ((0, 32), (0, 33))
 """Versions of vLLM that this is tested with: from the first, below the second."""

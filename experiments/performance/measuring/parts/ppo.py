@@ -35,14 +35,14 @@ def iteration(
     from alignlab.algorithms.ppo import PPO
     from alignlab.core import Group
     from alignlab.models import PackedModel
-    from alignlab.rollout import LocalEngine, RolloutSettings
+    from alignlab.rollout import LocalRollout
     from alignlab.training.settings import SourceSettings
     from measuring.ours import train
 
     prompts, prompt, new, epochs = scale.ppo
     words = Words(shape.vocabulary, seed=7)
     groups = [Group(words.ids(prompt), origin=f"prompts:{i}") for i in range(prompts)]
-    settings = RolloutSettings(max_new_tokens=new, suppress_tokens=[END], **options.get("rollout", {}))
+    settings = LocalRollout(max_new_tokens=new, suppress_tokens=[END], **options.get("rollout", {}))
 
     class LastToken:
         """The number of a response's last token, as a part of the vocabulary's size."""
@@ -55,8 +55,8 @@ def iteration(
                 response.columns["reward"] = response.token_ids[-1] / shape.vocabulary
 
     def warm_up(model: PackedModel) -> None:
-        few = RolloutSettings(max_new_tokens=2, suppress_tokens=[END])
-        LocalEngine(model, few, progress=False).sample([Group([END + 2] * prompt)], 2, seed=0)
+        few = LocalRollout(max_new_tokens=2, suppress_tokens=[END])
+        few.sampler(model).sample([Group([END + 2] * prompt)], 2, seed=0)
 
     steps = epochs * (prompts // (batch or prompts))
     found = train(
@@ -67,7 +67,7 @@ def iteration(
         shape=shape,
         source=SourceSettings(kind="rollout", rollout_batch_size=prompts, group_size=1, ppo_epochs=epochs),
         scorers=[LastToken()],
-        sampler=lambda policy: LocalEngine(policy, settings, progress=False),
+        sampler=settings.sampler,
         steps=steps,
         every=steps,
         before=warm_up,

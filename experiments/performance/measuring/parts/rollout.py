@@ -37,13 +37,13 @@ def skewed_prompts(scale: Scale) -> list[list[int]]:
 def our_fan(scale: Scale) -> dict[str, Any]:
     """One prefill, then all samples of the prompt."""
     from alignlab.core import Group
-    from alignlab.rollout import LocalEngine, RolloutSettings
+    from alignlab.rollout import LocalRollout
     from measuring.gauge import Gauge
     from measuring.ours import load
 
     samples, _, new = scale.fan
     model, gauge = load(scale, {}), Gauge(scale.device)
-    engine = LocalEngine(model, RolloutSettings(max_new_tokens=new, suppress_tokens=[END]), progress=False)
+    engine = LocalRollout(max_new_tokens=new, suppress_tokens=[END]).sampler(model)
     gauge.loaded()
     for prompt in fan_prompts(scale):
         drawn = engine.sample([Group(prompt)], samples, seed=0)
@@ -69,19 +69,19 @@ def their_fan(scale: Scale, merged: bool = False) -> dict[str, Any]:
 def our_skewed(scale: Scale) -> dict[str, Any]:
     """The engine does not know the lengths: a response ends when it has as many tokens."""
     from alignlab.core import Group
-    from alignlab.rollout import LocalEngine, RolloutSettings
+    from alignlab.rollout import LocalRollout
     from measuring.gauge import Gauge
     from measuring.ours import load
 
     prompts, lengths = skewed_prompts(scale), skewed_lengths(scale)
     model, gauge = load(scale, {}), Gauge(scale.device)
-    engine = LocalEngine(model, RolloutSettings(max_new_tokens=scale.skewed[3], suppress_tokens=[END]), progress=False)
+    engine = LocalRollout(max_new_tokens=scale.skewed[3], suppress_tokens=[END]).sampler(model)
     engine.sample([Group(prompts[0])], 2, seed=1)
     gauge.loaded()
     drawn = engine.rows([Group(p, origin=str(i)) for i, p in enumerate(prompts)], 1, seed=0)
     wanted = {id(row): length for row, length in zip(drawn, lengths, strict=True)}
     gauge.start()
-    engine.draw(drawn, until=lambda row: len(row.tokens) >= wanted[id(row)])
+    engine.extend(drawn, until=lambda row: len(row.tokens) >= wanted[id(row)])
     gauge.step()
     _check([len(row.tokens) for row in drawn], lengths)
     return gauge.result(tokens=sum(lengths))
