@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from alignlab.training.callbacks.tracking import TrackerSettings
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
 from alignlab.build import build
@@ -21,7 +22,6 @@ from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.produce import ProduceSettings
 from alignlab.sweeps.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
-from alignlab.training.callbacks.tracking import TrackerSettings
 from alignlab.training.run import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 

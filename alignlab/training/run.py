@@ -164,7 +164,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None) -> RunConf
         ],
         optimizer=config["optimizer"],
     )
-    _build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+    build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
     check_adapter(run.quantization, run.adapter)
     _check_limits(run.training)
     if run.samples:
@@ -197,7 +197,7 @@ def _make_order(values: dict[str, Any], **arguments: Any) -> Any:
     return build_type(DataOrder, values, "order", **arguments)
 
 
-def _build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser that `_target_` names, for parameter groups."""
     optimizer = build(values, "optimizer", groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -293,7 +293,7 @@ def _make_trainer(
     return Trainer(
         model,
         run.algorithm,
-        optimizer=partial(_build_optimizer, run.optimizer),
+        optimizer=partial(build_optimizer, run.optimizer),
         train=splits.train,
         validation=splits.validation,
         scorers=run.scorers,

@@ -224,11 +224,11 @@ def test_pairs_are_the_same_each_time_and_within_their_lengths() -> None:
 
 
 def test_step_n_of_the_loop_draws_batch_n() -> None:
-    from alignlab.training.order import Order
+    from alignlab.training.order import Shuffled
 
     batches = [[Group([10 * i + k]) for k in range(4)] for i in range(3)]
     placed = ours.placed(batches, seed=7)
-    order = Order(12, 4, 7)
+    order = Shuffled(range(12), 4, 7)
     assert [[placed[i] for i in order.batch(n)] for n in range(3)] == batches
 
 

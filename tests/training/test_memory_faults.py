@@ -16,7 +16,7 @@ import torch
 
 from alignlab.core import AlignlabError
 from alignlab.core.memory import TOKENS_ON_CPU, TOKENS_ON_GPU, in_halves, is_memory_error, usual_tokens
-from alignlab.training import step, trainer
+from alignlab.training import step
 from alignlab.training.micro_batch_budget import TokenBudget
 from tests.training import forks, runs
 
@@ -132,14 +132,14 @@ def test_a_continuation_keeps_the_budget_and_another_wish_is_granted(folder: Pat
         runs.train(folder, "dpo", "kept", *MORE, "training.checkpoint_every=3")
     kept = json.loads((folder / "kept/token_budget.json").read_text())["tokens"]
     budgets: list[int] = []
-    run_batch = trainer.run_batch
+    run_batch = step.run_batch
 
     def noting(*arguments: Any, **options: Any) -> Any:
         budgets.append(options["max_tokens_per_microbatch"])
         return run_batch(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "run_batch", noting)
+        patch.setattr(step, "run_batch", noting)
         for more in ([], ["training.max_tokens_per_microbatch=5000"]):
             (folder / "kept/checkpoints/step-00000006/state.pt").unlink(missing_ok=True)
             runs.train(folder, "dpo", "kept", *MORE, "training.checkpoint_every=3", *more)
@@ -235,14 +235,14 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 from alignlab.config import compose, resolve
-from alignlab.training import trainer, run
-run_batch = trainer.run_batch
+from alignlab.training import run, trainer
+run_batch = step.run_batch
 def limited(*arguments, **options):
     if options["max_tokens_per_microbatch"] == 8192:  # first call: from now on there is room for a part of it
         used = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
         resource.setrlimit(resource.RLIMIT_DATA, (used + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
     return run_batch(*arguments, **options)
-trainer.run_batch = limited
+step.run_batch = limited
 config = resolve(compose("train", sys.argv[2:]))
 run.train(config, Path(config["out"]))
 """

@@ -44,7 +44,7 @@ class Poison:
         import os
 
         self.step = 0
-        run_batch, micro_batch, aggregate = trainer.run_batch, step._micro_batch, step.aggregate
+        run_batch, micro_batch, aggregate = step.run_batch, step._micro_batch, step.aggregate
         seen: list[int] = []
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -64,7 +64,7 @@ class Poison:
             value = aggregate(loss, *arguments)
             return value + (value - value.detach()) * math.inf if here() else value
 
-        patch.setattr(trainer, "run_batch", counted)
+        patch.setattr(step, "run_batch", counted)
         patch.setattr(step, "_micro_batch", poisoned)
         patch.setattr(step, "aggregate", infinite)
 
@@ -73,15 +73,14 @@ class Absent:
     """A run that does nothing at all in that step."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        take = trainer.Trainer._step
+        take = trainer.Trainer._take_step
 
         def _step(self: Any, groups: Any) -> Any:
             if self.state.step == BAD - 1:
-                self.engine.scale_lr(1.0)
-                return step.Pass({}, 0, 0, 0), 0.0, 0.0
+                return step.Pass({}, 0, 0, 0), 0.0
             return take(self, groups)
 
-        patch.setattr(trainer.Trainer, "_step", _step)
+        patch.setattr(trainer.Trainer, "_take_step", _step)
 
 
 def trained(folder: Path, out: str, at: int) -> dict[str, torch.Tensor]:

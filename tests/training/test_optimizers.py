@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignlab.config import compose, resolve
-from alignlab.training.run import _build_optimizer
+from alignlab.training.run import build_optimizer
+from alignlab.training.step import parameter_groups
 from tests import components
 
 components.need("bitsandbytes")
@@ -27,7 +28,7 @@ def made(name: str, *words: str) -> tuple[list[torch.nn.Parameter], torch.optim.
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in (LARGE, SMALL, (64,))]
     config = resolve(compose("train", [f"optimizer={name}", "model.path=m", "optimizer.lr=0.01", *words]))
-    return parameters, _build_optimizer(config["optimizer"], parameters)
+    return parameters, build_optimizer(config["optimizer"], parameter_groups(parameters))
 
 
 def steps(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

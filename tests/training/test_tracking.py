@@ -12,9 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from alignlab.core import AlignlabError
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import Wandb, build_tracker
 
-OFF = TrackerSettings()
 CONFIGS = Path(__file__).parents[2] / "configs" / "tracker"
 
 
@@ -31,7 +31,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_line_for_each_call_readable_at_once(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "run", OFF, {})
+    tracker = MetricsLog(tmp_path / "run", None, {})
     tracker.log(1, {"loss": 0.5, "tokens": 12})
     assert list(lines(tmp_path / "run")[0]) == ["step", "time", "loss", "tokens"]
     tracker.log(1, {"eval/loss": 0.25})
@@ -51,7 +51,7 @@ def test_a_line_for_each_call_readable_at_once(tmp_path: Path) -> None:
 def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
     pid = os.fork()
     if pid == 0:
-        tracker = Tracker(tmp_path, OFF, {})
+        tracker = MetricsLog(tmp_path, None, {})
         for step in range(1, 51):
             tracker.log(step, {"loss": 1.0})
         os.kill(os.getpid(), signal.SIGKILL)
@@ -60,7 +60,7 @@ def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    with Tracker(tmp_path, OFF, {}) as tracker:
+    with MetricsLog(tmp_path, None, {}) as tracker:
         tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
     (line,) = lines(tmp_path)
     assert [line[name] for name in "abcd"] == [None, None, None, 0.0]
@@ -74,7 +74,7 @@ def test_resuming_drops_what_comes_again(tmp_path: Path, caplog: pytest.LogCaptu
     ]
     later = ['{"step": 3, "time": 31.0, "loss": 0.5}\n', '{"step": 4, "time": 42.0, "loss": 0.4}\n', '{"step": 5, "ti']
     (tmp_path / "metrics.jsonl").write_text("".join(kept + later))
-    with Tracker(tmp_path, OFF, {}) as tracker:
+    with MetricsLog(tmp_path, None, {}) as tracker:
         tracker.resume(2)
         assert (tmp_path / "metrics.jsonl").read_text() == "".join(kept)
         tracker.log(3, {"loss": 0.25})
@@ -88,7 +88,7 @@ def test_resuming_drops_what_comes_again(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 1.0}\n{"step": 1, "time": 50.0}\n')
-    with Tracker(tmp_path, OFF, {}) as tracker:
+    with MetricsLog(tmp_path, None, {}) as tracker:
         tracker.log(0, {"loss": 1.0})
     (line,) = lines(tmp_path)
     assert line["loss"] == 1.0
@@ -96,19 +96,19 @@ def test_without_a_checkpoint_the_run_begins_anew(tmp_path: Path) -> None:
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
-    with Tracker(tmp_path / "run", TrackerSettings(mode="offline"), {}, is_main=False) as tracker:
+    with MetricsLog(tmp_path / "run", Wandb(mode="offline"), {}, is_main=False) as tracker:
         tracker.resume(3)
         tracker.log(4, {"loss": 1.0})
     assert not (tmp_path / "run").exists()
 
 
 def test_taken_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AlignlabError, match="'time'"), Tracker(tmp_path, OFF, {}) as tracker:
+    with pytest.raises(AlignlabError, match="'time'"), MetricsLog(tmp_path, None, {}) as tracker:
         tracker.log(1, {"time": 1.0})
 
 
 def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:
-    with Tracker(tmp_path, OFF, {}) as tracker:
+    with MetricsLog(tmp_path, None, {}) as tracker:
         tracker.resume(0)
         tracker._close_file()
         tracker._file = open("/dev/full", "w")  # noqa: SIM115
@@ -119,24 +119,28 @@ def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_said_clearly(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AlignlabError, match="metrics could not be recorded"):
-        Tracker(tmp_path / "file" / "run", OFF, {}).resume(0)
+        MetricsLog(tmp_path / "file" / "run", None, {}).resume(0)
 
 
 # ------------------------------------------------------------------ settings
 
 
-@pytest.mark.parametrize(("name", "mode"), [("none", "off"), ("wandb", "online")])
-def test_the_configs_hold_every_setting_with_its_meaning(name: str, mode: str) -> None:
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "mlflow", "trackio"])
+def test_the_configs_hold_every_setting_with_its_meaning(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text()
     values = yaml.safe_load(text)
-    settings = TrackerSettings(**values)
-    assert settings.mode == mode
-    assert list(values) == (["mode"] if mode == "off" else list(TrackerSettings.model_fields))
-    assert settings.model_copy(update={"mode": "off"}) == OFF  # they differ from the defaults in nothing else
-    assert all(" # " in line for line in text.splitlines()[1:])
+    tracker = build_tracker(values)
+    assert tracker is not None
+    assert list(values) == ["_target_", *type(tracker).model_fields]
+    assert tracker == type(tracker)()  # they differ from the defaults in nothing
+    assert all(" # " in line for line in text.splitlines() if not line.startswith(("#", "_target_")))
+
+
+def test_without_a_target_there_is_no_tracker() -> None:
+    assert build_tracker(yaml.safe_load((CONFIGS / "none.yaml").read_text())) is None
 
 
 def test_a_bare_off_in_yaml_is_off() -> None:
-    assert TrackerSettings(**yaml.safe_load("mode: off")).mode == "off"
+    assert Wandb(**yaml.safe_load("mode: off")).mode == "off"
     with pytest.raises(ValidationError):
-        TrackerSettings(mode=True)  # type: ignore[arg-type]
+        Wandb(mode=True)  # type: ignore[arg-type]

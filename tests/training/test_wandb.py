@@ -21,11 +21,13 @@ from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.benchmarks.evaluate import evaluate
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings, named
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import Wandb, named
 from tests.training import forks, wandb_server
 from tests.training.wandb_server import Server
 
 ROOT = Path(__file__).parents[2]
+WANDB = "alignlab.training.callbacks.trackers.Wandb"
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -82,14 +84,12 @@ def sittings(folder: Path) -> list[Path]:
 
 @pytest.mark.component
 def test_wandb_offline_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path: Path, wandb_here: None) -> None:
-    settings = TrackerSettings(
-        mode="offline", project="tales", group="demo", name="demo/dpo-1", job_type="dpo", tags=["a", "b"]
-    )
+    settings = Wandb(mode="offline", project="tales", group="demo", name="demo/dpo-1", job_type="dpo", tags=["a", "b"])
     config = {"algorithm": {"beta": 0.1}, "judge": {"api_key": "abracadabra"}}
     folder = tmp_path / "run"
 
     def track(resumed: int, *said: dict[str, float]) -> None:
-        with Tracker(folder, settings, config) as tracker:
+        with MetricsLog(folder, settings, config) as tracker:
             tracker.resume(resumed)
             for step, metrics in enumerate(said, resumed + 1):
                 tracker.log(step, metrics)
@@ -125,7 +125,7 @@ def test_wandb_offline_gets_the_metrics_and_a_resumed_run_goes_on(tmp_path: Path
 def test_a_run_without_a_name_is_called_after_its_folder(tmp_path: Path, wandb_here: None) -> None:
 
     def track() -> None:
-        with Tracker(tmp_path / "beta=0.1", TrackerSettings(mode="offline"), {}) as tracker:
+        with MetricsLog(tmp_path / "beta=0.1", Wandb(mode="offline"), {}) as tracker:
             tracker.log(1, {"loss": 0.5})
 
     forked(track, tmp_path / "log")
@@ -152,7 +152,7 @@ def sitting(folder: Path, mode: str, resumed: int, last: int, killed_after: floa
 
     def track() -> None:
         names = {"project": "tales", "group": "demo", "job_type": "dpo", "name": "demo/dpo-seed0"}
-        with Tracker(folder, TrackerSettings.model_validate({"mode": mode, **names}), {"beta": 0.25}) as tracker:
+        with MetricsLog(folder, Wandb.model_validate({"mode": mode, **names}), {"beta": 0.25}) as tracker:
             tracker.resume(resumed)
             for step in range(resumed + 1, last + 1):
                 tracker.log(step, {"loss": 1 / step})
@@ -282,7 +282,8 @@ def test_a_run_s_evaluation_goes_into_its_summary(
 ) -> None:
     folder = tmp_path / "dpo"
     sitting(folder, mode, 0, 2)
-    tracker = {"mode": mode, "project": "tales", "group": "demo", "job_type": "dpo", "name": "demo/dpo-seed0"}
+    names = {"project": "tales", "group": "demo", "job_type": "dpo", "name": "demo/dpo-seed0"}
+    tracker = {"_target_": WANDB, "mode": mode, **names}
     (folder / "config.yaml").write_text(yaml.safe_dump({"beta": 0.25, "tracker": tracker}))
     (folder / "model").symlink_to(saved())
     said = forked(lambda: measure(folder, saved(), "tracker=wandb", f"tracker.mode={mode}"), tmp_path / "log")
@@ -339,10 +340,14 @@ def test_by_default_evaluations_are_not_tracked(
 
 def test_names_are_given_where_there_are_none() -> None:
     names = {"group": "demo", "job_type": "sft", "name": "demo/sft"}
-    assert named({"mode": "offline", "tags": ["a"]}, **names) == {"mode": "offline", "tags": ["a"], **names}
-    own = {"mode": "online", "group": None, "job_type": None, "name": "mine"}
-    assert named(own, **names) == {"mode": "online", "group": "demo", "job_type": "sft", "name": "mine"}
-    for off in ({"mode": "off"}, {"mode": False}, {}):
+    target = {"_target_": WANDB, "tags": ["a"]}
+    none = dict.fromkeys(names)
+    assert named({**target, "mode": "offline", **none}, **names) == {**target, "mode": "offline", **names}
+    own = {**target, "mode": "online", **none, "name": "mine"}
+    assert named(own, **names) == {**own, "group": "demo", "job_type": "sft"}
+    for off in ({**target, "mode": "off", **none}, {**target, "mode": False, **none}, {"_target_": None}, {}):
         assert named(off, **names) == off
+    few = {"_target_": "alignlab.training.callbacks.trackers.TensorBoard", "folder": "tensorboard"}
+    assert named(few, **names) == few, "a tracker is told what it has a key for"
     with pytest.raises(ConfigError, match=r"tracker\.mode='on'"):
-        named({"mode": "on"}, **names)
+        named({**target, "mode": "on"}, **names)

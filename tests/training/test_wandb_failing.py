@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import Wandb
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def test_without_wandb_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with Tracker(tmp_path, TrackerSettings(mode="online"), {}) as tracker:
+    with MetricsLog(tmp_path, Wandb(mode="online"), {}) as tracker:
         for step in range(1, 4):
             tracker.log(step, {"loss": 1.0})
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -46,8 +47,9 @@ def run_python(code: str, folder: Path, **streams: Any) -> subprocess.CompletedP
 def test_wandb_dying_in_the_middle_does_not_stop_training(tmp_path: Path, wandb_here: None) -> None:
     code = """
 import sys, pathlib, psutil
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
-with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="offline"), {}) as tracker:
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import Wandb
+with MetricsLog(pathlib.Path(sys.argv[1]), Wandb(mode="offline"), {}) as tracker:
     tracker.log(1, {"loss": 1.0})
     children = psutil.Process().children(recursive=True)
     assert any("wandb" in child.name() for child in children)
@@ -83,10 +85,11 @@ def test_without_a_login_wandb_asks_nothing_even_on_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     code = """
 import sys, pathlib
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
+from alignlab.training.callbacks.logging import MetricsLog
+from alignlab.training.callbacks.trackers import Wandb
 stdin = sys.stdin
 assert stdin.isatty() and sys.stderr.isatty()
-with Tracker(pathlib.Path(sys.argv[1]), TrackerSettings(mode="online"), {}) as tracker:
+with MetricsLog(pathlib.Path(sys.argv[1]), Wandb(mode="online"), {}) as tracker:
     tracker.log(1, {"loss": 1.0})
 assert sys.stdin is stdin
 """

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignlab.training.checkpoints.store import Checkpoints, read_manifest
-from alignlab.training.schedule import learning_rate_factor
-from alignlab.training.settings import TrainingSettings
+from alignlab.training.schedule import Constant, Cosine, Linear
 from alignlab.training.trainer import Trainer
 from tests import tiny
 from tests.training import runs
@@ -256,24 +255,23 @@ def test_generated_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "factors"),
+    ("schedule", "factors"),
     [
         # At 0, 1/4, 1/2, 3/4 and the whole of the run.
-        ({}, [1, 1, 1, 1, 1]),
-        ({"schedule": "linear"}, [1, 0.75, 0.5, 0.25, 0]),
-        ({"schedule": "linear", "min_lr": 0.2}, [1, 0.8, 0.6, 0.4, 0.2]),
-        ({"schedule": "linear", "warmup": 0.5}, [0, 0.5, 1, 0.5, 0]),
-        ({"schedule": "constant", "warmup": 0.5}, [0, 0.5, 1, 1, 1]),
-        ({"schedule": "constant", "warmup": 1.0}, [0, 0.25, 0.5, 0.75, 1]),
+        (Constant(), [1, 1, 1, 1, 1]),
+        (Linear(), [1, 0.75, 0.5, 0.25, 0]),
+        (Linear(min_lr=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+        (Linear(warmup=0.5), [0, 0.5, 1, 0.5, 0]),
+        (Constant(warmup=0.5), [0, 0.5, 1, 1, 1]),
+        (Constant(warmup=1.0), [0, 0.25, 0.5, 0.75, 1]),
         # (1 + cos(pi/4)) / 2 = 0.853553, (1 + cos(3 pi/4)) / 2 = 0.146447
-        ({"schedule": "cosine"}, [1, 0.853553, 0.5, 0.146447, 0]),
-        ({"schedule": "cosine", "min_lr": 0.1}, [1, 0.868198, 0.55, 0.231802, 0.1]),
-        ({"schedule": "cosine", "warmup": 0.5}, [0, 0.5, 1, 0.5, 0]),
+        (Cosine(), [1, 0.853553, 0.5, 0.146447, 0]),
+        (Cosine(min_lr=0.1), [1, 0.868198, 0.55, 0.231802, 0.1]),
+        (Cosine(warmup=0.5), [0, 0.5, 1, 0.5, 0]),
     ],
 )
-def test_schedules(settings: dict[str, Any], factors: list[float]) -> None:
-    found = [learning_rate_factor(TrainingSettings(**settings), done) for done in (0, 0.25, 0.5, 0.75, 1)]
-    assert found == pytest.approx(factors, abs=1e-6)
+def test_schedules(schedule: Constant, factors: list[float]) -> None:
+    assert [schedule(done) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(factors, abs=1e-6)
 
 
 def rates(lines: list[dict[str, Any]]) -> list[float]:

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from alignlab.core import Algorithm, Group, ModelKind, Response, Sampler, Scorer
-from alignlab.models import (
-    AdapterSettings,
-    ModelSettings,
-    PackedModel,
-    QuantizationSettings,
-    Reference,
-    add_value_head,
-    load_model,
-)
-from alignlab.training.callbacks.progress import ProgressDisplay
-from alignlab.training.callbacks.tracking import Tracker, TrackerSettings
-from alignlab.training.checkpoints.store import Checkpoints
-from alignlab.training.distributed.engine import make_engine
-from alignlab.training.distributed.processes import Processes
-from alignlab.training.order import Order
-from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
+from alignlab.core import Algorithm, Group, ModelKind, Response, RolloutEngine, Scorer
+from alignlab.models import AdapterSettings, ModelSettings, PackedModel, QuantizationSettings, load_model
+from alignlab.training.callbacks import Callback
+from alignlab.training.order import Shuffled
+from alignlab.training.settings import SourceSettings, TrainingSettings
 from alignlab.training.trainer import Trainer
 from measuring.gauge import Gauge, own_weights
 from measuring.work import LEARNING_RATE, LORA, Pair, Scale, Shape, model_folder, set_trained
@@ -36,18 +23,15 @@ Options = Mapping[str, Any]
 pass), `adapter` ("lora" or "none"), `whole_logits` (of all tokens, by the network's own forward)."""
 
 
-class Clock(Tracker):
-    """Reads the gauge whenever the loop logs a step."""
+class Clock(Callback):
+    """Reads the gauge after each step."""
 
-    def __init__(self, folder: Path, gauge: Gauge, every: int = 1) -> None:
-        super().__init__(folder, TrackerSettings(mode="off"), {})
+    def __init__(self, gauge: Gauge, every: int = 1) -> None:
         self.gauge, self.every = gauge, every
-        self.tokens: list[float] = []
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        super().log(step, metrics)
-        if step % self.every == 0:
-            self.gauge.step(metrics["loss"])
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step % self.every == 0:
+            self.gauge.step(trainer.metrics["loss"])
 
 
 def load(scale: Scale, options: Options, kind: ModelKind = "policy", shape: Shape | None = None) -> PackedModel:
@@ -87,12 +71,12 @@ def train(
     shape: Shape | None = None,
     source: SourceSettings | None = None,
     scorers: Sequence[Scorer] = (),
-    sampler: Callable[[PackedModel], Sampler] | None = None,
+    rollout: RolloutEngine | None = None,
     steps: int | None = None,
     every: int = 1,
     before: Callable[[PackedModel], None] | None = None,
 ) -> dict[str, Any]:
-    """Train on batch after batch; the figures of a `Gauge`, tokens read in a step, and the layout.
+    """Train on batch after batch; the metrics of a `Gauge`, tokens read in a step, and the layout.
 
     Args:
         steps: optimiser steps in all; one for each batch unless given.
@@ -104,41 +88,24 @@ def train(
     settings = TrainingSettings(
         **({"steps": steps or len(batches), "epochs": None, "batch_size": size} | dict(options.get("training", {})))
     )
-    processes = Processes()
     model = load(scale, options, kind, shape)
     algorithm.setup(model.tokenizer)
-    source = source or SourceSettings()
-    wants_reference = "ref_logp" in algorithm.needs
-    reference = Reference(model, options.get("adapter", "lora") == "lora") if wants_reference else None
-    if "value" in algorithm.reads:
-        add_value_head(model, algorithm.critic)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine = make_engine(
-        DistributedSettings(),
+    trainer = Trainer(
         model,
-        torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0),
-        processes,
-        settings.max_grad_norm,
+        algorithm,
+        optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0),
+        settings=settings,
+        source=source,
+        train=placed(batches, settings.seed),
+        scorers=scorers,
+        rollout=rollout,
+        callbacks=[Clock(gauge, every)],
     )
-    with tempfile.TemporaryDirectory() as out, Clock(Path(out), gauge, every) as clock:
-        trainer = Trainer(
-            algorithm=algorithm,
-            engine=engine,
-            settings=settings,
-            source=source,
-            train=placed(batches, settings.seed),
-            checkpoints=Checkpoints(Path(out) / "checkpoints", 1, False),
-            tracker=clock,
-            progress=ProgressDisplay("off"),
-            reference=reference,
-            scorers=scorers,
-            sampler=sampler,
-        )
-        gauge.loaded()
-        if before is not None:
-            before(model)
-            gauge.start()
-        trainer.run()
+    gauge.loaded()
+    if before is not None:
+        before(model)
+        gauge.start()
+    trainer.run()
     read = [sum(g.packed_length for g in batch) for batch in batches[-scale.steps :]]
     return gauge.result(layout=model.layout, tokens=sum(read) / len(read))
 
@@ -147,7 +114,7 @@ def placed(batches: Sequence[Sequence[Group]], seed: int) -> list[Group]:
     """The groups so placed that step n of the loop draws batch n."""
     size = len(batches[0])
     groups = [Group([]) for batch in batches for _ in batch]
-    order = Order(len(groups), size, seed)
+    order = Shuffled(groups, size, seed)
     for number, batch in enumerate(batches):
         for place, group in zip(order.batch(number), batch, strict=True):
             groups[place] = group

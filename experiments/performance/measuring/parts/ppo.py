@@ -67,7 +67,7 @@ def iteration(
         shape=shape,
         source=SourceSettings(kind="rollout", rollout_batch_size=prompts, group_size=1, ppo_epochs=epochs),
         scorers=[LastToken()],
-        sampler=settings.sampler,
+        rollout=settings,
         steps=steps,
         every=steps,
         before=warm_up,
