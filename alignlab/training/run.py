@@ -134,11 +134,11 @@ class RunConfig:
 # ---------------------------------------------------------------------------------------------- the config
 
 
-def check(config: dict[str, Any], algorithm: Algorithm | None = None) -> RunConfig:
+def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: list[Scorer] | None = None) -> RunConfig:
     """All that can be known to be wrong with a run before a model or data are loaded.
 
     Args:
-        algorithm: instead of the one that the config names.
+        algorithm, scorers: instead of those that the config names.
 
     Raises:
         ConfigError: a setting is unknown, impossible, or at odds with another.
@@ -152,7 +152,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None) -> RunConf
         quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
         data=section(DataSettings, config["data"], "data"),
         algorithm=algorithm or build_algorithm(config["algorithm"]),
-        scorers=build_scorers(config["scoring"]),
+        scorers=build_scorers(config["scoring"]) if scorers is None else scorers,
         rollout=build_engine(config["rollout"]),
         environment=build_environment(config.get("environment")),
         tracker=build_tracker(config.get("tracker")),

@@ -10,14 +10,24 @@ import torch
 import yaml
 from pydantic import Field
 
+from alignlab.build import section
 from alignlab.core import ConfigError
 from alignlab.core.settings import Settings
-from alignlab.models import PackedModel, add_value_head, load_model, save_model
+from alignlab.models import (
+    AdapterSettings,
+    ModelSettings,
+    PackedModel,
+    QuantizationSettings,
+    add_value_head,
+    load_model,
+    save_model,
+)
 from alignlab.training.checkpoints.state import Saved
 from alignlab.training.checkpoints.store import Checkpoints, verify
 from alignlab.training.distributed.engine import Tensors
-from alignlab.training.run import check
+from alignlab.training.run import build_algorithm
 from alignlab.training.run_folder import RESULT
+from alignlab.training.settings import TrainingSettings
 
 
 class ExportSettings(Settings):
@@ -54,21 +64,24 @@ def export(settings: ExportSettings) -> list[str]:
 def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
     """The model that a run trained, in this process's memory: from its `model/`, or with the tensors it trained."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    checked = check(config)
-    algorithm, settings = checked.algorithm, checked.model
+    algorithm = build_algorithm(config["algorithm"])
+    settings = section(ModelSettings, config["model"], "model")
+    adapter = section(AdapterSettings, config["adapter"], "adapter")
+    quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
+    seed = section(TrainingSettings, config["training"], "training").seed
     whole = trained is None and not (run / "model" / "adapter_config.json").exists()
     if trained is None:
         settings = settings.model_copy(update={"path": str(run / "model"), "freeze": [], "freeze_layers": 0})
     model = load_model(
         settings,
-        checked.adapter.model_copy(update={"kind": "none"}) if whole else checked.adapter,
+        adapter.model_copy(update={"kind": "none"}) if whole else adapter,
         algorithm.model,
         labels=algorithm.labels,
-        quantization=None if whole else checked.quantization,
-        seed=checked.training.seed,
+        quantization=None if whole else quantization,
+        seed=seed,
     )
     if "value" in algorithm.reads:
-        add_value_head(model, algorithm.critic, checked.training.seed)
+        add_value_head(model, algorithm.critic, seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensors in (trained or {}).items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError
-from alignlab.training.run_lock import OWNER, RunLock
+from alignlab.training.callbacks.run_lock import OWNER, RunLock
 from tests.slurm import pace
 from tests.training import forks, runs
 
@@ -58,10 +58,10 @@ def test_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first.check()
     second.take()
     second.check()
-    first.check_now_and_then()  # not yet
-    monkeypatch.setattr("alignlab.training.run_lock.EVERY", 0.0)
-    second.check_now_and_then()
+    first.on_step(None)  # not yet
+    monkeypatch.setattr("alignlab.training.callbacks.run_lock.EVERY", 0.0)
+    second.on_step(None)
     with pytest.raises(AlignlabError, match="has begun to work on this run since"):
-        first.check_now_and_then()
+        first.on_step(None)
     (tmp_path / OWNER).unlink()
     first.check()  # nobody else's
