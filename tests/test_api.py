@@ -44,6 +44,18 @@ def test_the_lines_of_the_readme(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_the_notebook_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNLAB_MODEL", str(base))
+    cells = json.loads((Path(__file__).parents[1] / "docs" / "quickstart.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert len(names["logp"]) == 2 and len(names["logp"][0]) == 4
+
+
 def test_log_probs_are_those_of_plain_transformers(base: Path) -> None:
     import transformers
 
