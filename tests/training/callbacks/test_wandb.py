@@ -23,10 +23,11 @@ from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import Wandb, named
-from tests.training import forks, wandb_server
-from tests.training.wandb_server import Server
+from tests.training import forks
+from tests.training.callbacks import wandb_server
+from tests.training.callbacks.wandb_server import Server
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WANDB = "alignlab.training.callbacks.trackers.Wandb"
 
 

@@ -15,7 +15,7 @@ from alignlab.core import AlignlabError
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import Wandb, build_tracker
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "tracker"
+CONFIGS = Path(__file__).parents[3] / "configs" / "tracker"
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import Wandb
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
