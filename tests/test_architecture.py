@@ -36,7 +36,7 @@ EXCEPTIONS = {  # what makes objects of a config's sections
     "alignlab.scoring": {"build"},
 }
 
-LONGEST, LONGEST_ALGORITHM = 410, 150
+LONGEST, LONGEST_ALGORITHM = 430, 150
 """Lines of a file."""
 
 

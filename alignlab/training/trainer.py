@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,9 @@ from alignlab.core import (
     DataOrder,
     Environment,
     Group,
-    Interrupted,
     NeedsPolicy,
     NonFiniteError,
     RolloutEngine,
-    SamplerLost,
     Schedule,
     Scorer,
 )
@@ -39,18 +35,15 @@ from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.collect import Collector
 from alignlab.training.distributed.engine import Engine, make_engine
 from alignlab.training.distributed.processes import Processes, launched
+from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.signals import StopRequest
 from alignlab.training.step import Pass, parameter_groups, run_with_memory
 
 log = logging.getLogger(__name__)
-
-EMPTY_ITERATIONS = 20
-"""Iterations in a row that may leave nothing to train on before the run is stopped."""
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """From parameter groups, as torch's optimisers take them, to an optimiser."""
@@ -167,12 +160,12 @@ class Trainer:
             max_tokens_per_microbatch=self.budget.tokens,
             cache=cache,
         )
-        self.state = State()
+        self.state, self.loop = State(), Loop(self)
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.last = Pass({}, 0, 0, 0)  # of the last step
         self.stopped: str | None = None
-        self._checkpoint_asked = False
+        self.checkpoint_asked = False
         self.discarded = False
 
     # ------------------------------------------------------------------ one step
@@ -200,13 +193,13 @@ class Trainer:
         state = self.state
         found = self.collector.collect(list(groups), iteration_seed(self.settings.seed, state.iteration), state.step)
         state.iteration += 1
-        self._remember(found.report, found.reward)
+        self.remember(found.report, found.reward)
         if not found.groups:
             return {}
         peak = float(self.engine.optimizer.param_groups[0]["initial_lr"])
-        self._update(found.groups, 1.0 if lr is None else lr / peak)
+        self.update(found.groups, 1.0 if lr is None else lr / peak)
         state.step += 1
-        self._each("on_step")
+        self.each("on_step")
         return dict(self.metrics)
 
     def save(self, folder: str | Path, merge: bool = False) -> list[str]:
@@ -239,63 +232,17 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; nothing has been changed by that step.
             SamplerLost: what samples is gone; a checkpoint has been written.
         """
-        if self.order is None:
-            raise AlignlabError("there are no records to train on: give Trainer(train=…), or call step(groups)")
-        error: BaseException | None = None
-        try:
-            self._resume()
-            self._each("on_start")
-            self._train()
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._end(error)
-        return self.state
+        return self.loop.run()
 
-    def _train(self) -> None:
-        started = time.monotonic() - self.state.seconds
-        empty = 0
-        try:
-            with StopRequest() as stop:
-                while not self._finished():
-                    if not self.state.pending:
-                        self.state.pending, self.state.position = self._next_iteration(), 0
-                        empty = empty + 1 if not self.state.pending else 0
-                        if empty >= EMPTY_ITERATIONS:
-                            raise AlignlabError(
-                                f"{empty} iterations in a row left nothing to train on: "
-                                f"{type(self.algorithm).__name__} dropped every group (do all responses to a prompt "
-                                "get the same reward?)"
-                            )
-                        continue
-                    self._update(self._minibatch(), self.schedule(self.done))
-                    self._advance(enough=self.algorithm.enough(self.last.metrics))
-                    self.state.seconds = time.monotonic() - started
-                    self._each("on_step")
-                    self._heed(stop.signal)
-        except SamplerLost as lost:
-            if not self.state.step or self.checkpoints is None:
-                raise
-            self.checkpoint()
-            kept = f"checkpoint of step {self.state.step} saved: the same command goes on"
-            raise type(lost)(f"{lost}; {kept}") from lost
-        self.state.seconds = time.monotonic() - started
+    @property
+    def done(self) -> float:
+        """Share of the run that is over, by the limit that is nearest, in [0, 1]; 0 without a limit."""
+        return self.loop.done
 
-    def _heed(self, signal: str | None) -> None:
-        """Do what signals and callbacks have asked for in any of the processes."""
-        asked = self.processes.gather((signal, self.stopped, self.discarded, self._checkpoint_asked))
-        signal = next((s for s, *_ in asked if s), None)
-        self.stopped = next((reason for _, reason, *_ in asked if reason), None)
-        self.discarded = any(discard for _, _, discard, _ in asked)
-        if self.discarded:
-            return
-        self.state.stopped = self.stopped
-        if self.checkpoints is not None and (signal or any(save for *_, save in asked)):
-            self.checkpoint()
-        if signal:
-            saved = f"checkpoint of step {self.state.step} saved: the same command goes on"
-            raise Interrupted(signal, saved if self.checkpoints is not None else "nothing was saved")
+    @property
+    def epoch(self) -> float:
+        """How often all records have been drawn."""
+        return self.loop.epoch
 
     def request_stop(self, reason: str, discard: bool = False) -> None:
         """End the run after this step; to be called by callbacks, on any of the processes.
@@ -308,11 +255,11 @@ class Trainer:
 
     def request_checkpoint(self) -> None:
         """Write a checkpoint after this step; to be called by callbacks, on any of the processes."""
-        self._checkpoint_asked = True
+        self.checkpoint_asked = True
 
     # ------------------------------------------------------------------ updates
 
-    def _update(self, groups: Sequence[Group], factor: float) -> None:
+    def update(self, groups: Sequence[Group], factor: float) -> None:
         """One optimiser step; `metrics` are its metrics afterwards.
 
         Args:
@@ -376,106 +323,11 @@ class Trainer:
         self.collector.max_tokens_per_microbatch = self.budget.tokens
         return passed
 
-    # ------------------------------------------------------------------ groups
-
-    def _next_iteration(self) -> list[Group]:
-        """Draw, sample, score and prepare the next iteration's groups; the same list on every process."""
-        assert self.order is not None
-        index, state = self.state.iteration, self.state
-        every = self.source.ref_update_interval
-        if index and every and index % every == 0 and state.refreshed != index:
-            self._update_reference()
-            state.refreshed = index  # sampling may fail, and be done again after a resume
-        records, groups, seed = self._drawn(index)
-        found = self.collector.collect(groups, seed, step=state.step, following=lambda: self._drawn(index + 1)[1:])
-        self.order.observe(index, records, found.sampled)
-        state.iteration += 1
-        state.order = dict(self.order.state)
-        self._remember(found.report, found.reward if self.source.kind == "rollout" else None)
-        if self.source.kind == "rollout":
-            state.sampled = found.generated_tokens
-            state.generated_tokens += found.generated_tokens
-            self._each("on_iteration", found.sampled)
-        return found.groups
-
-    def _remember(self, report: Mapping[str, float], reward: float | None) -> None:
+    def remember(self, report: Mapping[str, float], reward: float | None) -> None:
         """What the steps on an iteration's groups report."""
         self.state.report = {**self.algorithm.report, **report}
         self.state.algorithm = dict(self.algorithm.state)
         self.state.reward = reward
-
-    def _drawn(self, index: int) -> tuple[list[int], list[Group], int]:
-        """Records of an iteration, and the seed of what is sampled for them."""
-        assert self.order is not None
-        records = list(self.order.batch(index))
-        return records, [self.train[i] for i in records], iteration_seed(self.settings.seed, index)
-
-    def _update_reference(self) -> None:
-        """Move the reference to the policy; what it said of records before no longer holds."""
-        if self.reference is None:
-            raise AlignlabError(f"source.ref_update_interval: {type(self.algorithm).__name__} uses no reference policy")
-        held = self.reference.held_in
-        apart = nullcontext() if held is self.model else self.engine.whole(held, change=True)
-        with self.engine.whole(self.model, change=held is self.model), apart:
-            self.reference.refresh(self.source.ref_update_tau)
-        for group in [*self.train, *self.validation]:
-            for response in group.responses:
-                response.columns.pop("ref_logp", None)
-
-    def _minibatch(self) -> list[Group]:
-        """The groups of the next step: minibatches in a fresh order for each pass over the iteration."""
-        groups, size = self.state.pending, self.settings.batch_size
-        per_pass = math.ceil(len(groups) / size)
-        pass_, place = divmod(self.state.position, per_pass)
-        if self.ppo_epochs == 1 and per_pass == 1:
-            return groups
-        order = Shuffled(groups, size, iteration_seed(self.settings.seed + 1, self.state.iteration))
-        return [groups[i] for i in order.batch(pass_ * per_pass + place)]
-
-    @property
-    def ppo_epochs(self) -> int:
-        """How often an iteration's groups are trained on."""
-        return self.source.ppo_epochs if self.source.kind == "rollout" else 1
-
-    def _advance(self, enough: bool) -> None:
-        self.state.step += 1
-        self.state.position += 1
-        steps = self.ppo_epochs * math.ceil(len(self.state.pending) / self.settings.batch_size)
-        if enough or self.state.position >= steps:
-            self.state.pending = []
-
-    # ------------------------------------------------------------------ limits
-
-    @property
-    def epoch(self) -> float:
-        """How often all records have been drawn."""
-        return self.state.iteration / self.order.batches_per_epoch if self.order is not None else 0.0
-
-    @property
-    def done(self) -> float:
-        """Share of the run that is over, by the limit that is nearest; 0 without a limit."""
-        return max((consumed / limit for consumed, limit in self._limits()), default=0.0)
-
-    def _limits(self) -> list[tuple[float, float]]:
-        s, state = self.settings, self.state
-        ahead = 0.0  # share of the current iteration that is still to be trained on
-        if state.pending:
-            ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / s.batch_size))
-        limits: list[tuple[float, float | None]] = [
-            (state.step, s.steps),
-            (state.trained_tokens, s.max_trained_tokens),
-            # What was sampled is trained on, also where it reaches the limit.
-            (state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
-            (state.seconds, s.max_seconds),
-        ]
-        if s.epochs is not None and self.order is not None:
-            limits.append((state.iteration - ahead, math.ceil(s.epochs * self.order.batches_per_epoch)))
-        return [(float(c), float(limit)) for c, limit in limits if limit is not None]
-
-    def _finished(self) -> bool:
-        finished = self.done >= 1 or self.stopped is not None
-        # Time differs between processes: all do what the first one does.
-        return self.processes.gather(finished)[0] if self.settings.max_seconds else finished
 
     # ------------------------------------------------------------------ evaluation
 
@@ -492,15 +344,15 @@ class Trainer:
         """Tell the callbacks of an evaluation."""
         self.evaluation = metrics
         self.metrics |= metrics
-        self._each("on_evaluate", metrics)
+        self.each("on_evaluate", metrics)
 
     # ------------------------------------------------------------------ callbacks
 
-    def _each(self, point: str, *arguments: Any) -> None:
+    def each(self, point: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, point)(self, *arguments)
 
-    def _end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Let every callback end, the last one first, whatever one of them raises; the first error is the run's."""
         failed: BaseException | None = None
         for callback in reversed(self.callbacks):
@@ -517,12 +369,12 @@ class Trainer:
         """Save where the run stands. Called by all processes."""
         if self.checkpoints is None:
             raise AlignlabError("this trainer has no folder for checkpoints")
-        self._checkpoint_asked = False
+        self.checkpoint_asked = False
         with self.checkpoints.write(self.state.step, self.state.watched) as folder:
             save_state(folder, self.state, self.engine, self.reference, self.train)
-            self._each("on_checkpoint", folder)
+            self.each("on_checkpoint", folder)
 
-    def _load(self, folder: Path) -> State:
+    def load_checkpoint(self, folder: Path) -> State:
         state = load_state(folder, self.engine, self.reference, self.train)
         if state.algorithm:
             self.algorithm.state = state.algorithm
@@ -530,30 +382,11 @@ class Trainer:
             self.order.state = state.order
         return state
 
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint where there is one and that is wanted."""
-        if self.checkpoints is None:
-            return
-        found = self.checkpoints.latest() if self.settings.resume == "auto" and self.processes.is_main else None
-        # The main process looks, after it has cleared away what a killed one left; all do what it found.
-        mine = (found, self.checkpoints.problems, self.budget.found())
-        folder, problems, self.budget.tokens = self.processes.gather(mine)[0]
-        self.collector.max_tokens_per_microbatch = self.budget.tokens
-        if folder is None and problems:
-            raise AlignlabError(
-                f"no checkpoint in {self.checkpoints.folder} is whole: {'; '.join(problems)}. "
-                "Start anew with training.resume=never"
-            )
-        if folder is not None:
-            self.state = self._load(folder)
-            self.stopped = self.state.stopped
-            self.checkpoints.discard_after(self.state.step)
-
     def load_best(self) -> None:
         """Make the weights of the best checkpoint the run's, where there is one. Called by all processes."""
         best = self.checkpoints.best() if self.checkpoints is not None else None
         if best is not None:
-            self._load(best)
+            self.load_checkpoint(best)
 
     # ------------------------------------------------------------------ reference
 

@@ -154,9 +154,9 @@ def test_nothing_to_learn_is_said_not_reported_as_zero(
     folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from alignlab.core import Algorithm
-    from alignlab.training import trainer
+    from alignlab.training import loop
 
-    monkeypatch.setattr(trainer, "EMPTY_ITERATIONS", 3)
+    monkeypatch.setattr(loop, "EMPTY_ITERATIONS", 3)
     target = runs.ALGORITHMS[algorithm][0].removeprefix("algorithm=")
     from alignlab.config import compose
     from alignlab.training.run import build_algorithm
