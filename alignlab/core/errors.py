@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AlignlabError(Exception):
@@ -65,3 +65,10 @@ def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raise a `ConfigError` unless `condition` holds, e.g. `require(beta > 0, "beta", beta, "must be > 0")`."""
     if not condition:
         raise ConfigError(f"{key}={value!r}: {rule}")
+
+
+def require_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a `ConfigError` unless `value` is one of the choices."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigError(f"{key}={value!r}: must be {', '.join(others)} or {last}")

@@ -139,4 +139,4 @@ def test_what_the_pairwise_model_cannot_use() -> None:
         PairwiseModel(max_length=3)
     with pytest.raises(AlignlabError, match="setup"):
         PairwiseModel().arrange([two([7], [8], score=(1.0, 0.0))])
-    assert "at least two" in str(pairwise().check(group({})))
+    assert "at least 2 responses" in str(pairwise().check(group({})))

@@ -11,20 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.algorithms.advantages import gae, group_advantage, leave_one_out_advantage, shaped_reward, whiten
 from alignlab.algorithms.policy_gradient import (
     clipped_surrogate,
     clipped_value_loss,
     explained_variance,
-    gae,
-    group_advantage,
     kl_estimate,
-    leave_one_out_advantage,
     per_response,
     policy_metrics,
     require_siblings,
     rollout_report,
-    shaped_reward,
-    whiten,
 )
 from alignlab.core import AlignlabError, Batch, Group, segments
 from tests.algorithms.common import group

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.algorithms.dpo import DPO, PairAlgorithm, dpo_loss
+from alignlab.algorithms.dpo import DPO, dpo_loss
 from alignlab.algorithms.hinge import Hinge, hinge_loss
 from alignlab.algorithms.ipo import IPO, ipo_loss
 from alignlab.algorithms.orpo import ORPO, log_odds, orpo_loss
+from alignlab.algorithms.preferences import PairAlgorithm
 from alignlab.algorithms.rrhf import RRHF
 from alignlab.algorithms.simpo import SimPO, simpo_loss
 from alignlab.algorithms.slic import SLiC
@@ -218,7 +219,10 @@ def test_what_they_cannot_use() -> None:
     for algorithm in FAMILY:
         assert isinstance(algorithm, PairAlgorithm)
         assert algorithm.check(group({}, {})) is None
-        assert str(algorithm.check(group({}))) == f"{name(algorithm)} needs at least two responses to compare"
+        assert (
+            str(algorithm.check(group({})))
+            == f"{name(algorithm)} needs at least 2 responses to a prompt; this record has 1"
+        )
         assert algorithm.unit == "pair"
     for algorithm in (DPO(), IPO(), Hinge()):
         assert algorithm.needs == ("ref_logp",)

@@ -122,7 +122,7 @@ def test_soft_labels_are_learnt_not_overshot(p: float) -> None:
     assert gradient[1] > 0 > gradient[2]
     assert value[0] < value[1]
     assert value[0] < value[2]
-    assert float(dpo_loss(margin[0] / 0.1, 0.1, p)) == pytest.approx(float(value[0].detach()))
+    assert float(dpo_loss(margin[:1] / 0.1, 0.1, p)) == pytest.approx(float(value[0].detach()))
 
 
 @pytest.mark.parametrize("probability", [1.0, 0.7])
@@ -179,7 +179,7 @@ def test_dpo_of_the_reference_itself_is_log_2(name: str) -> None:
 def test_what_they_cannot_use() -> None:
     for algorithm in (DPO(), RewardModel()):
         assert algorithm.check(group({}, {})) is None
-        assert "at least two responses" in str(algorithm.check(group({})))
+        assert "at least 2 responses" in str(algorithm.check(group({})))
         assert algorithm.unit == "pair"
     assert RewardModel().model == "score"
     assert "ref_logp" in DPO().needs

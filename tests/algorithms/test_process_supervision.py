@@ -112,7 +112,7 @@ def test_records_without_labels_are_refused() -> None:
     algorithm = ProcessRewardModel()
     assert algorithm.check(groups(solution(1, -1))[0]) is None
     reason = algorithm.check(Group([1], [solution(1), Response([2])]))
-    assert reason and "labels of steps" in reason
+    assert reason and "`step_label` for each step" in reason
     assert algorithm.check(Group([1])) is not None
 
 

@@ -144,5 +144,5 @@ def test_impossible_settings(kind: Any, settings: dict[str, Any]) -> None:
 
 def test_what_they_need() -> None:
     assert (RRHF.unit, SLiC.unit) == ("group", "pair")
-    assert "at least two" in str(RRHF().check(group({})))
+    assert "at least 2 responses" in str(RRHF().check(group({})))
     assert RRHF().check(group({}, {})) is None

@@ -232,7 +232,7 @@ def test_no_correlation_where_all_are_alike() -> None:
 def test_impossible_settings(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}=-0\.1: must be >= 0"):
         RewardModel(**{key: -0.1})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^algorithm\.mean_over='tokens': must be pairs or prompts"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.mean_over='tokens': must be 'pairs' or 'prompts'"):
         RewardModel(mean_over="tokens")  # type: ignore[arg-type]
 
 

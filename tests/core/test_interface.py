@@ -53,7 +53,7 @@ def test_outputs_that_were_not_asked_for() -> None:
     outputs = Outputs(logp_T=torch.zeros(2))
     assert outputs.logp_T.shape == (2,)
     for name in ("entropy_T", "score_N", "step_TL"):
-        with pytest.raises(AlignlabError, match=f"not asked for '{name.split('_')[0]}'.*`reads`"):
+        with pytest.raises(AlignlabError, match=f"{name} was not computed: add '{name.split('_')[0]}'.*`reads`"):
             getattr(outputs, name)
 
 
