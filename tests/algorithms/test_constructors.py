@@ -70,6 +70,12 @@ def test_not_a_number_is_refused_by_name(kind: type[Algorithm], name: str) -> No
             kind(**{name: math.nan})
 
 
+def test_an_algorithm_says_that_it_corrects_off_policy_samples_if_and_only_if_its_loss_weighs_them() -> None:
+    weighing = {kind for kind in KINDS if "weighted(" in inspect.getsource(kind)}
+    assert {kind.__name__ for kind in weighing} == {"PPO", "GRPO", "RLOO", "ReinforcePP"}
+    assert weighing == {kind for kind in KINDS if kind.off_policy_correction}
+
+
 def test_a_choice_is_refused_with_those_there_are() -> None:
     require_choice("algorithm.critic", "own", ("shared", "own"))
     with pytest.raises(ConfigError, match=r"^algorithm\.critic='owm': must be 'shared' or 'own'$"):

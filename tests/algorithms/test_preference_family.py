@@ -83,7 +83,7 @@ def test_hinge_by_hand() -> None:
     assert losses.tolist() == metrics["active"].tolist() == [0.0], "enough is enough"
 
 
-def test_hinge_is_torchtune_s(published: dict[str, dict[str, Any]]) -> None:
+def test_hinge_equals_torchtune(published: dict[str, dict[str, Any]]) -> None:
     """Its fixture has the inputs of that of DPO."""
     fixture, inputs = published["rso_hinge_loss_torchtune"], published["dpo_loss_torchtune"]["inputs"]
     pc, pr, rc, rr = (torch.tensor(inputs[k]) for k in ("pc", "pr", "rc", "rr"))
@@ -131,7 +131,7 @@ def test_simpo_by_hand() -> None:
 
 
 @pytest.mark.parametrize("algorithm", [SimPO(), ORPO(), SLiC(), RRHF()], ids=name)
-def test_what_needs_no_reference_has_none(algorithm: Algorithm) -> None:
+def test_the_loss_does_not_depend_on_a_reference_that_is_not_needed(algorithm: Algorithm) -> None:
     """The same with another reference, and with none at all."""
     other = pair({"score": 1.0}, {"score": 0.0})
     for response in other.group.responses:
@@ -215,7 +215,7 @@ def test_large_margins_stay_finite(function: Any) -> None:
     assert margin.grad.tolist() == pytest.approx([-1.0, 0.0])
 
 
-def test_what_they_cannot_use() -> None:
+def test_a_single_response_is_refused() -> None:
     for algorithm in FAMILY:
         assert isinstance(algorithm, PairAlgorithm)
         assert algorithm.check(group({}, {})) is None
@@ -233,7 +233,7 @@ def test_what_they_cannot_use() -> None:
     [(IPO, {"beta": 0.0}), (Hinge, {"gamma": 0.0}), (ORPO, {"ratio_weight": 0.0}), (SimPO, {"beta": -1.0}),
      (SimPO, {"gamma": -0.1})],
 )  # fmt: skip
-def test_impossible_settings(kind: Any, settings: dict[str, float]) -> None:
+def test_values_out_of_range_are_refused_by_name(kind: Any, settings: dict[str, float]) -> None:
     (key,) = settings
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}="):
         kind(**settings)
