@@ -1,4 +1,4 @@
-"""The errors a user is meant to read. The command line prints them as one line, without a traceback."""
+"""Errors that a user can put right. The command line prints them as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class NonFiniteError(AlignlabError):
 
 
 class PeerLost(AlignlabError):
-    """Another process of the run has stopped, or does not answer: this one is not to blame."""
+    """Another process of the run has stopped or does not answer. The fault is there, not in this process."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 class StartAgain(AlignlabError):
-    """The run cannot go on in these processes; the same command started again can."""
+    """The run cannot go on in these processes. Start the same command again to go on."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -53,7 +53,7 @@ class Interrupted(AlignlabError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'beta'?"`, or the known words where none is near, or nothing where there are none."""
+    """The nearest known word, as in `"; did you mean 'beta'?"`; all known words if none is near; "" if there are none."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
