@@ -140,7 +140,7 @@ def desirability(group: Group, threshold: float | None, mean: float) -> list[int
     missing = [r for r in group.responses if "reward" not in r.columns]
     if len(missing) == len(columns) or any(r.source != "data" for r in missing):
         raise AlignlabError(
-            f"{group.origin or 'a group'}: KTO needs a column that tells which responses are desirable: 'desirable', "
+            f"{group.place}: KTO needs a column that tells which responses are desirable: 'desirable', "
             "'score' or 'preference' for several responses, or a 'reward' from a scorer (scoring=…)"
         )
     rewards: list[float | None] = [c.get("reward") for c in columns]  # type: ignore[misc]

@@ -52,7 +52,7 @@ class Rendering:
             DataError: the prompt leaves no room for responses.
         """
         if problem := self.problem(group):
-            raise DataError(f"{group.origin or 'a group'}: {problem}")
+            raise DataError(f"{group.place}: {problem}")
         a, b = group.responses[i], group.responses[j]
         keep_a, keep_b = len(a.token_ids), len(b.token_ids)
         if self.limit is not None:

@@ -86,6 +86,6 @@ def require_siblings(groups: Sequence[Group], name: str) -> None:
     for group in groups:
         if len(group.responses) == 1:
             raise AlignlabError(
-                f"{group.origin or 'a group'}: {name} compares responses to the same prompt and there is only one: "
+                f"{group.place}: {name} compares responses to the same prompt and there is only one: "
                 "source.group_size must be at least 2"
             )

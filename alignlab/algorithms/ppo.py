@@ -22,7 +22,7 @@ from alignlab.algorithms.policy_gradient import (
 from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, require_choice
 
 HORIZON = 10_000
-"""Responses after which an adaptive KL coefficient has changed by up to 20 %, as in the code of Ziegler et al."""
+"""Responses in which an adaptive KL coefficient changes by about 20 % at most, as in the code of Ziegler et al."""
 
 
 def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:

@@ -42,7 +42,6 @@ def best(group: Group, keep: int = 1, column: str = "reward") -> list[Response]:
     """
     if not all(column in r.columns for r in group.responses):
         raise AlignlabError(
-            f"{group.origin or 'a group'}: best of N needs a `{column}` for each response: choose a scorer that fills "
-            "it (scoring=…)"
+            f"{group.place}: best of N needs a `{column}` for each response: choose a scorer that fills it (scoring=…)"
         )
     return sorted(group.responses, key=lambda r: -float(r.columns[column]))[:keep]  # type: ignore[arg-type]

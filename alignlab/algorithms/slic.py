@@ -79,7 +79,7 @@ def own_response(group: Group) -> int:
     own = [i for i, r in enumerate(group.responses) if r.source == "data"]
     if not own:
         raise AlignlabError(
-            f"{group.origin or 'a group'}: algorithm.target=data needs the record's own response and there is none: "
+            f"{group.place}: algorithm.target=data needs the record's own response and there is none: "
             "set source.keep=true, with data that has responses"
         )
     compared = set(ranked(group)[1]) if len(group.responses) > 1 else set()

@@ -111,21 +111,20 @@ class Batch:
         values: list[float] = []
         if axis == "G":
             for group in self.groups:
-                values.append(self._value(group.columns, column, group.origin))
+                values.append(self._value(group.columns, column, group.place))
         else:
             for group in self.groups:
                 for response in group.responses:
-                    value = self._value(response.columns, column, group.origin)
+                    value = self._value(response.columns, column, group.place)
                     if isinstance(value, list) != (axis == "T"):
                         have, want = ("list", "number") if axis == "N" else ("number", "list")
                         raise AlignlabError(
-                            f"{group.origin or 'a group'}: column '{column}' is a {have} for each response; "
-                            f"'{name}' needs a {want}"
+                            f"{group.place}: column '{column}' is a {have} for each response; '{name}' needs a {want}"
                         )
                     if isinstance(value, list):
                         if len(value) != response.loss_tokens:
                             raise AlignlabError(
-                                f"{group.origin or 'a group'}: column '{column}' has {len(value)} values "
+                                f"{group.place}: column '{column}' has {len(value)} values "
                                 f"for {response.loss_tokens} loss-bearing tokens"
                             )
                         values.extend(value)
@@ -134,14 +133,13 @@ class Batch:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     @staticmethod
-    def _value(columns: dict, column: str, origin: str):  # type: ignore[no-untyped-def]
+    def _value(columns: dict, column: str, place: str):  # type: ignore[no-untyped-def]
         try:
             return columns[column]
         except KeyError:
             have = ", ".join(sorted(columns)) or "none"
             raise AlignlabError(
-                f"{origin or 'a group'}: no column '{column}' (there are: {have}). Choose a scorer that fills it: "
-                "scoring=…"
+                f"{place}: no column '{column}' (there are: {have}). Choose a scorer that fills it: scoring=…"
             ) from None
 
     def fill(self, name: str, values: Tensor) -> None:

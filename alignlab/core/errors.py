@@ -53,7 +53,7 @@ class Interrupted(AlignlabError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known word, as in `"; did you mean 'beta'?"`; all known words if none is near; "" if there are none."""
+    """The nearest known word, as in `"; did you mean 'beta'?"`; all of them if none is near; "" if none is known."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:

@@ -64,6 +64,11 @@ class Group:
     extra: dict[str, object] = field(default_factory=dict)
 
     @property
+    def place(self) -> str:
+        """The origin for the beginning of a message; "a group" if it has none."""
+        return self.origin or "a group"
+
+    @property
     def packed_length(self) -> int:
         """Tokens of the group in shared-prefix packing, P + sum of C: the prompt is read once (the trunk), then each
         response (the branches)."""

@@ -21,12 +21,10 @@ def ranked(group: Group) -> tuple[str, list[int]]:
         having = [i for i, r in enumerate(group.responses) if column in r.columns]
         if len(having) >= 2 and all(r.source == "data" for r in group.responses if column not in r.columns):
             if column == "preference" and len(having) != 2:
-                raise AlignlabError(
-                    f"{_where(group)}: 'preference' is for groups of two responses; use 'score' for more"
-                )
+                raise AlignlabError(f"{group.place}: 'preference' is for groups of two responses; use 'score' for more")
             return column, having
     raise AlignlabError(
-        f"{_where(group)}: preference pairs need a 'score' (or 'preference' or 'reward') for each "
+        f"{group.place}: preference pairs need a 'score' (or 'preference' or 'reward') for each "
         "response: data with chosen and rejected, or a scorer"
     )
 
@@ -51,7 +49,7 @@ def compared(group: Group) -> list[tuple[int, int, float, float]]:
                 continue
             if winner not in having or winner == i:
                 raise AlignlabError(
-                    f"{_where(group)}: 'lost_to' of response {i} is {winner}: it must be the index of another "
+                    f"{group.place}: 'lost_to' of response {i} is {winner}: it must be the index of another "
                     "response, or -1"
                 )
             found.append((winner, i, 1.0, _margin(responses[winner], responses[i], 1.0)))
@@ -60,7 +58,7 @@ def compared(group: Group) -> list[tuple[int, int, float, float]]:
         i, j = having
         p, q = _value(responses[i], column), _value(responses[j], column)
         if abs(p + q - 1) > 1e-6:
-            raise AlignlabError(f"{_where(group)}: the preferences of a pair must sum to 1, got {p} and {q}")
+            raise AlignlabError(f"{group.place}: the preferences of a pair must sum to 1, got {p} and {q}")
         first, second = (i, j) if p >= q else (j, i)
         return [(first, second, max(p, q), _margin(responses[first], responses[second], abs(p - q)))]
     found = []
@@ -92,10 +90,6 @@ def best_response(group: Group) -> int:
 
 def _value(response: Response, column: str) -> float:
     return float(response.columns[column])  # type: ignore[arg-type]
-
-
-def _where(group: Group) -> str:
-    return group.origin or "a group"
 
 
 def _margin(winner: Response, loser: Response, otherwise: float) -> float:

@@ -136,3 +136,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write_text(path, "half")
     assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1
     assert list(tmp_path.iterdir()) == [path], "nothing half-written is left behind"
+
+
+def test_the_place_of_a_group_is_its_origin_or_says_that_it_is_a_group() -> None:
+    assert (Group([1], origin="a.jsonl:3").place, Group([1]).place) == ("a.jsonl:3", "a group")
