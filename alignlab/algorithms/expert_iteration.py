@@ -1,7 +1,7 @@
 """Expert iteration (Anthony et al. 2017, arXiv:1705.08439; for reasoning steps Uesato et al. 2022, arXiv:2211.14275).
 
 It repeats two steps. Policy improvement: for each prompt find the best of N samples, or of a search over steps
-(`search=steps`), by a score such as that of a process reward model. Distillation: fine-tune on what was found.
+(`environment=steps`), by a score such as that of a process reward model. Distillation: fine-tune on what was found.
 """
 
 from __future__ import annotations

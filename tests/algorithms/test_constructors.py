@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
+import alignlab
 from alignlab.config import config_folder
 from alignlab.core import Algorithm, ConfigError, require_choice
 
@@ -46,6 +47,12 @@ REFUSED = [
 def test_defaults_equal_the_values_of_the_config(path: Path) -> None:
     kind, values = read(path)
     assert {name: p.default for name, p in inspect.signature(kind).parameters.items()} == values
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_public_api_has_the_class_of_every_config(kind: type[Algorithm]) -> None:
+    assert getattr(alignlab, kind.__name__) is kind
+    assert kind.__name__ in alignlab.__all__
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
