@@ -181,7 +181,10 @@ def test_mistaken_commands(mistake: Mistake, words: list[str], message: str) -> 
             "data.path={folder}/bad.jsonl",
             "{folder}/bad.jsonl:2: no field 'completion' or 'answer' or 'output'; there are: ",
         ),
-        ("algorithm=dpo", "{folder}/demonstrations.jsonl:1: DPO needs at least two responses to compare"),
+        (
+            "algorithm=dpo",
+            "{folder}/demonstrations.jsonl:1: DPO needs at least 2 responses to a prompt; this record has 1",
+        ),
         ("out=/proc/x", "out=/proc/x: cannot be written: No such file or directory"),
         ("out={folder}/base/config.json/x", "out={folder}/base/config.json/x: cannot be written: Not a directory"),
         ("out={folder}/base/config.json", "out={folder}/base/config.json: cannot be written: File exists"),

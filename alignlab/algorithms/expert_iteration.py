@@ -1,7 +1,7 @@
 """Expert iteration (Anthony et al. 2017, arXiv:1705.08439; for reasoning steps Uesato et al. 2022, arXiv:2211.14275).
 
-Policy improvement: for each prompt the best of N samples, or of a search over steps (`search=steps`), by the score of
-a process reward model. Distillation: fine-tuning on what was found. The loop repeats the two.
+It repeats two steps. Policy improvement: for each prompt find the best of N samples, or of a search over steps
+(`environment=steps`), by a score such as that of a process reward model. Distillation: fine-tune on what was found.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alignlab.algorithms.rejection_sampling import RejectionSampling
-from alignlab.core import Group
+from alignlab.core import Group, Response
 
 
 class ExpertIteration(RejectionSampling):
-    """SFT on the `keep` best responses to each prompt, by the column `reward`, of those that are good enough.
+    """SFT on the `keep` best responses to each prompt, by the column `reward`, that reach a minimum.
 
     Args:
-        keep: how many to learn from, >= 1. The first drawn wins a tie.
+        keep: how many responses to learn from, >= 1. The first one wins a tie.
         minimum: the lowest reward to learn from; None: any.
+
+    Raises:
+        ConfigError: keep is less than 1.
     """
 
     def __init__(self, keep: int = 1, minimum: float | None = None) -> None:
@@ -27,11 +30,10 @@ class ExpertIteration(RejectionSampling):
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         best = super().prepare(groups)
         if self.minimum is not None:
-            enough = self.minimum
-            best = [
-                g.with_responses([r for r in g.responses if float(r.columns["reward"]) >= enough])  # type: ignore[arg-type]
-                for g in best
-            ]
+            best = [g.with_responses([r for r in g.responses if self._good_enough(r)]) for g in best]
             kept = sum(bool(g.responses) for g in best)
             self.report = {"good_enough": kept / len(best) if best else 0.0}
         return [g for g in best if g.responses]
+
+    def _good_enough(self, response: Response) -> bool:
+        return self.minimum is None or float(response.columns["reward"]) >= self.minimum  # type: ignore[arg-type]

@@ -4,42 +4,48 @@ arXiv:2503.20783)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from torch import Tensor
 
-from alignlab.algorithms.importance import PolicyGradient, weighted
+from alignlab.algorithms.advantages import group_advantage
+from alignlab.algorithms.importance import weighted
 from alignlab.algorithms.policy_gradient import (
     Aggregation,
     KLEstimator,
     clipped_surrogate,
-    group_advantage,
     kl_estimate,
     per_response,
     policy_metrics,
     require_siblings,
     rollout_report,
 )
-from alignlab.core import Batch, Group, Metrics, Outputs, require, segment_max
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, require_choice, segment_max
 
 
-class GRPO(PolicyGradient):
-    """PPO's clipped objective with the siblings' rewards in the place of a critic, and the KL penalty in the loss.
+class GRPO(Algorithm):
+    """PPO's clipped objective. The rewards of siblings replace the critic; the KL penalty is in the loss.
 
-    The penalty acts on each token by itself, not on what it leads to, and k3 as a loss pulls along the gradient of
-    KL(π_ref‖π): the optimum is near, but is not, π_ref·exp(r/β). RLOO's is.
+    The optimum is near π_ref·exp(r/β), but not equal to it (that of RLOO is), for two reasons: the penalty of a token
+    ignores the tokens that follow it, and the gradient of k3 as a loss is that of KL(π_ref‖π).
 
     Args:
-        clip: ε of the ratio, in (0, 1).
-        kl_coef: weight of the penalty, >= 0. Where rewards are divided by their deviation, so is its meaning.
+        clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1).
+        kl_coef: weight of the KL penalty, >= 0. With `normalize` it is in units of the group's standard deviation.
         kl_estimator: "k3" (the paper's equation 4) or "k2", whose gradient is that of KL(π‖π_ref).
-        normalize: divide by the group's standard deviation; false is Dr. GRPO.
-        aggregation: a mean over each response's tokens, then over responses ("response", the paper), over all tokens
-            ("token"), or the sum over each response's tokens and the mean over responses ("sum", Dr. GRPO, whose
-            constant divisor is left to the learning rate).
+        normalize: divide advantages by the group's standard deviation; False: Dr. GRPO.
+        aggregation: how token losses become one loss. "response": mean over the tokens of each response, then over
+            responses (the paper). "token": mean over all tokens. "sum": sum over the tokens of each response, then
+            mean over responses (Dr. GRPO; its constant divisor is left to the learning rate).
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     needs = ("ref_logp", "old_logp", "reward")
     reads = frozenset({"logp", "entropy"})
+    min_responses = 2
+    off_policy_correction = True
 
     def __init__(
         self,
@@ -52,12 +58,11 @@ class GRPO(PolicyGradient):
         require(0 < clip < 1, "algorithm.clip", clip, "must be in (0, 1)")
         require(kl_coef >= 0, "algorithm.kl_coef", kl_coef, "must be >= 0")
         require(kl_estimator != "k1", "algorithm.kl_estimator", kl_estimator, "as a loss it has no gradient: k2 or k3")
+        require_choice("algorithm.kl_estimator", kl_estimator, ("k2", "k3"))
+        require_choice("algorithm.aggregation", aggregation, get_args(Aggregation))
         self.clip, self.kl_coef, self.kl_estimator = clip, kl_coef, kl_estimator
         self.normalize, self.aggregation = normalize, aggregation
         self.unit = "token" if aggregation == "token" else "response"
-
-    def check(self, group: Group) -> str | None:
-        return None if len(group.responses) >= 2 else "GRPO needs at least two responses to compare"
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         require_siblings(groups, "GRPO")

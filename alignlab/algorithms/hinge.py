@@ -1,30 +1,33 @@
-"""The hinge on the DPO margin of RSO (Liu et al. 2023, arXiv:2309.06657): SLiC's loss, normalised by a reference."""
+"""The hinge loss of RSO (Liu et al. 2023, arXiv:2309.06657): SLiC's loss on log-ratios to a reference."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import relu
 
-from alignlab.algorithms.dpo import PairAlgorithm, either_way, pair_metrics
-from alignlab.core import Batch, Metrics, Outputs, require, segment_sum
+from alignlab.algorithms.preferences import PairAlgorithm, pair_metrics, soft_label_loss
+from alignlab.core import Batch, Metrics, Outputs, require
 
 
 def hinge_loss(margin_P: Tensor, gamma: float, probability_P: Tensor | float = 1.0) -> Tensor:
-    """Equation 10 ("hinge-norm"), per pair: a support vector machine where DPO is a logistic regression.
+    """Equation 10 ("hinge-norm"), per pair, shape (P,): a support vector machine where DPO is a logistic regression.
 
     Args:
-        margin_P: (log π/π_ref)(winner) − (log π/π_ref)(loser), summed over tokens, shape (P,).
-        gamma: one over the margin that is enough, > 0.
+        margin_P: (log π/π_ref)(winner) − (log π/π_ref)(loser), each summed over tokens, in nats, shape (P,).
+        gamma: 1 / (margin at which the loss is zero), > 0.
         probability_P: probability that the winner is preferred, in [0.5, 1].
     """
-    return either_way(lambda margin: relu(1 - gamma * margin), margin_P, probability_P)
+    return soft_label_loss(lambda margin: relu(1 - gamma * margin), margin_P, probability_P)
 
 
 class Hinge(PairAlgorithm):
-    """Learns from pairs until their margin is 1 / gamma, then leaves them alone.
+    """Learns from a pair until its margin is 1 / gamma; then the pair has no gradient.
 
     Args:
-        gamma: one over the margin that is enough, > 0; it stands where DPO has beta.
+        gamma: 1 / (margin at which the loss is zero), > 0. It has the place of DPO's beta.
+
+    Raises:
+        ConfigError: gamma is not positive.
     """
 
     needs = ("ref_logp",)
@@ -34,8 +37,7 @@ class Hinge(PairAlgorithm):
         self.gamma = gamma
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
-        pairs = batch.pairs
-        ratio_N = segment_sum(outputs.logp_T - batch["ref_logp_T"], batch.response_T, batch.N)
-        margin_P = ratio_N[pairs.winner_P] - ratio_N[pairs.loser_P]
-        loss_P = hinge_loss(margin_P, self.gamma, pairs.probability_P)
-        return loss_P, pair_metrics(self.gamma * ratio_N, pairs) | {"active": (loss_P > 0).float()}
+        log_ratio_N = batch.sum(outputs.logp_T - batch["ref_logp_T"])
+        margin_P = batch.pairs.difference(log_ratio_N)
+        loss_P = hinge_loss(margin_P, self.gamma, batch.pairs.probability_P)
+        return loss_P, pair_metrics(self.gamma * log_ratio_N, batch.pairs) | {"active": (loss_P > 0).float()}

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv:2402.01306): from what is desirable, not from pairs."""
+"""Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv:2402.01306): single responses, desirable or not."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from alignlab.core import Algorithm, AlignlabError, Batch, Group, Metrics, Outputs, Response, require, segment_sum
-from alignlab.core.order import RANKS, compared, ranked
+from alignlab.core import Algorithm, AlignlabError, Batch, Group, Metrics, Outputs, Response, require
+from alignlab.core.order import RANKS, net_wins, ranked
 
 MISMATCHED = "mismatched"
-"""Column of the responses that were written for another prompt and are there for the baseline alone."""
+"""Column of responses that were written for another prompt: they serve to estimate the baseline."""
 
 
 def kto_loss(
-    ratio_N: Tensor, z_ref_N: Tensor, desirable_N: Tensor, beta: float, weights: tuple[float, float] = (1.0, 1.0)
+    log_ratio_N: Tensor, z_ref_N: Tensor, desirable_N: Tensor, beta: float, weights: tuple[float, float] = (1.0, 1.0)
 ) -> Tensor:
-    """λ_y − v(x, y), equation 8 (7 in the first version), per response, in [0, λ_y].
+    """λ_y − v(x, y), equation 8 (7 in the first version), per response, in [0, λ_y], shape (N,).
 
     Args:
-        ratio_N: log π/π_ref, summed over tokens, shape (N,).
-        z_ref_N: the baseline, an estimate of KL(π‖π_ref) in nats, >= 0, without gradient, shape (N,).
-        desirable_N: 1 or 0, or bool, shape (N,).
+        log_ratio_N: log π/π_ref, summed over tokens, in nats, shape (N,).
+        z_ref_N: the baseline, an estimate of KL(π‖π_ref), in nats, >= 0, without gradient, shape (N,).
+        desirable_N: whether the response is desirable: 1 or 0, or bool, shape (N,).
         beta: how soon gains and losses saturate, > 0.
         weights: λ_D and λ_U, > 0.
     """
-    gain_N = beta * (ratio_N - z_ref_N)
+    gain_N = beta * (log_ratio_N - z_ref_N)
     return torch.where(desirable_N > 0, weights[0] * torch.sigmoid(-gain_N), weights[1] * torch.sigmoid(gain_N))
 
 
 def baseline(groups: Sequence[Group]) -> float:
-    """z_ref (section 4.1): max(0, mean of log π/π_ref over prompts with a response to another prompt), in nats; 0
-    where there is no such response. Needs their `old_logp` and `ref_logp`."""
+    """z_ref (section 4.1), in nats: max(0, mean of log π/π_ref over the mismatched responses), from their columns
+    `old_logp` and `ref_logp`; 0 if there are none."""
     ratios = [
         sum(r.columns["old_logp"]) - sum(r.columns["ref_logp"])  # type: ignore[arg-type]
         for g in groups
@@ -46,22 +46,25 @@ def baseline(groups: Sequence[Group]) -> float:
 
 
 class KTO(Algorithm):
-    """Learns to raise desirable responses above, and to push undesirable ones below, a baseline common to all.
+    """Raises desirable responses above a baseline and pushes undesirable ones below it.
 
-    The baseline is taken over all prompts of an iteration, and held while the iteration lasts. Which responses are
-    desirable: those whose `desirable` is not 0; without that column, by `lost_to`, `preference` or `score` those that
-    win more often than they lose (of a pair, the winner); else those whose `reward` is above `threshold`. What wins
-    as often as it loses, or has exactly the mean reward, is left out.
+    The baseline is one number for each iteration, estimated from all its prompts. The first of these columns that a
+    group has decides which responses are desirable: `desirable` (1 or 0); `lost_to`, `preference` or `score`
+    (responses that win more often than they lose); `reward` (responses above `threshold`). Responses that win as often
+    as they lose, or have exactly the mean reward, are left out.
 
     Args:
         beta: how soon gains and losses saturate, > 0.
         weight_desirable: λ_D, > 0.
-        weight_undesirable: λ_U, > 0. The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3], n being their numbers.
-        threshold: reward above which a response is desirable; None: the iteration's mean.
+        weight_undesirable: λ_U, > 0. The paper advises λ_D·n_D / (λ_U·n_U) in [1, 4/3]; n: number of responses.
+        threshold: reward above which a response is desirable; None: the mean reward of the iteration.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
-    unit = "response"
     needs = ("ref_logp", "old_logp")
+    min_responses = 1
 
     def __init__(
         self,
@@ -70,24 +73,21 @@ class KTO(Algorithm):
         weight_undesirable: float = 1.0,
         threshold: float | None = None,
     ) -> None:
-        require(beta > 0, "algorithm.beta", beta, "must be > 0")
-        require(weight_desirable > 0, "algorithm.weight_desirable", weight_desirable, "must be > 0")
-        require(weight_undesirable > 0, "algorithm.weight_undesirable", weight_undesirable, "must be > 0")
+        weights = {"weight_desirable": weight_desirable, "weight_undesirable": weight_undesirable}
+        for name, value in {"beta": beta, **weights}.items():
+            require(value > 0, f"algorithm.{name}", value, "must be > 0")
         self.beta, self.weights, self.threshold = beta, (weight_desirable, weight_undesirable), threshold
 
-    def check(self, group: Group) -> str | None:
-        return None if group.responses else "there is no response to learn from"
-
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """To each group a response to the prompt before it, to the first one of the last; cut off where a row would
-        become longer than the longest that was there, which may be all that the model can read."""
+        """Add a mismatched response to each group: one to the prompt before it (for the first group: the last prompt).
+        It is cut so that no text becomes longer than the longest that was there."""
         groups = [g for g in groups if g.responses]
         longest = max((len(g.prompt_ids) + len(r.token_ids) for g in groups for r in g.responses), default=0)
         found = []
         for i, group in enumerate(groups):
             before = (groups[i - k] for k in range(1, len(groups)))
             if other := next((g for g in before if g.prompt_ids != group.prompt_ids), None):
-                # Places go round: winners come first in many data sets, and shall not be the more frequent for it.
+                # Not always the first response: in many data sets that is the winner.
                 y = other.responses[i % len(other.responses)]
                 room = longest - len(group.prompt_ids)
                 mask = y.loss_mask[:room] if y.loss_mask and any(y.loss_mask[:room]) else None
@@ -111,37 +111,37 @@ class KTO(Algorithm):
         return found
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
-        ratio_N = segment_sum(outputs.logp_T - batch["ref_logp_T"], batch.response_T, batch.N)
+        log_ratio_N = batch.sum(outputs.logp_T - batch["ref_logp_T"])
         z_ref_N, desirable_N = batch["z_ref_G"][batch.group_N], batch["desirable_N"]
-        loss_N = kto_loss(ratio_N, z_ref_N, desirable_N, self.beta, self.weights)
+        loss_N = kto_loss(log_ratio_N, z_ref_N, desirable_N, self.beta, self.weights)
         return loss_N, {
-            "reward_desirable": self.beta * ratio_N[desirable_N > 0],
-            "reward_undesirable": self.beta * ratio_N[desirable_N == 0],
+            "reward_desirable": self.beta * log_ratio_N[desirable_N > 0],
+            "reward_undesirable": self.beta * log_ratio_N[desirable_N == 0],
             "desirable": desirable_N,
         }
 
 
 def desirability(group: Group, threshold: float | None, mean: float) -> list[int]:
-    """For each response 1 (desirable), -1 (undesirable) or 0 (neither): see `KTO`. `mean` is that of the rewards.
+    """1 (desirable), -1 (undesirable) or 0 (neither) for each response, by the columns that `KTO` names.
+
+    Args:
+        threshold: reward above which a response is desirable; None: `mean`.
+        mean: mean reward of the iteration.
 
     Raises:
-        AlignlabError: nothing says which are.
+        AlignlabError: the responses have none of the columns.
     """
     columns = [r.columns for r in group.responses]
     if any("desirable" in c for c in columns):
         return [0 if "desirable" not in c else 1 if c["desirable"] else -1 for c in columns]
     ranks = {name for c in columns for name in c if name in RANKS} - {"reward"}
     if ranks and len(columns) > 1 and ranked(group)[0] != "reward":
-        wins = [0] * len(columns)
-        for winner, loser, probability, _ in compared(group):
-            wins[winner] += probability > 0.5
-            wins[loser] -= probability > 0.5
-        return [(w > 0) - (w < 0) for w in wins]
+        return [(wins > 0) - (wins < 0) for wins in net_wins(group)]
     missing = [r for r in group.responses if "reward" not in r.columns]
     if len(missing) == len(columns) or any(r.source != "data" for r in missing):
         raise AlignlabError(
-            f"{group.origin or 'a group'}: KTO needs to know which responses are desirable: a column 'desirable', "
-            "a 'score' or 'preference' where there are several, or a 'reward' (see `scoring`)"
+            f"{group.place}: KTO needs a column that tells which responses are desirable: 'desirable', "
+            "'score' or 'preference' for several responses, or a 'reward' from a scorer (scoring=…)"
         )
     rewards: list[float | None] = [c.get("reward") for c in columns]  # type: ignore[misc]
     if threshold is None:

@@ -1,7 +1,7 @@
-"""A ranking model that reads both responses, as that of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425, section 2.3).
+"""A ranking model that reads two responses at once, as in SLiC-HF (Zhao et al. 2023, arXiv:2305.10425, section 2.3).
 
-It is a sequence classifier of prompt · first response · separator · second response, whose score is the log-odds that
-the first is better. Each pair is read in both orders, so that neither place is favoured.
+It is a sequence classifier. It reads prompt · first response · separator · second response; its score is the log-odds
+that the first response is better. Each pair is read in both orders, so that neither position has an advantage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from alignlab.core.errors import AlignlabError, ConfigError, DataError, require
 from alignlab.core.order import compared
 
 KEY = "pairwise"
-"""Under which a tokenizer's config keeps the rendering: so it goes wherever the model goes."""
+"""Key in the tokenizer's config that holds the rendering: it is saved and loaded with the model."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Rendering:
     """How two responses to a prompt become one text; the same in training and in scoring.
 
     Attributes:
-        separator_ids: what stands between them.
-        limit: most tokens of prompt, both responses and separator; None where there is no limit.
+        separator_ids: tokens between the two responses.
+        limit: largest number of tokens of prompt, separator and both responses; None: no limit.
     """
 
     separator_ids: tuple[int, ...]
     limit: int | None = None
 
     def problem(self, group: Group) -> str | None:
-        """Why no two responses to a prompt can be read, or None."""
+        """Why the prompt is too long for two responses after it, or None."""
         if self.limit is None or len(group.prompt_ids) + len(self.separator_ids) + 2 <= self.limit:
             return None
         return (
@@ -43,17 +43,16 @@ class Rendering:
         )
 
     def pair(self, group: Group, i: int, j: int) -> Group:
-        """Responses i and j of a group in both orders, (i, j) first, as a group of two.
+        """Responses i and j of a group as a group of two texts: (i, j), then (j, i).
 
-        All tokens stay, an end token in the middle too: whether the first response ended by itself is part of what
-        is compared. Over the limit the longer response loses its end, then both, alike in both orders.
+        All tokens stay, also an end token in the middle: it shows that the first response ended by itself. If a text
+        is over the limit, the end of the longer response is cut off, then that of both; the same in both orders.
 
         Raises:
-            DataError: the prompt alone is over the limit.
+            DataError: the prompt leaves no room for responses.
         """
-        problem = self.problem(group)
-        if problem:
-            raise DataError(f"{group.origin or 'a group'}: {problem}")
+        if problem := self.problem(group):
+            raise DataError(f"{group.place}: {problem}")
         a, b = group.responses[i], group.responses[j]
         keep_a, keep_b = len(a.token_ids), len(b.token_ids)
         if self.limit is not None:
@@ -68,16 +67,19 @@ class Rendering:
 
 
 def rendering_of(tokenizer: Any, separator: str, max_length: int | None = None) -> Rendering:
-    """The rendering with a tokenizer's ids. Without a `max_length` the tokenizer's own limit counts, if it has one.
+    """The rendering for a tokenizer.
+
+    Args:
+        max_length: limit in tokens; None: the tokenizer's `model_max_length`, if it has one.
 
     Raises:
         ConfigError: the tokenizer has no tokens for the separator.
     """
     try:
         ids = list(tokenizer(separator, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # tokenizers without an unknown token raise what they like
+    except Exception as error:  # without an unknown token a tokenizer may raise any kind of error
         raise ConfigError(
-            f"algorithm.separator={separator!r}: the tokenizer cannot write it ({error}): choose words that it knows, "
+            f"algorithm.separator={separator!r}: the tokenizer cannot encode it ({error}): choose words that it knows, "
             "or its end token"
         ) from error
     require(bool(ids), "algorithm.separator", separator, "has no tokens: choose a text that the tokenizer knows")
@@ -86,15 +88,18 @@ def rendering_of(tokenizer: Any, separator: str, max_length: int | None = None) 
 
 
 class PairwiseModel(Algorithm):
-    """Learns P(first ≻ second) from preferences, as a cross-entropy over both orders of each pair, in nats.
+    """Learns P(first ≻ second) from preferences: cross-entropy, in nats, a mean over both orders of each pair.
 
     Args:
-        separator: text between the two responses; must have tokens.
-        max_length: tokens of prompt, both responses and separator at most, over which responses lose their ends;
-            None: the tokenizer's own limit.
+        separator: text between the two responses, of at least one token.
+        max_length: limit for prompt, separator and both responses, in tokens, >= 4; None: the tokenizer's own limit.
+
+    Raises:
+        ConfigError: max_length is below 4.
     """
 
     unit = "pair"
+    min_responses = 2
     model = "score"
     reads = frozenset({"score"})
 
@@ -108,19 +113,16 @@ class PairwiseModel(Algorithm):
         tokenizer.init_kwargs[KEY] = {"separator": self.separator, "max_length": self.rendering.limit}
 
     def check(self, group: Group) -> str | None:
-        if len(group.responses) < 2:
-            return "a pairwise model needs at least two responses to compare"
-        return self._rendering.problem(group)
+        return super().check(group) or self._rendering.problem(group)
 
     @property
     def _rendering(self) -> Rendering:
         if self.rendering is None:
-            raise AlignlabError("a pairwise model needs setup(tokenizer) before it reads anything")
+            raise AlignlabError("PairwiseModel has no tokenizer yet: call setup(tokenizer) first")
         return self.rendering
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """A group for each pair: better response first, then worse first, with the `preference` for the one that
-        comes first."""
+        """A group of two texts for each pair, in both orders; `preference`: P(the first response is preferred)."""
         found = []
         for group in groups:
             for winner, loser, probability, _ in compared(group):
@@ -131,7 +133,7 @@ class PairwiseModel(Algorithm):
         return found
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
-        pairs = batch.pairs  # the "winner" is the order in which the better response comes first
+        pairs = batch.pairs  # "winner": the text in which the better response comes first
         better_P, worse_P = outputs.score_N[pairs.winner_P], outputs.score_N[pairs.loser_P]
         sure_P = pairs.probability_P
         loss_P = (bradley_terry_loss(better_P, sure_P) + bradley_terry_loss(-worse_P, sure_P)) / 2

@@ -1,65 +1,73 @@
 """Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) for language models (Ziegler et al. 2019,
-arXiv:1909.08593): each token is an action, its reward the KL penalty, with the response's score at the last."""
+arXiv:1909.08593): each token is an action. Its reward is the KL penalty; the last token also earns the score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from alignlab.algorithms.importance import PolicyGradient, weighted
+from alignlab.algorithms.advantages import gae, shaped_reward, whiten
+from alignlab.algorithms.importance import weighted
 from alignlab.algorithms.policy_gradient import (
     KLEstimator,
     clipped_surrogate,
     clipped_value_loss,
     explained_variance,
-    gae,
     kl_estimate,
     policy_metrics,
     rollout_report,
-    shaped_reward,
-    whiten,
 )
-from alignlab.core import Batch, Group, Metrics, Outputs, require
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, require_choice
 
 HORIZON = 10_000
-"""Responses over which an adaptive KL coefficient adapts: that of Ziegler et al.'s code."""
+"""Responses in which an adaptive KL coefficient changes by about 20 % at most, as in the code of Ziegler et al."""
 
 
 def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:
-    """The KL coefficient of the next iteration: β·(1 + K·e), e = clip(KL/target - 1, ±0.2) (Ziegler et al., section
-    2.2). K is 0.1 in the paper and samples / HORIZON in the authors' code and here; at most 1.
+    """The KL coefficient of the next iteration: β·(1 + K·e), e = clip(KL/target − 1, ±0.2) (Ziegler et al., section
+    2.2). K is 0.1 in the paper; in the authors' code and here it is samples / HORIZON, at most 1.
 
     Args:
-        kl: measured over the iteration, in nats per response.
-        samples: responses in it.
+        kl_coef: β of this iteration.
+        kl: KL to the reference, measured over this iteration, in nats per response.
+        target: KL that is wanted, in nats per response, > 0.
+        samples: number of responses in this iteration.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(samples / HORIZON, 1.0))
 
 
-class PPO(PolicyGradient):
-    """Clipped policy gradient with a critic. Losses are means over all tokens of the minibatch, so a long response
-    weighs more than a short one. Epochs are `source.ppo_epochs`, minibatches `training.batch_size` groups.
+class PPO(Algorithm):
+    """Clipped policy gradient with a critic.
+
+    The loss is a mean over all tokens of the minibatch, so a long response weighs more than a short one. The number of
+    epochs is `source.ppo_epochs`; a minibatch has `training.batch_size` groups.
 
     Args:
-        clip: ε: how far the ratio may count from 1, and a value from the old one, in (0, 1).
-        value_weight: of the value loss, >= 0.
-        gamma, lam: discount and GAE's λ, in [0, 1].
-        kl_coef: price of a nat of KL to the reference, in units of reward, >= 0; the first, where it adapts.
-        kl_estimator: of the penalty. The sum of k1 over a response is an unbiased KL(π‖π_ref).
-        kl_target: KL that the coefficient is adapted to, in nats per response, > 0; None: it stays.
-        rewards: what is earned besides the penalty: the column `reward` at the last token ("outcome"), the column
-            `step_reward` where each step ends ("steps"), or the sum of the two ("both").
-        whiten_rewards: bring the rewards of all tokens to variance 1, their mean kept.
-        missing_eos_score: replaces the outcome of a response that did not end by itself; None: leave it.
-        entropy_weight: of an entropy bonus, >= 0.
-        target_kl: leave out the rest of an iteration once KL(π_old‖π) is above this, in nats per token; None: never.
-        critic: the value head sits on the policy's own trunk ("shared") or on a trunk of its own ("own").
+        clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1); the value loss is clipped
+            at the same distance from the old value.
+        value_weight: weight of the value loss, >= 0.
+        gamma: discount, in [0, 1].
+        lam: λ of generalised advantage estimation, in [0, 1].
+        kl_coef: price of a nat of KL to the reference, in units of reward, >= 0. With `kl_target`, its initial value.
+        kl_estimator: of the penalty: "k1", "k2" or "k3". The sum of k1 over a response is an unbiased KL(π‖π_ref).
+        kl_target: KL that kl_coef is adapted to, in nats per response, > 0; None: kl_coef is constant.
+        rewards: what is earned besides the penalty. "outcome": the column `reward`, at the last token. "steps": the
+            column `step_reward`, at the end of each step. "both": their sum.
+        whiten_rewards: scale the rewards of all tokens of the iteration to variance 1; their mean stays.
+        missing_eos_score: replaces the outcome of a response that did not end by itself; None: no replacement.
+        entropy_weight: weight of an entropy bonus, >= 0.
+        target_kl: skip the rest of an iteration when KL(π_old‖π) exceeds this, in nats per token, > 0; None: never.
+        critic: the value head is on the policy's own trunk ("shared") or on a trunk of its own ("own").
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     unit = "token"
+    off_policy_correction = True
 
     def __init__(
         self,
@@ -84,6 +92,9 @@ class PPO(PolicyGradient):
             require(weight >= 0, f"algorithm.{name}", weight, "must be >= 0")
         for name, limit in (("kl_target", kl_target), ("target_kl", target_kl)):
             require(limit is None or limit > 0, f"algorithm.{name}", limit, "must be > 0")
+        require_choice("algorithm.kl_estimator", kl_estimator, get_args(KLEstimator))
+        require_choice("algorithm.rewards", rewards, ("outcome", "steps", "both"))
+        require_choice("algorithm.critic", critic, ("shared", "own"))
         self.clip, self.value_weight, self.gamma, self.lam = clip, value_weight, gamma, lam
         self.kl_coef, self.kl_estimator, self.kl_target = kl_coef, kl_estimator, kl_target
         self.whiten_rewards, self.missing_eos_score, self.target_kl = whiten_rewards, missing_eos_score, target_kl
@@ -94,7 +105,7 @@ class PPO(PolicyGradient):
         self.reads = frozenset({"logp", "entropy", "value", *(("entropy_grad",) if entropy_weight else ())})
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
-        """Advantages and value targets of all tokens; whitened over the whole iteration, once."""
+        """Advantages and value targets of all tokens. Advantages are whitened over the whole iteration."""
         batch = Batch(groups)
         if not batch.T:
             return list(groups)

@@ -1,4 +1,4 @@
-"""Process reward model: is each step of a solution right?
+"""Process reward model: the probability that a step of a solution is right, for each step.
 
 Uesato et al. (2022, arXiv:2211.14275), Lightman et al. (2023, arXiv:2305.20050); soft labels as in Math-Shepherd (Wang
 et al. 2023, arXiv:2312.08935).
@@ -13,28 +13,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Response, segment_sum
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Response, require_choice, segment_sum
 
 NEUTRAL = {"soft": 0.0, "right": 1.0, "wrong": -1.0}
 
 
 def step_loss(step_TL: Tensor, right_T: Tensor) -> Tensor:
-    """Cross-entropy of P(right), per step, in nats; with hard labels equation 2 of Math-Shepherd.
+    """Cross-entropy of P(right), per step, in nats, shape (T,); with hard labels equation 2 of Math-Shepherd.
 
     Args:
-        step_TL: logits of wrong and right, shape (T, 2).
-        right_T: probability that the step is right, in [0, 1]: 0 or 1 where it is certain.
+        step_TL: logits of "wrong" and "right", shape (T, 2).
+        right_T: probability that the step is right, according to the label, in [0, 1], shape (T,).
     """
     logp_TL = step_TL.log_softmax(-1)
     return -(1 - right_T) * logp_TL[:, 0] - right_T * logp_TL[:, 1]
 
 
 def first_error(wrong_T: Tensor, response_T: Tensor, count: int) -> Tensor:
-    """Which step of each response is the first wrong one, counted from 0; the number of its steps where none is.
+    """Index of the first wrong step of each response, from 0; its number of steps if none is wrong. Shape (N,), int64.
 
     Args:
-        wrong_T: whether each step is wrong, bool.
-        response_T: whose step it is, ascending.
+        wrong_T: whether each step is wrong, bool, shape (T,).
+        response_T: the response of each step, ascending, int64, shape (T,).
         count: number of responses.
     """
     before_T = wrong_T.long().cumsum(0)
@@ -48,15 +48,20 @@ def first_error(wrong_T: Tensor, response_T: Tensor, count: int) -> Tensor:
 class ProcessRewardModel(Algorithm):
     """Learns P(right) for each step, from the column `step_label` in [-1, 1]: P(right) = (label + 1) / 2.
 
-    A label below 0 says that the step is wrong. Figures: `accuracy` over steps that are not neutral; `accuracy_right`
-    over solutions without a wrong step, which must have none predicted wrong, `accuracy_wrong` over the others, of
-    which the first step predicted wrong must be the first wrong one, and `f1`, their harmonic mean (ProcessBench, Zheng
-    et al. 2024, arXiv:2412.06559). Predicted wrong is P(right) < 1/2.
+    Metrics (ProcessBench, Zheng et al. 2024, arXiv:2412.06559); a step is predicted wrong if P(right) < 1/2:
+
+    * `accuracy`: share of steps that are predicted right or wrong correctly; steps with label 0 do not count.
+    * `accuracy_right`: share of the solutions without a wrong step in which no step is predicted wrong.
+    * `accuracy_wrong`: share of the other solutions in which the first step predicted wrong is the first wrong one.
+    * `f1`: the harmonic mean of the last two.
 
     Args:
-        supervise: "first_error" leaves out the steps after the first wrong one (Lightman et al., section 2.6), "all"
-            learns from all of them.
-        neutral: what a label of exactly 0 says: "soft" (P(right) = 1/2), "right", "wrong", or "skip" (nothing).
+        supervise: "first_error": learn from the steps up to the first wrong one (Lightman et al., section 2.6); "all":
+            from all steps.
+        neutral: what a label of exactly 0 means: "soft" (P(right) = 1/2), "right", "wrong", or "skip" (no loss).
+
+    Raises:
+        ConfigError: a value is not one of these.
     """
 
     unit = "token"
@@ -70,15 +75,17 @@ class ProcessRewardModel(Algorithm):
         supervise: Literal["first_error", "all"] = "first_error",
         neutral: Literal["soft", "right", "wrong", "skip"] = "soft",
     ) -> None:
+        require_choice("algorithm.supervise", supervise, ("first_error", "all"))
+        require_choice("algorithm.neutral", neutral, ("soft", "right", "wrong", "skip"))
         self.supervise, self.neutral = supervise, neutral
 
     def check(self, group: Group) -> str | None:
         if group.responses and all(isinstance(r.columns.get("step_label"), list) for r in group.responses):
             return None
-        return "a process reward model learns from labels of steps: see data=steps"
+        return "ProcessRewardModel needs a `step_label` for each step of each response: see data=steps"
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
-        """Only the steps that are learned from bear loss: the loss is a mean over these."""
+        """Mask out the steps that are not learned from: the loss is a mean over the others."""
         found = []
         for group in groups:
             responses = [self._supervised(r) for r in group.responses]

@@ -6,43 +6,46 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from alignlab.algorithms.importance import PolicyGradient, weighted
+from alignlab.algorithms.advantages import gae, group_advantage, shaped_reward, whiten
+from alignlab.algorithms.importance import weighted
 from alignlab.algorithms.policy_gradient import (
     clipped_surrogate,
-    gae,
-    group_advantage,
     kl_estimate,
     per_response,
     policy_metrics,
     require_siblings,
     rollout_report,
-    shaped_reward,
-    whiten,
 )
-from alignlab.core import Batch, Group, Metrics, Outputs, require
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require
 
 
-class ReinforcePP(PolicyGradient):
-    """PPO's clipped objective, a mean over each response's tokens and then over responses (equation 1), with
+class ReinforcePP(Algorithm):
+    """PPO's clipped objective, a mean over each response's tokens and then over responses (equation 1).
 
-    * the return from each token on, its KL penalty included: A_t = r - β·Σ_{i>=t} log(π_old/π_ref)_i, normalised over
-      all tokens of the iteration (equations 4 and 5); or
-    * with `baseline`, the reward minus the group's mean, normalised over all its responses, and ½·β·log(π/π_ref)² (k2)
-      in the loss (equations 6 to 8).
+    The advantage of a token is the return from there on, with the KL penalty in it: A_t = r − β·Σ_{i>=t}
+    log(π_old/π_ref)_i, normalised over all tokens of the iteration (equations 4 and 5). With `baseline` it is the
+    reward minus the mean of the group, normalised over all responses of the iteration; then the penalty is in the
+    loss, as ½·β·log(π/π_ref)² (k2; equations 6 to 8).
 
     Args:
-        clip: ε of the ratio, in (0, 1).
-        kl_coef: β, >= 0.
+        clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1).
+        kl_coef: β, price of a nat of KL to the reference, in units of reward, >= 0; with `baseline` the weight of the
+            penalty in the loss.
         baseline: "REINFORCE++ with baseline", for several responses per prompt.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     needs = ("ref_logp", "old_logp", "reward")
     reads = frozenset({"logp", "entropy"})
+    off_policy_correction = True
 
     def __init__(self, clip: float = 0.2, kl_coef: float = 0.01, baseline: bool = False) -> None:
         require(0 < clip < 1, "algorithm.clip", clip, "must be in (0, 1)")
         require(kl_coef >= 0, "algorithm.kl_coef", kl_coef, "must be >= 0")
         self.clip, self.kl_coef, self.baseline = clip, kl_coef, baseline
+        self.min_responses = 2 if baseline else 0
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         batch = Batch(groups)

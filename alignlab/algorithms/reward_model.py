@@ -1,5 +1,5 @@
-"""Reward model from preferences: Bradley and Terry (1952), as in Ouyang et al. (2022, arXiv:2203.02155), with the
-margin of Llama 2, centring, and a language-model loss that keeps the trunk a language model."""
+"""Reward model from preferences: Bradley and Terry (1952), as in Ouyang et al. (2022, arXiv:2203.02155). Options: the
+margin of Llama 2, centring, and a language-model loss that regularises the trunk."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Unit, require, segment_mean
+from alignlab.algorithms.preferences import soft_label_loss
+from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Unit, require, require_choice, segment_mean
 from alignlab.core.order import compared
 
 BINS = 10
-"""Of the calibration error: of equal width, over the confidences that there are, 1/2 to 1."""
+"""Bins of the calibration error: of equal width, over confidences from 1/2 to 1."""
 
 
 def bradley_terry_loss(margin_P: Tensor, probability_P: Tensor | float = 1.0) -> Tensor:
-    """Negative log-likelihood of the labels under P(w ≻ l) = σ(r_w − r_l) (Ouyang et al., equation 1), in nats.
+    """Negative log-likelihood of the labels under P(w ≻ l) = σ(r_w − r_l) (Ouyang et al., equation 1), per pair, in
+    nats, shape (P,).
 
     Args:
         margin_P: reward of the winner minus reward of the loser, shape (P,).
         probability_P: probability that the winner is preferred, in [0.5, 1]; 1 for a certain label.
     """
-    return -probability_P * logsigmoid(margin_P) - (1 - probability_P) * logsigmoid(-margin_P)
+    return soft_label_loss(lambda margin: -logsigmoid(margin), margin_P, probability_P)
 
 
 def calibration(margin_P: Tensor, probability_P: Tensor) -> Metrics:
-    """How far the confidence σ(|margin|) in the predicted winner is from how often it wins, per pair and bin.
+    """Confidence minus accuracy of the predicted winner, per pair: one metric for each bin of confidence σ(|margin|).
 
-    The mean of `_calibration_b` is the share of bin b times (confidence − accuracy) in it, whatever the split, so
-    that the sum of their sizes is the expected calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3).
+    The mean of `_calibration_b` over all pairs is (share of pairs in bin b) · (confidence − accuracy in bin b),
+    however the pairs are split into micro-batches. `calibration_error` sums the absolute means.
 
     Args:
-        margin_P: reward of the winner minus reward of the loser, shape (P,). Of equals either may win: accuracy 1/2.
-        probability_P: probability that the winner is preferred, in [0.5, 1].
+        margin_P: reward of the winner minus reward of the loser, shape (P,). At 0 the accuracy is 1/2.
+        probability_P: probability that the winner is preferred, in [0.5, 1], shape (P,).
     """
     margin_P, probability_P = margin_P.detach().double(), probability_P.double()
     confidence_P = margin_P.abs().sigmoid()
@@ -47,32 +49,37 @@ def calibration(margin_P: Tensor, probability_P: Tensor) -> Metrics:
 
 
 def calibration_error(means: Mapping[str, float]) -> dict[str, float]:
-    """The expected calibration error, in [0, 1], from the means of `calibration`; nothing where there are none."""
+    """Expected calibration error, in [0, 1] (Guo et al. 2017, arXiv:1706.04599, equation 3), from the means of
+    `calibration`; empty if there are none."""
     found = [abs(value) for name, value in means.items() if name.startswith("_calibration_")]
     return {"calibration_error": sum(found)} if found else {}
 
 
 class RewardModel(Algorithm):
-    """Learns a score for (prompt, response) whose differences are log-odds of being preferred.
+    """Learns a score for (prompt, response). The difference of two scores is the log-odds of being preferred.
 
-    Beside accuracy it reports how well it is calibrated (`calibration_error`, and the Brier score `brier`, the mean
-    square of what the probability is off by) and `length_correlation`, Pearson's, of score and response length.
+    Metrics beside accuracy: `calibration_error`; `brier`, the mean squared error of the predicted probability; and
+    `length_correlation`, Pearson's correlation of score and response length.
 
     Args:
-        margin: factor, >= 0, on how much better the winner is by the data (the difference of their scores): r_w must
-            exceed r_l by as much (Touvron et al. 2023, arXiv:2307.09288, equation 2). Data that names no margin
-            has 1. 0: none.
-        center: weight, >= 0, of (r_w + r_l)² (Eisenstein et al. 2023, arXiv:2312.09244): a score's level, which
-            preferences leave open, goes to zero.
-        mean_over: "pairs", or "prompts": the pairs of one prompt's ranking are averaged first, so that each prompt
-            weighs the same however many responses it has (Ouyang et al., equation 1).
-        lm_weight: weight, >= 0, of the mean −log P, in nats per token, of the best response of each pair's prompt
-            under the base's own language head, as a regulariser of the trunk (the SFT kind of Yang et al. 2024,
+        margin: factor m, >= 0: the winner's score must exceed the loser's by m times the margin in the data, the
+            difference of their scores there, or 1 if they have none (Touvron et al. 2023, arXiv:2307.09288, equation
+            2). 0: no margin.
+        center: weight, >= 0, of (r_w + r_l)², which keeps scores around zero: preferences do not determine their
+            level (Eisenstein et al. 2023, arXiv:2312.09244).
+        mean_over: "pairs": every pair weighs the same. "prompts": every prompt weighs the same, because its pairs are
+            averaged first (Ouyang et al., equation 1).
+        lm_weight: weight, >= 0, of −log P of the best response to each pair's prompt under the base's own language
+            head, a mean over tokens, in nats. It regularises the trunk (the SFT kind of Yang et al. 2024,
             arXiv:2406.10216, as a plain likelihood).
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     unit: Unit = "pair"
     model = "score"
+    min_responses = 2
     reads = frozenset({"score"})
 
     def __init__(
@@ -84,23 +91,20 @@ class RewardModel(Algorithm):
     ) -> None:
         for name, value in (("margin", margin), ("center", center), ("lm_weight", lm_weight)):
             require(value >= 0, f"algorithm.{name}", value, "must be >= 0")
-        require(mean_over in ("pairs", "prompts"), "algorithm.mean_over", mean_over, "must be pairs or prompts")
+        require_choice("algorithm.mean_over", mean_over, ("pairs", "prompts"))
         self.margin, self.center, self.lm_weight = margin, center, lm_weight
         if mean_over == "prompts":
             self.unit = "group"
         if lm_weight:
             self.reads = frozenset({"score", "logp"})
 
-    def check(self, group: Group) -> str | None:
-        return None if len(group.responses) >= 2 else "a reward model needs at least two responses to compare"
-
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
-        return [g for g in groups if compared(g)]  # one of equals would count as a prompt without a loss
+        return [g for g in groups if compared(g)]  # a prompt without pairs has no loss and must not count
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         pairs, score_N = batch.pairs, outputs.score_N
         winner_P, loser_P = score_N[pairs.winner_P], score_N[pairs.loser_P]
-        margin_P, group_P = winner_P - loser_P, batch.group_N[pairs.winner_P]
+        margin_P = winner_P - loser_P
         loss_P = bradley_terry_loss(margin_P - self.margin * pairs.margin_P, pairs.probability_P)
         loss_P = loss_P + self.center * (winner_P + loser_P).square()
         sure_P = pairs.probability_P
@@ -118,11 +122,11 @@ class RewardModel(Algorithm):
             "_score_length": exact_N * length_N,
         }
         if self.lm_weight:
-            nll_N = segment_mean(-outputs.logp_T, batch.response_T, batch.N)
-            loss_P = loss_P + self.lm_weight * nll_N[batch.best_G[group_P]]
+            nll_N = batch.mean(-outputs.logp_T)
+            loss_P = loss_P + self.lm_weight * nll_N[batch.best_G[pairs.group_P]]
             metrics["lm_loss"] = nll_N[batch.best_G]
         if self.unit == "group":
-            return segment_mean(loss_P, group_P, batch.G), metrics
+            return segment_mean(loss_P, pairs.group_P, batch.G), metrics
         return loss_P, metrics
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:

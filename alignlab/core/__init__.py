@@ -1,5 +1,7 @@
-"""The vocabulary: groups, batches, ragged operations, the interfaces. Imports torch and nothing else of ours, and
-torch only once something is asked for that needs it: commands that compute nothing start without."""
+"""The vocabulary: groups, batches, ragged operations, the Protocols. It imports nothing else of this package.
+
+torch is imported when a name that needs it is first used, so that commands which compute nothing start quickly.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from alignlab.core.errors import (
     StartAgain,
     did_you_mean,
     require,
+    require_choice,
 )
 from alignlab.core.group import Group, Response
 from alignlab.core.interfaces import (
@@ -88,6 +91,7 @@ __all__ = [
     "aggregate",
     "did_you_mean",
     "require",
+    "require_choice",
     "segment_count",
     "segment_max",
     "segment_mean",
@@ -98,7 +102,7 @@ __all__ = [
 ]
 
 WITH_TORCH = ("algorithm", "batch", "ragged")
-"""Modules whose names are looked up when first used."""
+"""Modules that import torch: imported when one of their names is first used."""
 
 
 def __getattr__(name: str) -> Any:

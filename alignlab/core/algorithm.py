@@ -1,7 +1,7 @@
-"""What an algorithm is: which responses it wants, which columns must be filled in, and a loss.
+"""What an algorithm is: a loss, the columns that the loss needs, and what is selected or computed before it.
 
-Everything else (packing, distribution, adapters, checkpoints, resume, sweeps, leaderboards) is shared, so a new
-algorithm is one file with a subclass of `Algorithm`, named by `_target_` in a config.
+Everything else (packing, distribution, adapters, checkpoints, resume, sweeps, leaderboards) is shared. A new algorithm
+is one file with a subclass of `Algorithm`, and one config whose `_target_` names it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ModelKind = Literal["policy", "score", "step"]
 """What is trained: a causal language model, a sequence classifier with one output, or a token classifier."""
 
 Metrics = dict[str, Tensor]
-"""Name → a vector of values; the loop reports the mean over the whole global batch."""
+"""Name → one value for each token, response, pair or group. The loop logs the mean over the whole global batch."""
 
 
 class Outputs:
-    """What the forward pass yields for a batch. Only what the algorithm `reads` is computed."""
+    """What the forward pass computed for a batch: only what the algorithm `reads`."""
 
     def __init__(self, **values: Tensor) -> None:
         self.values = values
@@ -32,63 +32,70 @@ class Outputs:
     def _get(self, name: str) -> Tensor:
         if name not in self.values:
             asked = name.rpartition("_")[0]
-            raise AlignlabError(f"the forward pass was not asked for '{asked}': add it to the algorithm's `reads`")
+            raise AlignlabError(f"outputs.{name} was not computed: add '{asked}' to the algorithm's `reads`")
         return self.values[name]
 
     @property
     def logp_T(self) -> Tensor:
-        """Log-prob of each loss-bearing token given all before it, in nats, shape (T,), float32."""
+        """Log-prob of each loss-bearing token given all tokens before it, in nats, shape (T,), float32."""
         return self._get("logp_T")
 
     @property
     def entropy_T(self) -> Tensor:
-        """Entropy of the distribution each of them was drawn from, in nats, shape (T,), float32. It has a gradient only
-        for an algorithm that reads "entropy_grad" too."""
+        """Entropy of the next-token distribution at each loss-bearing token, in nats, shape (T,), float32. It has a
+        gradient only if the algorithm reads "entropy_grad" too."""
         return self._get("entropy_T")
 
     @property
     def value_T(self) -> Tensor:
-        """The value head before each loss-bearing token is chosen: what is to come from there, shape (T,), float32."""
+        """The critic's estimate of the future reward just before each loss-bearing token, shape (T,), float32."""
         return self._get("value_T")
 
     @property
     def score_N(self) -> Tensor:
-        """The score head at the last token of each response, shape (N,), float32."""
+        """Output of the score head at the last token of each response, shape (N,), float32."""
         return self._get("score_N")
 
     @property
     def step_TL(self) -> Tensor:
-        """The step head at each loss-bearing token, logits of the labels, shape (T, labels), float32."""
+        """Logits of the step head at each loss-bearing token, shape (T, labels), float32."""
         return self._get("step_TL")
 
 
 class Algorithm:
-    """One alignment algorithm.
+    """One alignment algorithm. A subclass needs `loss`; every other method and attribute has a default.
 
-    Class attributes (which an instance may set for itself):
-        unit: what the loss is a mean over; `loss` returns one value for each of them.
-        model: the kind of model it trains.
-        reads: which outputs of the forward pass the loss reads: "logp", "entropy" (and "entropy_grad" for its
-            gradient), "value", "score", "step". A score model may be read for "logp" too: those of the base's own
-            language head, held fixed, on the trunk that is trained.
-        needs: columns that must be there before the loss, without axis suffix: `("ref_logp",)`. The loop fills in
-            `ref_logp` (the reference's log-probs), `old_logp` and `old_value` (the policy's own, before the first
-            update on an iteration's groups); a scorer fills in the others.
-        labels: outputs of a step head.
-        critic: where the value head of an algorithm that reads "value" sits: on the policy's trunk ("shared"), or on
-            an adapter, without adapters on a copy of the decoder, of its own ("own").
+    The loop calls, in this order: `setup` and `check` once, before training; then for each iteration `arrange`
+    (responses and scores are there), `prepare` (log-probs are there too), and for each micro-batch `loss`.
 
-    Attributes:
-        report: figures of an iteration that are no means over its batches, set by `prepare`; logged with each step.
-        state: numbers that must survive a resume, such as an adaptive coefficient; kept in checkpoints.
+    Attributes of the class, which an instance may set for itself:
+        unit: what the loss is a mean over: "token", "response", "pair" or "group". `loss` returns one value for each.
+        needs: columns that the loss or `prepare` needs, without axis suffix, such as `("ref_logp",)`. The loop fills
+            `ref_logp` (log-probs of the reference), `old_logp` and `old_value` (of the policy and its critic, before
+            the first update of the iteration). A scorer fills the others.
+        reads: what the forward pass computes for the loss: "logp", "entropy", "entropy_grad" (entropy with a
+            gradient), "value", "score", "step". For a score model "logp" is of the base's own language head, frozen,
+            on the trunk that is trained.
+        model: the kind of model that is trained.
+        min_responses: a record with fewer responses is refused.
+        labels: number of outputs of the step head.
+        critic: where the value head sits: on the policy's trunk ("shared"), or on a trunk of its own ("own": a second
+            adapter, or a copy of the decoder if there are no adapters).
+        off_policy_correction: whether the loss weighs tokens by the column `importance`, if there is one.
+
+    Attributes that `prepare` may set:
+        report: metrics of the iteration that are not means over its batches; logged with each step.
+        state: numbers that must survive a resume, such as an adaptive coefficient; saved in checkpoints.
     """
 
     unit: Unit = "response"
-    model: ClassVar[ModelKind] = "policy"
-    reads: frozenset[str] = frozenset({"logp"})
     needs: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset({"logp"})
+    model: ClassVar[ModelKind] = "policy"
+    min_responses: int = 0
     labels: int = 1
     critic: Literal["shared", "own"] = "shared"
+    off_policy_correction: bool = False
     report: Mapping[str, float] = MappingProxyType({})
     state: Mapping[str, float] = MappingProxyType({})
 
@@ -96,31 +103,35 @@ class Algorithm:
         """Called once, before anything else, with the model's tokenizer: for algorithms that need token ids."""
 
     def check(self, group: Group) -> str | None:
-        """Why a group cannot be used by this algorithm, or None. Called on every record before training starts."""
-        return None
+        """Why this algorithm cannot learn from a record, or None. Called for every record before training starts."""
+        count, least = len(group.responses), self.min_responses
+        if count >= least:
+            return None
+        responses = "1 response" if least == 1 else f"{least} responses"
+        return f"{type(self).__name__} needs at least {responses} to a prompt; this record has {count}"
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """What the model shall read: called with all groups of an iteration, after sampling and scoring, before
-        log-probs are filled in. New groups, where it changes anything; the default leaves them as they are."""
+        """What the model reads. Called with all groups of an iteration after sampling and scoring, before log-probs
+        are filled in. The default returns the groups as they are; a change goes into new groups."""
         return list(groups)
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
-        """Select and annotate the groups of an iteration, once, after its columns are filled in: keep the best
-        response, compute advantages. All groups are there, on every process: statistics over the whole iteration
-        belong here. Groups may be dropped or added. The default leaves them as they are."""
+        """Select groups and compute columns, such as advantages. Called once for each iteration, after all columns in
+        `needs` are filled. Every process gets all groups, so statistics over the whole iteration belong here. The
+        default returns the groups as they are."""
         return list(groups)
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
-        """One loss for each of `unit`, in nats unless the paper has no such thing, and metrics. Pure."""
+        """One loss for each `unit` of the batch, and metrics. Pure: it changes neither the batch nor the algorithm."""
         raise NotImplementedError(f"{type(self).__name__} does not define loss(outputs, batch)")
 
     def derive(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Figures made from the global means of the metrics, such as a correlation. Metrics whose names begin with
-        an underscore are not logged: they are there for this."""
+        """Metrics that are computed from the global means of other metrics, such as a correlation. A metric whose name
+        begins with an underscore is not logged; it exists for this."""
         return {}
 
     def enough(self, metrics: Mapping[str, float]) -> bool:
-        """Whether to leave out what is left of an iteration, asked after each step with its metrics."""
+        """Whether to skip the rest of an iteration. Called after each step with its metrics."""
         return False
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from alignlab.core.errors import AlignlabError
 from alignlab.core.group import Group
 from alignlab.core.order import best_response, compared
-from alignlab.core.ragged import segments
+from alignlab.core.ragged import segment_mean, segment_sum, segments
 
 Unit = Literal["token", "response", "pair", "group"]
-"""What a loss is a mean over: the loss-bearing tokens, the responses, the preference pairs or the groups of the
-global batch, whatever the number of processes and micro-batches it is spread over."""
+"""What a loss is a mean over: the loss-bearing tokens, responses, preference pairs or groups of the global batch. The
+number of processes and micro-batches makes no difference."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +26,41 @@ class Pairs:
     """Preference pairs of a batch.
 
     Attributes:
-        winner_P, loser_P: response indices (axis N), int64.
-        probability_P: probability that the winner is preferred, in [0.5, 1]; 1 where a label is certain.
-        margin_P: how much better the winner is, in the units of the scores (of the preferences where there are none).
+        winner_P, loser_P: the two responses, as indices on axis N, int64.
+        group_P: the group that they belong to, as an index on axis G, int64.
+        probability_P: probability that the winner is preferred, in [0.5, 1]; 1 if the label is certain.
+        margin_P: how much better the winner is: the difference of the scores, or of the preferences if there are no
+            scores.
     """
 
     winner_P: Tensor
     loser_P: Tensor
+    group_P: Tensor
     probability_P: Tensor
     margin_P: Tensor
 
     def __len__(self) -> int:
         return len(self.winner_P)
 
+    def difference(self, x_N: Tensor) -> Tensor:
+        """x of the winner minus x of the loser, shape (P,)."""
+        return x_N[self.winner_P] - x_N[self.loser_P]
+
 
 class Batch:
     """Groups laid out flat.
 
+    Columns are read by name and axis: `batch["reward_N"]`, `batch["ref_logp_T"]`, `batch["weight_G"]`; float32.
+    `"reward_N" in batch` tells whether all responses have the column.
+
     Attributes:
         groups: the groups themselves.
-        N, G, T: number of responses, groups and loss-bearing response tokens.
-        response_T: which response (axis N) each loss-bearing token belongs to, int64.
-        group_N: which group each response belongs to, int64.
-        token_T: token ids of the loss-bearing tokens, int64.
-        length_N: loss-bearing tokens of each response, int64.
-        finished_N: whether the response ended by itself, bool.
-
-    Columns are read by name and axis, `batch["reward_N"]`, `batch["ref_logp_T"]`, `batch["weight_G"]`; float32.
+        T, N, G: number of loss-bearing response tokens, responses and groups.
+        response_T: the response of each loss-bearing token, as an index on axis N, int64.
+        group_N: the group of each response, as an index on axis G, int64.
+        token_T: ids of the loss-bearing tokens, int64.
+        length_N: number of loss-bearing tokens of each response, int64.
+        finished_N: whether the response ended by itself (not at the length limit), bool.
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device | str | None = None) -> None:
@@ -66,6 +75,14 @@ class Batch:
         self.group_N = segments([len(g.responses) for g in self.groups], self.device)
         self.finished_N = torch.tensor([r.finished for r in self.responses], dtype=torch.bool, device=self.device)
         self._columns: dict[str, Tensor] = {}
+
+    def sum(self, x_T: Tensor) -> Tensor:
+        """Sum over the loss-bearing tokens of each response, shape (N,); 0 for a response without any."""
+        return segment_sum(x_T, self.response_T, self.N)
+
+    def mean(self, x_T: Tensor) -> Tensor:
+        """Mean over the loss-bearing tokens of each response, shape (N,); 0 for a response without any."""
+        return segment_mean(x_T, self.response_T, self.N)
 
     @cached_property
     def token_T(self) -> Tensor:
@@ -86,7 +103,7 @@ class Batch:
     def _parse(name: str) -> tuple[str, str]:
         column, _, axis = name.rpartition("_")
         if not column or axis not in ("T", "N", "G"):
-            raise AlignlabError(f"a column is asked for by name and axis, as in 'reward_N'; got '{name}'")
+            raise AlignlabError(f"'{name}': a column is read by name and axis, as in 'reward_N' or 'ref_logp_T'")
         return column, axis
 
     def _build(self, name: str) -> Tensor:
@@ -94,19 +111,20 @@ class Batch:
         values: list[float] = []
         if axis == "G":
             for group in self.groups:
-                values.append(self._value(group.columns, column, group.origin))
+                values.append(self._value(group.columns, column, group.place))
         else:
             for group in self.groups:
                 for response in group.responses:
-                    value = self._value(response.columns, column, group.origin)
+                    value = self._value(response.columns, column, group.place)
                     if isinstance(value, list) != (axis == "T"):
+                        have, want = ("list", "number") if axis == "N" else ("number", "list")
                         raise AlignlabError(
-                            f"column '{column}' is not one value per {'token' if axis == 'T' else 'response'}"
+                            f"{group.place}: column '{column}' is a {have} for each response; '{name}' needs a {want}"
                         )
                     if isinstance(value, list):
                         if len(value) != response.loss_tokens:
                             raise AlignlabError(
-                                f"{group.origin}: column '{column}' has {len(value)} values "
+                                f"{group.place}: column '{column}' has {len(value)} values "
                                 f"for {response.loss_tokens} loss-bearing tokens"
                             )
                         values.extend(value)
@@ -115,18 +133,17 @@ class Batch:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     @staticmethod
-    def _value(columns: dict, column: str, origin: str):  # type: ignore[no-untyped-def]
+    def _value(columns: dict, column: str, place: str):  # type: ignore[no-untyped-def]
         try:
             return columns[column]
         except KeyError:
             have = ", ".join(sorted(columns)) or "none"
             raise AlignlabError(
-                f"{origin or 'a group'}: no column '{column}' (there are: {have}). A scorer must fill it in: "
-                f"see `scoring` in the config."
+                f"{place}: no column '{column}' (there are: {have}). Choose a scorer that fills it: scoring=…"
             ) from None
 
     def fill(self, name: str, values: Tensor) -> None:
-        """Write a column back to the groups or responses: `batch.fill("advantage_T", advantage_T)`."""
+        """Write a column to the groups or responses: `batch.fill("advantage_T", advantage_T)`. It has no gradient."""
         column, axis = self._parse(name)
         found = values.detach().tolist()
         if axis == "T":
@@ -142,46 +159,49 @@ class Batch:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """All ordered pairs of one group in which one response is preferred to the other.
+        """All pairs of responses of one group in which one is preferred to the other.
 
-        The first of these columns that a group's responses have decides:
+        One column decides the order, the first of these that the responses of a group have:
 
-        * `lost_to`: the index within the group of the response that beat it in a tournament, -1 where none did; the
-          pairs are those of the tournament, one less than there are responses;
-        * `preference`, in groups of two: the probability that a response is preferred to its sibling; it gives order
-          and certainty, and one of exactly 1/2 makes a pair too, since it says that the margin should be zero;
-        * `score`, or else `reward`: higher is better; ties make no pair.
+        * `lost_to`: in a tournament, the response that beat this one, as an index within the group; -1 for the
+          champion. The pairs are those of the tournament: one fewer than responses.
+        * `preference`, in groups of two: the probability that a response is preferred to its sibling. A preference of
+          exactly 1/2 makes a pair too: its margin should be zero.
+        * `score`, or else `reward`: higher is better. Equal values make no pair.
 
-        A record's own response that was not compared with the sampled ones beside it takes no part.
+        A record's own response is left out if it was not scored like the sampled ones beside it.
         """
-        winner, loser, probability, margin = [], [], [], []
-        start = 0
-        for group in self.groups:
-            for first, second, p, gap in compared(group):
-                winner.append(start + first)
-                loser.append(start + second)
-                probability.append(p)
-                margin.append(gap)
-            start += len(group.responses)
-        return Pairs(
-            torch.tensor(winner, dtype=torch.int64, device=self.device),
-            torch.tensor(loser, dtype=torch.int64, device=self.device),
-            torch.tensor(probability, dtype=torch.float32, device=self.device),
-            torch.tensor(margin, dtype=torch.float32, device=self.device),
-        )
+        found = [
+            (start + winner, start + loser, g, probability, margin)
+            for g, (group, start) in enumerate(zip(self.groups, self._starts(), strict=True))
+            for winner, loser, probability, margin in compared(group)
+        ]
+        winner, loser, group_index, probability, margin = zip(*found, strict=True) if found else ((),) * 5
+        index = partial(torch.tensor, dtype=torch.int64, device=self.device)
+        value = partial(torch.tensor, dtype=torch.float32, device=self.device)
+        return Pairs(index(winner), index(loser), index(group_index), value(probability), value(margin))
 
     @cached_property
     def best_G(self) -> Tensor:
-        """The best response of each group by the columns of `pairs`, as indices on axis N, int64, shape (G,); the
-        first wins a tie."""
-        found, start = [], 0
-        for group in self.groups:
-            found.append(start + best_response(group))
-            start += len(group.responses)
+        """The best response of each group by the columns of `pairs`, as indices on axis N, int64, shape (G,). The
+        first one wins a tie."""
+        return self.one_each(best_response)
+
+    def one_each(self, choose: Callable[[Group], int]) -> Tensor:
+        """One response of each group, as indices on axis N, int64, shape (G,).
+
+        Args:
+            choose: the index within the group of the response that is wanted.
+        """
+        found = [start + choose(group) for group, start in zip(self.groups, self._starts(), strict=True)]
         return torch.tensor(found, dtype=torch.int64, device=self.device)
 
+    def _starts(self) -> list[int]:
+        """Index on axis N of each group's first response, shape (G,)."""
+        return [0, *accumulate(len(g.responses) for g in self.groups)][: self.G]
+
     def count(self, unit: Unit) -> int:
-        """How many of the unit this batch holds; what the global mean of a loss divides by (summed over ranks)."""
+        """How many of the unit there are in this batch."""
         if unit == "token":
             return self.T
         if unit == "response":

@@ -1,8 +1,7 @@
-"""Processes that must not outlive the one that started them.
+"""Child processes that end with the process that started them.
 
-`python -m alignlab.core.children COMMAND …` runs a command in a process group of its own until standard input closes,
-and then ends the whole group, whatever has become of the command itself: servers that start processes of their own
-leave these behind when they are killed.
+`python -m alignlab.core.children COMMAND …` runs a command in a new process group until standard input closes. Then it
+ends the whole group: a server that was killed may have left processes of its own behind.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 POLL = 0.2
-"""Seconds between looks at the command."""
+"""Seconds between checks of the command."""
 
 PATIENCE = 5.0
 """Seconds that the group has to end by itself."""
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent dies, even by `kill -9`; on Linux alone."""
+    """Have the kernel send this process a signal when its parent dies, even by `kill -9`. Linux only."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -34,14 +33,14 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine on which no process listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def guard(command: Sequence[str]) -> int:
-    """Run a command until it ends or standard input does; the group is gone when this returns. The exit status."""
+    """Run a command until it ends or standard input closes, end its process group, and return its exit status."""
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _: asked.append(n))

@@ -1,9 +1,9 @@
-"""The errors a user is meant to read. The command line prints them as one line, without a traceback."""
+"""Errors that a user can put right. The command line prints them as one line, without a traceback."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AlignlabError(Exception):
@@ -29,13 +29,13 @@ class NonFiniteError(AlignlabError):
 
 
 class PeerLost(AlignlabError):
-    """Another process of the run has stopped, or does not answer: this one is not to blame."""
+    """Another process of the run has stopped or does not answer. The fault is there, not in this process."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 class StartAgain(AlignlabError):
-    """The run cannot go on in these processes; the same command started again can."""
+    """The run cannot go on in these processes. Start the same command again to go on."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -53,7 +53,7 @@ class Interrupted(AlignlabError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'beta'?"`, or the known words where none is near, or nothing where there are none."""
+    """The nearest known word, as in `"; did you mean 'beta'?"`; all of them if none is near; "" if none is known."""
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
@@ -65,3 +65,10 @@ def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raise a `ConfigError` unless `condition` holds, e.g. `require(beta > 0, "beta", beta, "must be > 0")`."""
     if not condition:
         raise ConfigError(f"{key}={value!r}: {rule}")
+
+
+def require_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a `ConfigError` unless `value` is one of the choices."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigError(f"{key}={value!r}: must be {', '.join(others)} or {last}")

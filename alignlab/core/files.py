@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever stops the process that writes them."""
+"""Files that are written whole or not at all, even if the process is killed while it writes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: whoever reads it, even after a crash, finds either the old or the new contents.
+    """Replace a file in one step: readers find the old or the new contents, never a part, even after a crash.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was.
+        OSError: it cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the kernel write a file's contents, or a folder's list of names, to the disk before going on."""
+    """Wait until the kernel has written a file's contents, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A group: a prompt and the K responses to it. Everything that is trained on, sampled or scored is one."""
+"""A group: a prompt and K responses to it. All that is trained on, sampled or scored is a list of groups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Response:
     """One answer to a prompt.
 
     Attributes:
-        token_ids: C >= 1 tokens, the end-of-sequence token included where the response ended by itself.
-        loss_mask: which tokens bear loss, length C; None means all. In a multi-turn chat the later user turns
-            are tokens of the response that bear none: they are read, never predicted.
-        columns: what is known of the response. A float is one value per response (`reward`), a list is one value
-            per loss-bearing token (`ref_logp`). In a `Batch` they become `reward_N` and `ref_logp_T`.
-        finished: whether it ended by itself (end token or stop string), not by the length limit.
+        token_ids: C >= 1 tokens. The end-of-sequence token is one of them if the response ended with it.
+        loss_mask: which tokens bear loss, length C; None: all. Tokens without loss are read but not predicted, such
+            as the later user turns of a chat, or the answer of a tool.
+        columns: what is known of the response. A float is one value for the response (`reward`), a list is one value
+            for each loss-bearing token (`ref_logp`). A `Batch` has them as `reward_N` and `ref_logp_T`.
+        finished: whether it ended by itself (end token or stop string), not at the length limit.
         text: the text, for people and for scorers that read text.
-        source: where it came from, e.g. "data" or "policy".
+        source: where it came from: "data" for a record's own response, "policy" for a sampled one, …
     """
 
     token_ids: list[int]
@@ -32,7 +32,7 @@ class Response:
 
     @property
     def loss_tokens(self) -> int:
-        """Number of tokens that bear loss: this response's share of axis T."""
+        """Number of tokens that bear loss."""
         return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
 
     @property
@@ -48,12 +48,12 @@ class Group:
     """A prompt and the responses to it.
 
     Attributes:
-        prompt_ids: P >= 1 tokens. The first response token is predicted from the last of them.
-        responses: K >= 0 responses; a group of the rollout's input has none yet.
+        prompt_ids: P >= 1 tokens. The first token of each response is predicted from the last of them.
+        responses: K >= 0 responses. A group that is still to be sampled for has none.
         origin: where the record came from, "file:line", for messages.
         prompt: the prompt's text.
-        columns: one value for the whole group, by name; `name_G` in a `Batch`.
-        extra: fields of the record that a scorer may need (a gold answer, a category); never seen by the model.
+        columns: what is known of the group, one value for each name. A `Batch` has `weight` as `weight_G`.
+        extra: fields of the record that a scorer may need (a gold answer, a category). The model never sees them.
     """
 
     prompt_ids: list[int]
@@ -64,8 +64,14 @@ class Group:
     extra: dict[str, object] = field(default_factory=dict)
 
     @property
+    def place(self) -> str:
+        """The origin for the beginning of a message; "a group" if it has none."""
+        return self.origin or "a group"
+
+    @property
     def packed_length(self) -> int:
-        """Tokens of the group as trunk and branches: P + sum of C."""
+        """Tokens of the group in shared-prefix packing, P + sum of C: the prompt is read once (the trunk), then each
+        response (the branches)."""
         return len(self.prompt_ids) + sum(len(r.token_ids) for r in self.responses)
 
     def with_responses(self, responses: Sequence[Response]) -> Group:

@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, whoever says it, and work that is done in smaller portions then."""
+"""Running out of memory: how to recognise it, what to advise, and how to do the work in smaller portions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-SAYINGS = ("out of memory", "t allocate memory", "failed to allocate", "not enough memory", "_alloc_failed")
-"""Part of what PyTorch's CPU allocator, cuBLAS and the like say, as RuntimeErrors."""
+OUT_OF_MEMORY = ("out of memory", "t allocate memory", "failed to allocate", "not enough memory", "_alloc_failed")
+"""Parts of the messages of PyTorch's CPU allocator, cuBLAS and others, which raise RuntimeErrors."""
 
 ADVICE = (
     "shorten what is read (data.max_length, rollout.max_new_tokens, source.group_size), train less of the model "
@@ -33,13 +33,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers for how many bytes of free memory it keeps, and from how many on it asks the system for a piece."""
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 8192
-"""Tokens of a micro-batch where nobody says how many. A CPU is hardly faster with more: with 32 pairs of 270 tokens and
-a Llama of 21 million parameters, 512 took 18 % more time than 2048, while 8192 saved 6 % and needed twice the memory;
-models of 0.1 and of 100 million parameters gained nothing. A GPU needs more to be busy."""
+"""Default number of tokens in a micro-batch. A CPU is hardly faster with more: with 32 pairs of 270 tokens and a Llama
+of 21 million parameters, 512 took 18 % more time than 2048, and 8192 saved 6 % but needed twice the memory; models of
+0.1 and of 100 million parameters gained nothing. A GPU needs more tokens to be busy."""
 
 
 def usual_tokens(on_cpu: bool) -> int:
-    """How many tokens a micro-batch has on such a device, where nobody says."""
+    """Default number of tokens in a micro-batch on a CPU or on another device."""
     return TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU
 
 
@@ -47,12 +47,12 @@ def is_memory_error(error: BaseException) -> bool:
     """Whether memory ran out, on the device or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError | OSError) and any(s in str(error).lower() for s in SAYINGS)
+    return isinstance(error, RuntimeError | OSError) and any(s in str(error).lower() for s in OUT_OF_MEMORY)
 
 
 def release_memory() -> None:
-    """Give back what PyTorch's allocator keeps for later. To be called when the exception is gone: it holds frames,
-    and these tensors."""
+    """Give back memory that PyTorch's allocator keeps for later. Call it after the `except` block: the exception holds
+    frames, and these hold tensors."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
@@ -72,11 +72,11 @@ def keep_freed_memory() -> None:
 
 
 def in_halves(batches: Iterable[list[T]], work: Callable[[list[T]], Iterator[R]], what: str) -> Iterator[R]:
-    """What the work on each batch yields, in order; where memory runs out, the work is done again on the batch's
-    halves, one after the other, down to single items.
+    """Yield the results of `work` on each batch, in order. If memory runs out, the batch is split in halves, and each
+    half is tried, down to single items.
 
     Raises:
-        AlignlabError: a single item is too much.
+        AlignlabError: memory runs out for a single item.
     """
     todo = deque(batches)
     while todo:
@@ -97,5 +97,5 @@ def in_halves(batches: Iterable[list[T]], work: Callable[[list[T]], Iterator[R]]
 
 
 def said(error: BaseException) -> str:
-    """An error in one line."""
+    """The first line of an error's message; its type if there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

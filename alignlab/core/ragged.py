@@ -1,6 +1,6 @@
-"""Operations on ragged tensors: a flat vector of items and, for each item, the segment it belongs to.
+"""Operations on ragged tensors: a flat vector of items and, for each item, the index of its segment.
 
-`segment_sum(logp_T, response_T, N)` turns per-token log-probs into per-response ones. All functions are
+`segment_sum(logp_T, response_T, N)` turns log-probs of tokens into log-probs of responses. All functions are
 differentiable in their first argument, deterministic on CPU, and accept empty segments.
 """
 
@@ -33,7 +33,7 @@ def segment_max(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 
 def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
-    """Standard deviation of each segment with Bessel's correction, shape (count,); 0 where fewer than two items."""
+    """Standard deviation of each segment with Bessel's correction, shape (count,); 0 for fewer than two items."""
     centred = values - segment_mean(values, segment, count)[segment]
     freedom = (segment_count(segment, count) - 1).clamp(min=1)
     variance = segment_sum(centred * centred, segment, count) / freedom
@@ -42,11 +42,11 @@ def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 
 def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """The segment of each item, from the segments' lengths: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
+    """Index of each item's segment, from the lengths of the segments: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
     lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
 def split_segments(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """The inverse: one tensor for each segment, in order (views of `values`)."""
+    """The inverse of `segments`: one tensor for each segment, in order (views of `values`)."""
     return list(torch.split(values, list(lengths)))

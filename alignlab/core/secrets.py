@@ -1,4 +1,4 @@
-"""What looks like a key or a password, and so has no place in a config, a log or a record of a run."""
+"""Recognising keys and passwords, which must not stand in a config, a log or a record of a run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SECRET_VALUE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|(?:sk|pk|rk)-[A-Za-z0-9_\-]{16,}|wandb_v1_\w{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|AKIA[A-Z0-9]{12,})|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
 )
-"""Values that are secrets wherever they stand: keys of well-known services, user and password in an address."""
+"""Values that are secrets under any key: keys of well-known services, user and password in a URL."""
 
 
 def find_secret(value: Any, key: str, known: str = "") -> str | None:
-    """Where in a setting something looks like a secret, as a key on the command line; None where nothing does.
+    """The key, as written on the command line, of a value that looks like a secret; None if there is none.
 
     Args:
         value: a string, a number, or mappings and lists of them.
-        key: where it stands.
-        known: a secret itself, if there is one to look for.
+        key: the key of `value` itself.
+        known: a secret to look for; "": none.
     """
     if isinstance(value, Mapping):
         for name, inner in value.items():

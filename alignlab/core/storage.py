@@ -1,4 +1,4 @@
-"""What to tell the user when a file cannot be written."""
+"""Errors of writing files, with advice on what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHERWISE = "See that the folder is there, writable and not in use by another ru
 
 @contextmanager
 def storage_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turn the failures to write of the block into an `AlignlabError` that says what failed, where, and what to do.
+    """Turn write errors in the block into an `AlignlabError` that says what failed, where, and what to do.
 
     Args:
         folder: where files are written.
@@ -50,10 +50,10 @@ def storage_errors(folder: Path, what: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> tuple[int, str] | None:
-    """The error number (0: unknown) and text of a failure to write, or None if it is something else.
+    """The error number (0: unknown) and text of a write error; None for any other error.
 
-    torch.save raises a RuntimeError from its C++ stream, and safetensors an error of its own; both wrap what the
-    operating system said in text, and torch not always.
+    torch.save raises a RuntimeError from its C++ stream, safetensors an error class of its own. Both put the message of
+    the operating system into their text; torch leaves it out sometimes.
     """
     if isinstance(error, OSError):
         return error.errno or 0, str(error)
@@ -67,7 +67,7 @@ def _reason(error: BaseException) -> tuple[int, str] | None:
 
 
 def _free(folder: Path) -> float:
-    """Bytes free to the user on the file system of a folder, which need not exist yet; infinite where unknown."""
+    """Bytes free to the user on the file system of a folder, which need not exist yet; infinite if unknown."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:

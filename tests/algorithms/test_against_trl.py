@@ -137,7 +137,7 @@ def summed(groups: list[Group], which: int, column: str) -> Tensor:
     [("sigmoid", 0.3, DPO(0.3)), ("ipo", 0.2, IPO(0.2)), ("hinge", 0.1, Hinge(0.1))],
     ids=["dpo", "ipo", "hinge"],
 )
-def test_dpo_trainer(loss_type: str, beta: float, algorithm: Algorithm, seed: int) -> None:
+def test_losses_equal_trl_s_dpo_trainer(loss_type: str, beta: float, algorithm: Algorithm, seed: int) -> None:
     trainer = trl("trainer.dpo_trainer", "DPOTrainer", "_compute_loss")
     collate = trl("trainer.dpo_trainer", "DataCollatorForPreference", "torch_call")(pad_token_id=PAD)
     policy, reference, groups = Bigrams(seed), Bigrams(seed + 100), pairs(seed)
@@ -160,7 +160,7 @@ def test_dpo_trainer(loss_type: str, beta: float, algorithm: Algorithm, seed: in
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("other", [False, True], ids=["as they are", "roles changed"])
-def test_kto_trainer(seed: int, other: bool) -> None:
+def test_kto_equals_trl_s_kto_trainer(seed: int, other: bool) -> None:
     """With TRL's own rotation: each prompt has the completion of the one before it. Where an estimate of the KL
     is below zero, it is above it once the two tables change roles."""
     trainer = trl("trainer.kto_trainer", "KTOTrainer", "_compute_loss")
@@ -206,7 +206,7 @@ def averages(trainer: Any, policy: Bigrams, groups: list[Group], which: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cpo_trainer_s_simpo(seed: int) -> None:
+def test_simpo_equals_trl_s_cpo_trainer(seed: int) -> None:
     trainer = trl("experimental.cpo", "CPOTrainer", "cpo_loss")
     policy, groups = Bigrams(seed), pairs(seed)
     stand_in = settings(beta=2.0, loss_type="simpo", simpo_gamma=0.7, label_smoothing=0.0, alpha=0.0)
@@ -226,12 +226,12 @@ def orpo_trainer(policy: Bigrams, groups: list[Group], weight: float) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_orpo_trainer(seed: int) -> None:
+def test_orpo_equals_trl_s_orpo_trainer(seed: int) -> None:
     policy, groups = Bigrams(seed), pairs(seed)
     assert_same(policy.loss(ORPO(ratio_weight=0.4), groups), orpo_trainer(policy, groups, 0.4), policy)
 
 
-def test_log_odds_are_trl_s() -> None:
+def test_log_odds_equal_trl() -> None:
     log1mexp: Callable[[Tensor], Tensor] = trl("experimental.orpo.orpo_trainer", "log1mexp", "__call__")
     logp = torch.tensor([-1e-6, -1e-3, -0.5, -0.69, -0.70, -3.0, -80.0])
     torch.testing.assert_close(log_odds(logp), logp - log1mexp(logp))

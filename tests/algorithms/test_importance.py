@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from alignlab.algorithms.grpo import GRPO
-from alignlab.algorithms.importance import PolicyGradient, importance, weighted
+from alignlab.algorithms.importance import importance, weighted
 from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.reinforce_pp import ReinforcePP
 from alignlab.algorithms.rloo import RLOO
-from alignlab.core import Batch, Group, Outputs, Response
+from alignlab.core import Algorithm, Batch, Group, Outputs, Response
 
 LENGTHS = (3, 1, 2)
 ADVANTAGES = [1.5, -0.7, 0.4]
@@ -40,7 +40,7 @@ def batch(weights: list[list[float]] | None) -> Batch:
     return Batch([Group([1], responses)])
 
 
-def with_advantages(algorithm: PolicyGradient, found: Batch) -> Batch:
+def with_advantages(algorithm: Algorithm, found: Batch) -> Batch:
     """PPO and REINFORCE++ have advantages by token."""
     if isinstance(algorithm, PPO | ReinforcePP):
         for response in found.responses:
@@ -48,7 +48,7 @@ def with_advantages(algorithm: PolicyGradient, found: Batch) -> Batch:
     return found
 
 
-def total(algorithm: PolicyGradient, logp_T: Tensor, weights: list[list[float]] | None) -> Tensor:
+def total(algorithm: Algorithm, logp_T: Tensor, weights: list[list[float]] | None) -> Tensor:
     outputs = Outputs(logp_T=logp_T, entropy_T=torch.zeros(6).double(), value_T=torch.zeros(6).double())
     return algorithm.loss(outputs, with_advantages(algorithm, batch(weights)))[0].sum()
 

@@ -73,7 +73,7 @@ def test_the_baseline_is_never_below_zero() -> None:
     assert baseline(groups) == pytest.approx(1.0)
 
 
-def test_the_baseline_is_that_of_the_whole_batch_however_it_is_cut() -> None:
+def test_the_baseline_does_not_depend_on_the_split_of_the_batch() -> None:
     """And differs from what each micro-batch would have found: 2 for the first two groups, 0 for the last two."""
     algorithm = KTO(beta=1.0)
     groups = algorithm.arrange([one(i, 0.5 * i, i % 2) for i in (1, 2, 3, 4)])
@@ -107,7 +107,7 @@ def test_the_baseline_has_no_gradient() -> None:
     assert logp.grad.tolist() == pytest.approx([-slope[0]] * 2 + [slope[1]] * 2)
 
 
-def test_mismatched_responses_come_from_other_prompts_and_go_again() -> None:
+def test_mismatched_responses_come_from_other_prompts_and_are_removed_again() -> None:
     algorithm = KTO()
     given = [one(1, 0.0, 1), one(2, 0.0, 0), one(2, 0.0, 1), one(3, 0.0, 1)]
     arranged = algorithm.arrange(given)
@@ -126,7 +126,7 @@ def test_winners_are_no_more_frequent_among_the_mismatched() -> None:
     assert taken == [13, 20, 11, 22]
 
 
-def test_nothing_becomes_longer_than_it_was() -> None:
+def test_mismatched_responses_make_no_text_longer_than_the_longest() -> None:
     """A model's longest sequence may be what the longest record has: the long response loses its end."""
     long, short = Group([1], [Response([5] * 9, [False] * 8 + [True])]), Group([2] * 8, [Response([6])])
     arranged = KTO().arrange([long, short])
@@ -147,7 +147,7 @@ def signs(*columns: dict[str, float], threshold: float | None = None, mean: floa
     return desirability(group(*columns), threshold, mean)
 
 
-def test_what_is_desirable() -> None:
+def test_the_first_column_there_decides_what_is_desirable() -> None:
     assert signs({"desirable": 0.0, "score": 5.0}, {"desirable": 1.0, "score": 1.0}) == [-1, 1], "it says so"
     assert signs({"score": 1.0}, {"score": 0.0}) == [1, -1]
     assert signs({"preference": 0.3}, {"preference": 0.7}) == [-1, 1]
@@ -161,12 +161,12 @@ def test_what_is_desirable() -> None:
     assert signs({"reward": 0.3}, mean=0.1) == [1], "a single response too"
 
 
-def test_a_record_s_response_that_was_not_scored_is_neither() -> None:
+def test_an_unscored_response_of_a_record_is_neither() -> None:
     made = group({}, {"reward": 1.0}, {"reward": 0.0})
     made.responses[1].source = made.responses[2].source = "policy"
     assert desirability(made, 0.5, 0.0) == [0, 1, -1]
     made.responses[0].source = "policy"
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: KTO needs to know .*'desirable'.*`scoring`"):
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: KTO needs a column .*'desirable'.*scoring="):
         desirability(made, 0.5, 0.0)
 
 
@@ -179,7 +179,7 @@ def test_rewards_are_judged_by_the_mean_of_the_iteration() -> None:
     assert [g.responses[0].columns["desirable"] for g in kept] == [0.0, 1.0]
 
 
-def test_a_verdict_does_not_outlive_its_iteration() -> None:
+def test_desirability_is_decided_anew_in_each_iteration() -> None:
     """The mean is another one each time, and records are there again in the next epoch."""
     record = one(1, 0.0, reward=2.0)
     (first,) = [g for g in KTO().prepare([record, one(2, 0.0, reward=0.0)]) if g.origin == record.origin]
@@ -188,16 +188,16 @@ def test_a_verdict_does_not_outlive_its_iteration() -> None:
     assert "desirable" not in record.responses[0].columns
 
 
-def test_what_it_needs() -> None:
+def test_kto_refuses_records_without_a_response_or_a_label() -> None:
     assert KTO.unit == "response"
     assert set(KTO.needs) == {"ref_logp", "old_logp"}
     assert KTO().check(group({})) is None
-    assert "no response" in str(KTO().check(Group([1])))
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: KTO needs to know"):
+    assert "needs at least 1 response " in str(KTO().check(Group([1])))
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: KTO needs a column"):
         desirability(group({}), None, 0.0)
 
 
 @pytest.mark.parametrize("key", ["beta", "weight_desirable", "weight_undesirable"])
-def test_impossible_settings(key: str) -> None:
+def test_values_out_of_range_are_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}=0"):
         KTO(**{key: 0.0})  # type: ignore[arg-type]

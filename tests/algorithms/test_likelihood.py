@@ -33,7 +33,7 @@ def test_sft_is_the_published_token_mean(published: dict[str, dict[str, Any]]) -
     assert float(mean) == pytest.approx(fixture["expected"], abs=fixture["atol"])
 
 
-def test_sft_of_a_model_is_transformers_own_loss() -> None:
+def test_sft_equals_the_loss_of_transformers() -> None:
     """One sequence whose labels are -100 but for the loss-bearing tokens."""
     model = tiny.model()
     one = tiny.some_groups()[:1]
@@ -52,9 +52,9 @@ def test_sft_of_a_model_is_transformers_own_loss() -> None:
         torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_sft_needs_something_to_learn_from() -> None:
+def test_sft_refuses_a_record_without_a_response() -> None:
     assert SFT().check(group({})) is None
-    assert "no response" in str(SFT().check(Group([1])))
+    assert "needs at least 1 response " in str(SFT().check(Group([1])))
 
 
 def drawn(*rewards: float) -> Group:
@@ -69,7 +69,7 @@ def kept(keep: int, *rewards: float) -> list[str]:
     return [r.text for r in result.responses]
 
 
-def test_the_best_is_kept_and_the_first_of_equals() -> None:
+def test_best_is_the_highest_reward_and_the_first_of_equals() -> None:
     assert kept(1, 0.5, 2.0, -1.0) == ["1"]
     assert kept(1, 1.0, 3.0, 3.0, 3.0) == ["1"]
     assert kept(1, -5.0, -7.0) == ["0"]
@@ -79,13 +79,13 @@ def test_the_best_is_kept_and_the_first_of_equals() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_against_argmax(seed: int) -> None:
+def test_best_equals_argmax(seed: int) -> None:
     rewards = torch.randint(0, 6, (16,), generator=torch.Generator().manual_seed(seed)).float().tolist()
     expected = max(range(16), key=lambda i: (rewards[i], -i))
     assert kept(1, *rewards) == [str(expected)]
 
 
-def test_groups_stay_themselves_and_empty_ones_go() -> None:
+def test_groups_keep_their_prompt_and_empty_ones_are_dropped() -> None:
     first, empty, last = drawn(1.0, 2.0), Group([9]), drawn(4.0, 3.0)
     first.extra = {"answer": "42"}
     before = [len(g.responses) for g in (first, empty, last)]
@@ -95,21 +95,21 @@ def test_groups_stay_themselves_and_empty_ones_go() -> None:
     assert (result[0].prompt_ids, result[0].origin, result[0].extra) == (first.prompt_ids, first.origin, first.extra)
 
 
-def test_it_learns_from_the_best_as_sft_does() -> None:
+def test_rejection_sampling_has_the_loss_of_sft_on_the_best() -> None:
     result = RejectionSampling().prepare([drawn(1.0, 2.0), drawn(2.0, 0.0)])
     assert loss(RejectionSampling(), result, logp_T=[-1.0, -3.0]).tolist() == [1.0, 3.0]
     assert RejectionSampling.unit == "token"
     assert RejectionSampling().check(Group([1])) is None, "a prompt to draw for has no responses yet"
 
 
-def test_rewards_must_be_there() -> None:
+def test_a_missing_reward_is_named() -> None:
     half = drawn(1.0, 2.0)
     del half.responses[1].columns["reward"]
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: .*`reward`.*`scoring`"):
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: .*`reward`.*scoring="):
         RejectionSampling().prepare([drawn(1.0), half])
     assert RejectionSampling.needs == ("reward",)
 
 
-def test_impossible_settings() -> None:
+def test_values_out_of_range_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"^algorithm\.keep=0: must be at least 1"):
         RejectionSampling(keep=0)

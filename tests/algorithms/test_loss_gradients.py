@@ -112,7 +112,7 @@ def test_gradients_through_the_classes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_mean_does_not_depend_on_how_the_batch_is_cut(name: str) -> None:
+def test_the_mean_does_not_depend_on_the_split_of_the_batch(name: str) -> None:
     """Loss and gradient, summed over micro-batches of any sizes; one loss for each of the unit, finite metrics."""
     algorithm = ALGORITHMS[name]
     chosen = prepared(algorithm)

@@ -76,7 +76,7 @@ def test_a_response_that_was_cut_is_not_finished() -> None:
     assert [r.finished for r in found.responses] == [True, False], "by what comes last"
 
 
-def test_the_tokenizer_s_own_limit_and_what_it_keeps() -> None:
+def test_the_limit_is_the_tokenizer_s_own_and_is_saved_with_it() -> None:
     tokenizer = tiny.tokenizer()
     assert rendering_of(tokenizer, "x").limit is None, "of 10^30 tokens"
     tokenizer.model_max_length = 20
@@ -122,7 +122,7 @@ def test_pairwise_gradients_and_where_they_vanish(p: float) -> None:
     assert gradient.tolist() == pytest.approx([0.0] * 4, abs=1e-7), "at the labels' log-odds, of either sign"
 
 
-def test_pairwise_figures_do_not_depend_on_the_split() -> None:
+def test_pairwise_metrics_do_not_depend_on_the_split() -> None:
     algorithm = pairwise()
     groups = algorithm.arrange([two([7] * (1 + i % 3), [9], score=(i % 2, 0.5)) for i in range(10)])
     scores = torch.randn(20, generator=torch.Generator().manual_seed(0)).tolist()
@@ -132,11 +132,11 @@ def test_pairwise_figures_do_not_depend_on_the_split() -> None:
     assert "calibration_error" in whole
 
 
-def test_what_the_pairwise_model_cannot_use() -> None:
+def test_the_pairwise_model_refuses_what_it_cannot_read() -> None:
     with pytest.raises(ConfigError, match=r"^algorithm\.separator='  ': has no tokens"):
         pairwise("  ")
     with pytest.raises(ConfigError, match=r"^algorithm\.max_length=3: must be at least 4"):
         PairwiseModel(max_length=3)
     with pytest.raises(AlignlabError, match="setup"):
         PairwiseModel().arrange([two([7], [8], score=(1.0, 0.0))])
-    assert "at least two" in str(pairwise().check(group({})))
+    assert "at least 2 responses" in str(pairwise().check(group({})))

@@ -11,20 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignlab.algorithms.advantages import gae, group_advantage, leave_one_out_advantage, shaped_reward, whiten
 from alignlab.algorithms.policy_gradient import (
     clipped_surrogate,
     clipped_value_loss,
     explained_variance,
-    gae,
-    group_advantage,
     kl_estimate,
-    leave_one_out_advantage,
     per_response,
     policy_metrics,
     require_siblings,
     rollout_report,
-    shaped_reward,
-    whiten,
 )
 from alignlab.core import AlignlabError, Batch, Group, segments
 from tests.algorithms.common import group
@@ -47,7 +43,7 @@ def test_kl_estimates_are_the_published_ones(estimator: Any, published: Publishe
 
 
 @pytest.mark.parametrize(("estimator", "name"), [("k1", "kl_penalty_kl_trl"), ("k2", "kl_penalty_mse_trl")])
-def test_kl_penalties_are_trl_s(estimator: Any, name: str, published: Published) -> None:
+def test_kl_penalties_equal_trl(estimator: Any, name: str, published: Published) -> None:
     inputs = published["kl_penalty_kl_trl"]["inputs"]
     found = kl_estimate(double(inputs["logp"]), double(inputs["ref"]), estimator)
     torch.testing.assert_close(found, double(published[name]["expected"]), atol=1e-6, rtol=0)
@@ -65,7 +61,7 @@ def test_k1_and_k3_are_unbiased(estimator: Any) -> None:
     assert float((logp.exp() * kl_estimate(logp, ref, estimator)).sum()) == pytest.approx(float(kl))
 
 
-def test_what_the_estimates_pull_towards_as_losses() -> None:
+def test_expected_gradients_of_the_kl_estimates_as_losses() -> None:
     """Summed over all actions with the probabilities of the sampler, which are not differentiated."""
     logits = double([0.3, -1.0, 0.8, 0.1]).requires_grad_()
     ref = double([-0.5, 0.7, 0.2, 0.0]).log_softmax(-1)
@@ -93,7 +89,7 @@ def test_k3_of_nearly_equal_policies_is_not_lost_to_rounding() -> None:
 # ------------------------------------------------------------------ rewards and advantages
 
 
-def test_shaped_rewards_are_torchtune_s(published: Published) -> None:
+def test_shaped_rewards_equal_torchtune(published: Published) -> None:
     fixture = published["kl_shaped_rewards_torchtune"]
     logp, ref = (double(fixture["inputs"][k]).flatten() for k in ("logp", "ref"))
     penalty_T = fixture["inputs"]["kl_coeff"] * kl_estimate(logp, ref, "k1")
@@ -110,7 +106,7 @@ def test_scores_go_to_last_tokens_and_steps_where_they_are() -> None:
     assert shaped_reward(penalty_T, response_T, score_N, step_T).tolist() == [-0.5, 11.75, 33.0, 39.0]
 
 
-def test_returns_are_torchtune_s(published: Published) -> None:
+def test_returns_equal_torchtune(published: Published) -> None:
     fixture = published["gae_returns_torchtune"]
     inputs = fixture["inputs"]
     reward, value = double(inputs["rewards"]).flatten(), double(inputs["values"]).flatten()
@@ -119,7 +115,7 @@ def test_returns_are_torchtune_s(published: Published) -> None:
 
 
 @pytest.mark.parametrize("lam", ["1.0", "0.7", "0.4"])
-def test_advantages_are_rlax_s(lam: str, published: Published) -> None:
+def test_advantages_equal_rlax(lam: str, published: Published) -> None:
     """Its second row ends an episode before the last step (discount 0): two responses here. Ours are worth nothing
     after the end, so what rlax bootstraps from is given as reward."""
     fixture = published[f"gae_rlax_lambda{lam}"]
@@ -160,7 +156,7 @@ def test_gae_is_the_sum_of_its_definition(seed: int, gamma: float, lam: float) -
     assert torch.equal(reward, before[0]) and torch.equal(value, before[1])
 
 
-def test_whitening() -> None:
+def test_whitening_gives_mean_0_and_variance_1() -> None:
     x = [1.0, 2.0, 4.0, 9.0]
     deviation = statistics.pstdev(x)
     removed = [(v - 4) / deviation for v in x]
@@ -171,7 +167,7 @@ def test_whitening() -> None:
     assert whiten(torch.zeros(0)).tolist() == []
 
 
-def test_the_mean_is_gone_and_not_added_back() -> None:
+def test_whitening_removes_the_mean() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double() * 3 + 50
     assert float(whiten(x).mean()) == pytest.approx(0.0, abs=1e-9)
     assert float(whiten(x, shift_mean=False).mean()) == pytest.approx(float(x.mean()))
@@ -190,7 +186,7 @@ def test_group_advantages_are_the_published_ones(published: Published) -> None:
     assert plain.tolist() == pytest.approx([-0.075, 0.225, -0.275, 0.125, 0.45, 0.25, -0.25, -0.45])
 
 
-def test_groups_of_one_size_or_another() -> None:
+def test_advantages_of_groups_of_any_size_by_hand() -> None:
     reward_N, group_N = double([1.0, 5.0, 2.0, 2.0, 2.0, 7.0]), torch.tensor([0, 0, 1, 1, 1, 3])
     deviation = math.sqrt(8)
     expected = [-2 / deviation, 2 / deviation, 0, 0, 0, 0]
@@ -198,7 +194,7 @@ def test_groups_of_one_size_or_another() -> None:
     assert leave_one_out_advantage(reward_N, group_N, 4).tolist() == [-4, 4, 0, 0, 0, 0]
 
 
-def test_leave_one_out_is_tunix_s_and_what_it_says(published: Published) -> None:
+def test_leave_one_out_equals_tunix_and_its_definition(published: Published) -> None:
     fixture = published["rloo_adv_tunix"]
     reward_N = double(fixture["inputs"]["rewards"])
     found = leave_one_out_advantage(reward_N, segments([fixture["inputs"]["k"]] * 2), 2)
@@ -212,7 +208,7 @@ def test_leave_one_out_is_tunix_s_and_what_it_says(published: Published) -> None
 # ------------------------------------------------------------------ losses
 
 
-def test_the_surrogate_is_nemo_s(published: Published) -> None:
+def test_the_surrogate_equals_nemo(published: Published) -> None:
     fixture = published["ppo_clip_nemo"]
     inputs = fixture["inputs"]
     ratio = (double(inputs["curr"]) - double(inputs["prev"])).exp()
@@ -220,7 +216,7 @@ def test_the_surrogate_is_nemo_s(published: Published) -> None:
     assert float(found.mean()) == pytest.approx(fixture["expected"], abs=fixture["atol"])
 
 
-def test_the_surrogate_is_rlax_s(published: Published) -> None:
+def test_the_surrogate_equals_rlax(published: Published) -> None:
     """Actions 0, 1 and 2 in the three states, with these advantages and, in its second row, their opposites."""
     fixture = published["ppo_clip_rlax"]
     inputs = fixture["inputs"]
@@ -241,7 +237,7 @@ def cs336() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("size", ["large", "small"])
-def test_the_surrogate_is_cs336_s(size: str, published: Published) -> None:
+def test_the_surrogate_equals_cs336(size: str, published: Published) -> None:
     fixture = published[f"grpo_clip_{size}_cs336"]
     logp, old, reward = cs336()
     ratio = (logp - old).exp()
@@ -249,7 +245,7 @@ def test_the_surrogate_is_cs336_s(size: str, published: Published) -> None:
     torch.testing.assert_close(found, torch.tensor(fixture["expected"]), atol=fixture["atol"], rtol=0)
 
 
-def test_unclipped_where_clipping_would_flatter() -> None:
+def test_the_surrogate_is_the_pessimistic_bound_in_all_four_corners() -> None:
     """(ratio, advantage) → loss, at ε = 0.2: the pessimistic bound in all four corners."""
     cases = {(1.5, 1.0): -1.2, (0.5, 1.0): -0.5, (1.5, -1.0): 1.5, (0.5, -1.0): 0.8, (1.1, 2.0): -2.2}
     ratio, advantage = double([list(case) for case in cases]).T
@@ -289,7 +285,7 @@ def test_a_clipped_gain_and_a_clipped_value_have_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("how", "name"), [("token", "agg_token_mean_tunix"), ("response", "agg_seq_mean_token_mean_tunix")]
 )
-def test_aggregations_are_tunix_s(how: Any, name: str, published: Published) -> None:
+def test_aggregations_equal_tunix(how: Any, name: str, published: Published) -> None:
     inputs = published["agg_token_mean_tunix"]["inputs"]
     mask = torch.tensor(inputs["mask"]).bool()
     loss_T, response_T = double(inputs["loss"])[mask], segments(mask.sum(1))
@@ -317,7 +313,7 @@ def test_aggregations_are_the_published_masked_means(published: Published) -> No
 # ------------------------------------------------------------------ figures
 
 
-def test_explained_variance() -> None:
+def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant_one() -> None:
     target = double([1.0, 2.0, 3.0, 6.0])
     assert explained_variance(target, target) == 1.0
     assert explained_variance(target + 5, target) == 1.0, "a constant error is no variance"
@@ -327,7 +323,7 @@ def test_explained_variance() -> None:
     assert explained_variance(torch.zeros(0), torch.zeros(0)) == 0.0
 
 
-def test_health_of_an_update() -> None:
+def test_policy_metrics_by_hand() -> None:
     old = double([-1.0, -2.0, -0.5, -3.0])
     found = policy_metrics(old + double([0.0, 0.1, -0.3, 0.5]).requires_grad_(), old, 0.2)
     ratios = [1.0, math.exp(0.1), math.exp(-0.3), math.exp(0.5)]
@@ -338,7 +334,7 @@ def test_health_of_an_update() -> None:
     assert "clip_fraction" not in policy_metrics(old, old)
 
 
-def test_of_an_iteration() -> None:
+def test_rollout_report_by_hand() -> None:
     """KL is summed over a response's tokens, then averaged over responses: not over tokens."""
     groups = [
         group({"old_logp": [-1.0, -2.0], "ref_logp": [-1.5, -4.0]}, length=2),
@@ -349,7 +345,7 @@ def test_of_an_iteration() -> None:
     assert rollout_report(Batch([Group([1])])) == {}
 
 
-def test_one_response_cannot_be_compared() -> None:
+def test_a_single_response_is_refused_with_its_origin() -> None:
     require_siblings([group({}, {}), Group([1])], "RLOO")
     with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: RLOO .* source\.group_size must be at least 2"):
         require_siblings([group({}, {}), group({})], "RLOO")

@@ -57,7 +57,7 @@ def test_advantages_and_targets_by_hand() -> None:
     )
 
 
-def test_the_mean_is_removed_and_not_added_back() -> None:
+def test_advantages_have_mean_0_and_variance_1() -> None:
     groups = responses()
     for group in groups:
         group.responses[0].columns["reward"] = 50.0
@@ -133,7 +133,7 @@ def many(count: int = 12) -> list[Group]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"whiten_rewards": True}])
-def test_whitened_once_whatever_the_order_and_the_minibatches(settings: dict[str, Any]) -> None:
+def test_advantages_are_whitened_once_for_the_whole_iteration(settings: dict[str, Any]) -> None:
     """Per process, micro-batch or minibatch the result would depend on who is together with whom."""
     together = PPO(**settings).prepare(many())
     backwards = PPO(**settings).prepare(many()[::-1])[::-1]
@@ -173,7 +173,7 @@ def test_whitened_rewards_keep_their_mean() -> None:
 # ------------------------------------------------------------------ rewards
 
 
-def test_an_unfinished_response_has_another_score() -> None:
+def test_missing_eos_score_replaces_the_score_of_an_unfinished_response() -> None:
     found = PPO(kl_coef=0.0, lam=1.0, missing_eos_score=-7.0).prepare(responses())
     assert column(found, "value_target") == pytest.approx([1.0, 1.0, -7.0])
     assert found[1].responses[0].columns["reward"] == -0.5, "what the scorer said stays"
@@ -193,13 +193,13 @@ def test_step_rewards_are_earned_where_steps_end(rewards: Any, targets: list[flo
     assert set(algorithm.needs) == {"ref_logp", "old_logp", "old_value", *wanted}
 
 
-def test_a_reward_that_is_not_there_is_named() -> None:
+def test_a_missing_reward_is_named() -> None:
     with pytest.raises(AlignlabError, match=r"^data\.jsonl:1: no column 'step_reward'"):
         PPO(rewards="steps").prepare(responses())
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_other_penalties(estimator: Any) -> None:
+def test_each_kl_estimator_gives_its_penalty(estimator: Any) -> None:
     difference = [0.5, -1.0, -2.0]
     kl = [0.5 * d * d if estimator == "k2" else math.exp(-d) - 1 + d for d in difference]
     found = PPO(kl_coef=0.1, lam=1.0, kl_estimator=estimator).prepare(responses())
@@ -207,7 +207,7 @@ def test_other_penalties(estimator: Any) -> None:
     assert column(found, "value_target") == pytest.approx([a + b + 1, b + 1, c - 0.5], abs=1e-6)
 
 
-def test_responses_without_a_loss_bearing_token() -> None:
+def test_a_response_without_a_loss_bearing_token_changes_no_advantage() -> None:
     silent = Group([1], [Response([2], [False], {"reward": 9.0, "old_logp": [], "ref_logp": [], "old_value": []})])
     with_it = PPO(kl_coef=0.0).prepare([responses()[0], silent, responses()[1]])
     assert column(with_it, "advantage") == column(PPO(kl_coef=0.0).prepare(responses()), "advantage")
@@ -218,7 +218,7 @@ def test_responses_without_a_loss_bearing_token() -> None:
 # ------------------------------------------------------------------ the adaptive coefficient
 
 
-def test_the_controller_by_hand() -> None:
+def test_the_adaptive_kl_coefficient_by_hand() -> None:
     """(KL, target, responses): 50 % too much and 90 % too little count as 20 %; a tenth counts as it is."""
     assert adapted(0.2, 9.0, 6.0, 500) == pytest.approx(0.2 * (1 + 0.2 * 0.05))
     assert adapted(0.2, 0.6, 6.0, 500) == pytest.approx(0.2 * (1 - 0.2 * 0.05))
@@ -226,7 +226,7 @@ def test_the_controller_by_hand() -> None:
     assert adapted(0.2, -5.0, 6.0, 10**6) == pytest.approx(0.2 * 0.8), "never negative, however many the responses"
 
 
-def test_the_coefficient_follows_and_survives_a_resume() -> None:
+def test_the_adaptive_kl_coefficient_follows_the_kl_and_survives_a_resume() -> None:
     """Each iteration uses the one left by the last; one that goes on from the state is no different."""
     groups = responses()
     for group in groups:
@@ -264,20 +264,20 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_enough() -> None:
+def test_the_rest_of_an_iteration_is_skipped_above_target_kl() -> None:
     assert PPO(target_kl=0.1).enough({"approx_kl": 0.11})
     assert not PPO(target_kl=0.1).enough({"approx_kl": 0.1})
     assert not PPO().enough({"approx_kl": 1e9})
 
 
-def test_what_it_reads() -> None:
+def test_reads_and_critic_follow_the_settings() -> None:
     assert PPO().reads == {"logp", "entropy", "value"}
     assert PPO(entropy_weight=0.01).reads == {"logp", "entropy", "value", "entropy_grad"}
     assert (PPO().critic, PPO(critic="own").critic) == ("shared", "own")
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_step_0_of_a_real_model(name: str) -> None:
+def test_the_first_step_of_a_real_model_has_kl_0_and_ratio_1(name: str) -> None:
     """The policy is the reference and its own past: KL 0, ratio 1, nothing clipped, to the last bit; the value loss is
     half the squared advantage before whitening."""
     model = tiny.model(name)
@@ -308,6 +308,6 @@ def test_step_0_of_a_real_model(name: str) -> None:
      ({"value_weight": -1.0}, "value_weight"), ({"kl_coef": -1.0}, "kl_coef"), ({"kl_target": 0.0}, "kl_target"),
      ({"entropy_weight": -1.0}, "entropy_weight"), ({"target_kl": 0.0}, "target_kl")],
 )  # fmt: skip
-def test_impossible_settings(settings: dict[str, Any], key: str) -> None:
+def test_values_out_of_range_are_refused_by_name(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}"):
         PPO(**settings)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.algorithms.dpo import DPO, PairAlgorithm, dpo_loss
+from alignlab.algorithms.dpo import DPO, dpo_loss
 from alignlab.algorithms.hinge import Hinge, hinge_loss
 from alignlab.algorithms.ipo import IPO, ipo_loss
 from alignlab.algorithms.orpo import ORPO, log_odds, orpo_loss
+from alignlab.algorithms.preferences import PairAlgorithm
 from alignlab.algorithms.rrhf import RRHF
 from alignlab.algorithms.simpo import SimPO, simpo_loss
 from alignlab.algorithms.slic import SLiC
@@ -82,7 +83,7 @@ def test_hinge_by_hand() -> None:
     assert losses.tolist() == metrics["active"].tolist() == [0.0], "enough is enough"
 
 
-def test_hinge_is_torchtune_s(published: dict[str, dict[str, Any]]) -> None:
+def test_hinge_equals_torchtune(published: dict[str, dict[str, Any]]) -> None:
     """Its fixture has the inputs of that of DPO."""
     fixture, inputs = published["rso_hinge_loss_torchtune"], published["dpo_loss_torchtune"]["inputs"]
     pc, pr, rc, rr = (torch.tensor(inputs[k]) for k in ("pc", "pr", "rc", "rr"))
@@ -130,7 +131,7 @@ def test_simpo_by_hand() -> None:
 
 
 @pytest.mark.parametrize("algorithm", [SimPO(), ORPO(), SLiC(), RRHF()], ids=name)
-def test_what_needs_no_reference_has_none(algorithm: Algorithm) -> None:
+def test_the_loss_does_not_depend_on_a_reference_that_is_not_needed(algorithm: Algorithm) -> None:
     """The same with another reference, and with none at all."""
     other = pair({"score": 1.0}, {"score": 0.0})
     for response in other.group.responses:
@@ -214,11 +215,14 @@ def test_large_margins_stay_finite(function: Any) -> None:
     assert margin.grad.tolist() == pytest.approx([-1.0, 0.0])
 
 
-def test_what_they_cannot_use() -> None:
+def test_a_single_response_is_refused() -> None:
     for algorithm in FAMILY:
         assert isinstance(algorithm, PairAlgorithm)
         assert algorithm.check(group({}, {})) is None
-        assert str(algorithm.check(group({}))) == f"{name(algorithm)} needs at least two responses to compare"
+        assert (
+            str(algorithm.check(group({})))
+            == f"{name(algorithm)} needs at least 2 responses to a prompt; this record has 1"
+        )
         assert algorithm.unit == "pair"
     for algorithm in (DPO(), IPO(), Hinge()):
         assert algorithm.needs == ("ref_logp",)
@@ -229,7 +233,7 @@ def test_what_they_cannot_use() -> None:
     [(IPO, {"beta": 0.0}), (Hinge, {"gamma": 0.0}), (ORPO, {"ratio_weight": 0.0}), (SimPO, {"beta": -1.0}),
      (SimPO, {"gamma": -0.1})],
 )  # fmt: skip
-def test_impossible_settings(kind: Any, settings: dict[str, float]) -> None:
+def test_values_out_of_range_are_refused_by_name(kind: Any, settings: dict[str, float]) -> None:
     (key,) = settings
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}="):
         kind(**settings)

@@ -34,7 +34,7 @@ def odds(*right: float) -> list[list[float]]:
 # The loss
 
 
-def test_loss_by_hand() -> None:
+def test_the_step_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [5.0, 8.0]])
     found = step_loss(logits, torch.tensor([1.0, 0.0, 0.25, 0.5]))
     assert found.tolist() == pytest.approx(
@@ -57,7 +57,7 @@ def test_the_soft_target_is_the_optimum() -> None:
     assert best.tolist() == pytest.approx(entropy, rel=1e-5)
 
 
-def test_gradient_of_the_loss() -> None:
+def test_the_gradient_is_that_of_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     right = torch.rand(6, generator=generator, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_records_without_labels_are_refused() -> None:
     algorithm = ProcessRewardModel()
     assert algorithm.check(groups(solution(1, -1))[0]) is None
     reason = algorithm.check(Group([1], [solution(1), Response([2])]))
-    assert reason and "labels of steps" in reason
+    assert reason and "`step_label` for each step" in reason
     assert algorithm.check(Group([1])) is not None
 
 
@@ -129,7 +129,7 @@ def test_first_error_by_brute_force() -> None:
         assert first_error(flat, segments(lengths), len(lengths)).tolist() == expected
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     """ProcessBench's: four right solutions of which three have no step predicted wrong; four wrong ones of which one's
     first error is found: the others are found too early, too late and not at all."""
     told = [
@@ -153,7 +153,7 @@ def test_figures_by_hand() -> None:
     assert found["predicted_right"] == pytest.approx(11 / 16)
 
 
-def test_figures_do_not_depend_on_the_split() -> None:
+def test_metrics_do_not_depend_on_the_split() -> None:
     rng = random.Random(1)
     given = groups(*(solution(*rng.choices([1, 1, -1], k=rng.randrange(1, 5))) for _ in range(12)))
     algorithm = ProcessRewardModel()
@@ -170,7 +170,7 @@ def test_a_neutral_step_is_neither_right_nor_wrong() -> None:
     assert (found["accuracy"], found["accuracy_right"], found["accuracy_wrong"], found["f1"]) == (1.0, 1.0, 1.0, 1.0)
 
 
-def test_one_kind_of_solution_makes_no_harmonic_mean() -> None:
+def test_f1_needs_both_kinds_of_solution() -> None:
     found = means(ProcessRewardModel(), groups(solution(1)), [1], step_TL=odds(0.9))  # type: ignore[arg-type]
     assert "f1" not in found
     assert "accuracy_wrong" not in found
@@ -189,7 +189,7 @@ def kept(algorithm: ExpertIteration, *given: Group) -> list[list[int]]:
     return [[r.token_ids[0] for r in g.responses] for g in algorithm.prepare(given)]
 
 
-def test_the_best_that_are_good_enough_are_learned() -> None:
+def test_expert_iteration_learns_from_the_best_that_reach_the_minimum() -> None:
     given = rewarded(0.1, 0.9, 0.5), rewarded(0.4, 0.3), rewarded(0.6, 0.6)
     assert kept(ExpertIteration(), *given) == [[3], [2], [2]]
     algorithm = ExpertIteration(minimum=0.5)

@@ -35,7 +35,7 @@ def test_rrhf_by_hand() -> None:
     assert sum(metrics["accuracy"].tolist()) == 2
 
 
-def test_rrhf_s_settings() -> None:
+def test_rrhf_with_other_length_penalties_and_weights_by_hand() -> None:
     """Undivided log-probs are −1, −2, −4, −0.5; with a square of the length −1, −0.125, −1, −0.125."""
     wrong = {"0": (-0.5 + 1) + (-0.5 + 2) + (-0.5 + 4) + (-1 + 2), "2": 0.875 + 0.0 + 0.875}
     assert found(RRHF(length_penalty=0.0, sft_weight=0.0), four()) == pytest.approx([wrong["0"]])
@@ -58,7 +58,7 @@ def test_rrhf_counts_loss_bearing_tokens() -> None:
     assert found(RRHF(sft_weight=0.0), one) == pytest.approx([1.0])
 
 
-def test_rrhf_of_a_record_s_response_beside_sampled_ones() -> None:
+def test_rrhf_leaves_out_a_record_s_response_that_was_not_scored() -> None:
     """Scored, it takes part; not scored, it does not."""
     sampled: list[tuple[list[float], dict[str, Any]]] = [([-1.0], {"reward": 0.0}), ([-2.0], {"reward": 1.0})]
     assert found(RRHF(), made(([-9.0], {}), *sampled, own=1)) == pytest.approx([1.0 + 2.0])
@@ -91,13 +91,13 @@ def tournament(target: bool = True) -> Made:
     return made(*([([-4.0, -4.0], {})] if target else []), *sampled, own=int(target), prompt=1)
 
 
-def test_slic_of_a_tournament_has_its_pairs() -> None:
+def test_slic_of_a_tournament_has_the_pairs_that_met() -> None:
     """(2, 1) has margin −2, (3, 2) has 1. What the two best have to do with the first is not in the loss."""
     assert found(SLiC(delta=1.5, sft_weight=0.0), tournament()) == pytest.approx([3.5, 0.5])
     assert Batch([tournament().group]).count("pair") == 2
 
 
-def test_what_slic_imitates() -> None:
+def test_slic_imitates_the_response_that_target_names() -> None:
     """The champion (−2), or the record's own response (−8), which no one compared with the others."""
     best, own = SLiC(1.5, 0.5, "best"), SLiC(1.5, 0.5, "data")
     assert found(best, tournament()) == pytest.approx([3.5 + 1.0, 0.5 + 1.0])
@@ -116,7 +116,7 @@ def test_slic_imitates_a_target_that_data_give_beside_their_pairs() -> None:
     assert losses == pytest.approx([5.0 + 2.0, 5.0, 5.0]), "the better of the record's two, not the sampled one"
 
 
-def test_slic_says_what_it_lacks() -> None:
+def test_slic_names_a_missing_response_of_the_record() -> None:
     sampled = tournament(target=False)
     for response in sampled.group.responses:
         response.source = "policy"
@@ -136,13 +136,13 @@ def test_a_prompt_without_pairs_has_no_slic_loss() -> None:
     [(RRHF, {"length_penalty": -1.0}), (RRHF, {"sft_weight": -1.0}), (SLiC, {"delta": -0.5}),
      (SLiC, {"sft_weight": -0.5}), (SLiC, {"target": "winner"})],
 )  # fmt: skip
-def test_impossible_settings(kind: Any, settings: dict[str, Any]) -> None:
+def test_values_out_of_range_are_refused_by_name(kind: Any, settings: dict[str, Any]) -> None:
     (key,) = settings
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}="):
         kind(**settings)
 
 
-def test_what_they_need() -> None:
+def test_rrhf_refuses_a_single_response() -> None:
     assert (RRHF.unit, SLiC.unit) == ("group", "pair")
-    assert "at least two" in str(RRHF().check(group({})))
+    assert "at least 2 responses" in str(RRHF().check(group({})))
     assert RRHF().check(group({}, {})) is None

@@ -44,7 +44,7 @@ def test_rloo_is_the_unbiased_gradient_of_the_objective(k: int, beta: float) -> 
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_rloo_rests_at_the_optimum(beta: float) -> None:
+def test_the_gradient_of_rloo_is_zero_at_the_optimum(beta: float) -> None:
     """π_ref·exp(r/β): each response's shaped reward is the same there, so every group's gradient is 0, not the mean
     alone. Here the optimum is a policy that the logits can express: any is."""
     _, ref = policies()
@@ -124,7 +124,7 @@ def test_grpo_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("aggregation", "unit"), [("response", "response"), ("sum", "response"), ("token", "token")])
-def test_grpo_s_aggregations(aggregation: Any, unit: str) -> None:
+def test_grpo_aggregates_tokens_as_its_setting_says(aggregation: Any, unit: str) -> None:
     """Advantages ±0.5 of a response with one token and one with three."""
     groups = [Group([1], [Response([2] * n, columns={"reward": r}) for n, r in ((1, 1.0), (3, 0.0))])]
     for response in groups[0].responses:
@@ -138,7 +138,7 @@ def test_grpo_s_aggregations(aggregation: Any, unit: str) -> None:
     assert mean == pytest.approx({"response": 0.0, "sum": 0.5, "token": 0.25}[aggregation])
 
 
-def test_a_grpo_step_is_cs336_s(published: Published) -> None:
+def test_a_grpo_step_equals_cs336(published: Published) -> None:
     """Two responses of a group, of which about half of the tokens bear loss; theirs is divided by 2 micro-batches."""
     drawn_from_42 = []
     for draw in (lambda: torch.randn(2, 10), lambda: torch.rand(2, 1), lambda: torch.rand(2, 10)):
@@ -261,7 +261,7 @@ def test_gradients_are_those_of_finite_differences(algorithm: Algorithm) -> None
 
 
 @pytest.mark.parametrize("algorithm", EVERY, ids=lambda a: type(a).__name__)
-def test_what_they_ask_for(algorithm: Algorithm) -> None:
+def test_needs_and_reads_and_a_missing_reward_is_named(algorithm: Algorithm) -> None:
     assert set(algorithm.needs) == {"ref_logp", "old_logp", "reward"}
     assert algorithm.reads == {"logp", "entropy"}
     assert algorithm.prepare([]) == []
@@ -272,15 +272,15 @@ def test_what_they_ask_for(algorithm: Algorithm) -> None:
 
 
 @pytest.mark.parametrize("algorithm", [RLOO(), GRPO(), ReinforcePP(baseline=True)], ids=lambda a: type(a).__name__)
-def test_a_response_alone_is_refused(algorithm: Algorithm) -> None:
+def test_a_single_response_is_refused(algorithm: Algorithm) -> None:
     alone = group({"reward": 1.0, "ref_logp": [0.0], "old_logp": [0.0]})
     with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: .* at least 2"):
         algorithm.prepare([alone])
     if not isinstance(algorithm, ReinforcePP):
-        assert "at least two" in str(algorithm.check(alone))
+        assert "at least 2 responses" in str(algorithm.check(alone))
 
 
-def test_groups_without_a_difference_are_counted() -> None:
+def test_groups_of_equal_rewards_are_counted_as_uninformative() -> None:
     groups = [group(*({"reward": r, "ref_logp": [0.0], "old_logp": [0.0]} for r in rewards)) for rewards in
               ((1.0, 1.0), (0.0, 1.0), (2.0, 2.0), (3.0, 3.0))]  # fmt: skip
     algorithm = GRPO()
@@ -295,6 +295,6 @@ def test_groups_without_a_difference_are_counted() -> None:
      (lambda: GRPO(kl_coef=-1.0), "kl_coef"), (lambda: GRPO(kl_estimator="k1"), "kl_estimator=.k1"),
      (lambda: ReinforcePP(clip=1.5), "clip"), (lambda: ReinforcePP(kl_coef=-1.0), "kl_coef")],
 )  # fmt: skip
-def test_impossible_settings(make: Any, key: str) -> None:
+def test_values_out_of_range_are_refused_by_name(make: Any, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}"):
         make()

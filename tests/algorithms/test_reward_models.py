@@ -40,7 +40,7 @@ def test_margin_by_hand() -> None:
     assert metrics["margin"].tolist() == [1.5], "what is reported is the model's own"
 
 
-def test_a_margin_is_wanted_though_the_order_is_right() -> None:
+def test_a_margin_adds_loss_though_the_order_is_right() -> None:
     pair = group({"score": 1.0}, {"score": 0.0})
     metrics = RewardModel(margin=2.0).loss(Outputs(score_N=torch.tensor([1.0, 0.0])), Batch([pair]))[1]
     assert metrics["accuracy"].tolist() == [1.0]
@@ -55,7 +55,7 @@ def test_centring_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("margin", "center"), [(0.0, None), (1.0, None), (0.5, 0.01)])
-def test_trl_s_own_loss(margin: float, center: float | None) -> None:
+def test_the_loss_equals_trl(margin: float, center: float | None) -> None:
     """TRL's trainer on the logits of a stub."""
     trl = pytest.importorskip("trl")
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +169,7 @@ def some_pairs(count: int, seed: int = 0) -> tuple[list[Group], list[float]]:
 
 
 @pytest.mark.parametrize("mean_over", ["pairs", "prompts"])
-def test_figures_do_not_depend_on_the_split(mean_over: Any) -> None:
+def test_metrics_do_not_depend_on_the_split(mean_over: Any) -> None:
     groups, scores = some_pairs(24)
     algorithm = RewardModel(0.5, 0.01, mean_over)
     whole = means(algorithm, groups, [24], score_N=scores)
@@ -178,7 +178,7 @@ def test_figures_do_not_depend_on_the_split(mean_over: Any) -> None:
     assert {"calibration_error", "length_correlation", "brier", "accuracy"} <= set(whole)
 
 
-def test_figures_against_numpy() -> None:
+def test_metrics_equal_numpy() -> None:
     import numpy as np
 
     groups, scores = some_pairs(40, 3)
@@ -220,7 +220,7 @@ def test_soft_labels_can_be_met_exactly() -> None:
     assert found["brier"] == pytest.approx((0.09 + 0.24 + 0.16) / 3, abs=1e-6)
 
 
-def test_no_correlation_where_all_are_alike() -> None:
+def test_equal_lengths_or_scores_have_no_correlation() -> None:
     alike = [group({"score": 1.0}, {"score": 0.0}, length=3) for _ in range(3)]
     assert "length_correlation" not in means(RewardModel(), alike, [3], score_N=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     groups, _ = some_pairs(3)
@@ -229,10 +229,10 @@ def test_no_correlation_where_all_are_alike() -> None:
 
 
 @pytest.mark.parametrize("key", ["margin", "center", "lm_weight"])
-def test_impossible_settings(key: str) -> None:
+def test_values_out_of_range_are_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^algorithm\.{key}=-0\.1: must be >= 0"):
         RewardModel(**{key: -0.1})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^algorithm\.mean_over='tokens': must be pairs or prompts"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.mean_over='tokens': must be 'pairs' or 'prompts'"):
         RewardModel(mean_over="tokens")  # type: ignore[arg-type]
 
 
@@ -257,7 +257,7 @@ ALL = ["algorithm.margin=0.5", "algorithm.center=0.01", "algorithm.mean_over=pro
 
 
 @pytest.mark.parametrize("adapter", [[], ["adapter=lora", "adapter.r=4"]], ids=["full", "lora"])
-def test_a_trained_reward_model_in_plain_transformers(folder: Path, adapter: list[str]) -> None:
+def test_a_trained_reward_model_scores_alike_in_plain_transformers(folder: Path, adapter: list[str]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -311,7 +311,7 @@ def test_a_reward_model_starts_from_any_whole_policy(folder: Path, start: str, a
     assert made[0].head.weight.shape[0] == 1
 
 
-def test_from_a_policy_s_adapter(folder: Path) -> None:
+def test_a_reward_model_starts_from_a_policy_s_adapter(folder: Path) -> None:
     """Whole, it starts from the two folded into one; a new adapter would forget the old: it says what to do."""
     start = f"model.path={folder}/adapter/model"
     runs.train(folder, "reward_model", "from-adapter", start)

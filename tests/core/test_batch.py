@@ -39,7 +39,7 @@ def batch() -> Batch:
     )
 
 
-def test_axes(batch: Batch) -> None:
+def test_a_batch_is_flat_and_each_item_knows_its_owner(batch: Batch) -> None:
     assert (batch.G, batch.N, batch.T) == (2, 3, 5)
     assert batch.length_N.tolist() == [2, 2, 1]
     assert batch.response_T.tolist() == [0, 0, 1, 1, 2]
@@ -49,7 +49,7 @@ def test_axes(batch: Batch) -> None:
     assert {t.dtype for t in (batch.response_T, batch.group_N, batch.length_N, batch.token_T)} == {torch.int64}
 
 
-def test_columns_on_each_axis(batch: Batch) -> None:
+def test_columns_are_read_on_each_axis(batch: Batch) -> None:
     assert batch["reward_N"].tolist() == [1.5, -1.0, 0.0]
     assert batch["ref_logp_T"].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
     assert batch["weight_G"].tolist() == [2.0, 3.0]
@@ -57,7 +57,7 @@ def test_columns_on_each_axis(batch: Batch) -> None:
     assert batch["reward_N"] is batch["reward_N"]
 
 
-def test_contains(batch: Batch) -> None:
+def test_a_column_is_in_a_batch_only_if_all_have_it(batch: Batch) -> None:
     assert all(c in batch for c in ("reward_N", "ref_logp_T", "weight_G"))
     assert not any(c in batch for c in ("value_T", "weight_N", "reward_G"))
     del batch.responses[2].columns["reward"]
@@ -73,16 +73,20 @@ def test_a_missing_column_is_named_with_its_record_and_those_there(batch: Batch)
         batch["gold_G"]
 
 
-def test_a_column_on_the_wrong_axis(batch: Batch) -> None:
-    with pytest.raises(AlignlabError, match="column 'reward' is not one value per token"):
+def test_a_column_on_the_wrong_axis_is_refused(batch: Batch) -> None:
+    with pytest.raises(
+        AlignlabError, match=r"^a\.jsonl:1: column 'reward' is a number for each response; 'reward_T' needs a list"
+    ):
         batch["reward_T"]
-    with pytest.raises(AlignlabError, match="column 'ref_logp' is not one value per response"):
+    with pytest.raises(
+        AlignlabError, match=r"^a\.jsonl:1: column 'ref_logp' is a list for each response; 'ref_logp_N' needs a number"
+    ):
         batch["ref_logp_N"]
 
 
 @pytest.mark.parametrize("name", ["reward", "reward_X", "_N", "N"])
-def test_a_name_without_axis(batch: Batch, name: str) -> None:
-    with pytest.raises(AlignlabError, match=f"by name and axis.*'{name}'"):
+def test_a_name_without_axis_is_refused(batch: Batch, name: str) -> None:
+    with pytest.raises(AlignlabError, match=f"^'{name}': a column is read by name and axis"):
         batch[name]
 
 
@@ -92,7 +96,7 @@ def test_a_column_has_a_value_for_each_loss_bearing_token(batch: Batch) -> None:
         batch["ref_logp_T"]
 
 
-def test_an_empty_batch() -> None:
+def test_an_empty_batch_has_no_items() -> None:
     batch = Batch([])
     assert (batch.G, batch.N, batch.T, len(batch.pairs)) == (0, 0, 0, 0)
     assert batch["reward_N"].shape == batch.token_T.shape == (0,)
@@ -131,7 +135,7 @@ def test_responses_without_a_partner_make_no_pairs() -> None:
     assert pairs(scored(1.0), Group([1], [], "data.jsonl:8")) == []
 
 
-def test_what_pairs_cannot_be_made_of() -> None:
+def test_contradictory_or_missing_columns_are_refused() -> None:
     with pytest.raises(AlignlabError, match=r"^data\.jsonl:7: the preferences of a pair must sum to 1, got 0\.6"):
         pairs(preferred(0.6, 0.6))
     with pytest.raises(AlignlabError, match=r"^data\.jsonl:7: 'preference' is for groups of two.*'score'"):
@@ -142,6 +146,31 @@ def test_what_pairs_cannot_be_made_of() -> None:
         pairs(group)
 
 
-def test_counts(batch: Batch) -> None:
+def test_count_is_the_number_of_units(batch: Batch) -> None:
     assert [batch.count(u) for u in ("token", "response", "group")] == [5, 3, 2]
     assert Batch([scored(1.0, 3.0, 1.0), scored(0.0, 0.0)]).count("pair") == 2
+
+
+def test_sum_and_mean_are_over_the_loss_bearing_tokens_of_each_response(batch: Batch) -> None:
+    x_T = torch.tensor([1.0, 2.0, 10.0, 20.0, 7.0])
+    assert batch.sum(x_T).tolist() == [3.0, 30.0, 7.0]
+    assert batch.mean(x_T).tolist() == [1.5, 15.0, 7.0]
+
+
+def test_difference_is_winner_minus_loser_for_each_pair() -> None:
+    found = Batch([scored(1.0, 3.0), scored(0.0, -2.0)]).pairs
+    assert (found.winner_P.tolist(), found.loser_P.tolist()) == ([1, 2], [0, 3])
+    assert found.difference(torch.tensor([10.0, 11.5, 20.0, 24.0])).tolist() == [1.5, -4.0]
+
+
+def test_each_pair_knows_its_group() -> None:
+    found = Batch([scored(1.0), scored(1.0, 3.0, 2.0), scored(0.0, -2.0)]).pairs
+    assert found.group_P.tolist() == [1, 1, 1, 2]
+    assert found.group_P.dtype == torch.int64
+
+
+def test_one_each_gives_indices_on_the_axis_of_responses() -> None:
+    batch = Batch([scored(1.0, 3.0), scored(5.0), scored(0.0, -2.0, 4.0)])
+    assert batch.best_G.tolist() == [1, 2, 5]
+    assert batch.one_each(lambda group: len(group.responses) - 1).tolist() == [1, 2, 5]
+    assert batch.one_each(lambda group: 0).tolist() == [0, 2, 3]

@@ -27,7 +27,7 @@ from alignlab.core import (
 from alignlab.core.files import write_json, write_text
 
 
-def test_loss_tokens_and_predicted() -> None:
+def test_the_loss_mask_decides_which_tokens_are_predicted() -> None:
     assert Response([4, 5, 6]).loss_tokens == 3
     assert Response([4, 5, 6]).predicted == [0, 1, 2]
     masked = Response([4, 5, 6], [False, True, True])
@@ -49,21 +49,32 @@ def test_with_responses_shares_no_columns() -> None:
     assert len(group.responses) == 1
 
 
-def test_outputs_that_were_not_asked_for() -> None:
+def test_an_output_that_was_not_computed_is_refused() -> None:
     outputs = Outputs(logp_T=torch.zeros(2))
     assert outputs.logp_T.shape == (2,)
     for name in ("entropy_T", "score_N", "step_TL"):
-        with pytest.raises(AlignlabError, match=f"not asked for '{name.split('_')[0]}'.*`reads`"):
+        with pytest.raises(AlignlabError, match=f"{name} was not computed: add '{name.split('_')[0]}'.*`reads`"):
             getattr(outputs, name)
 
 
-def test_defaults_of_an_algorithm() -> None:
+def test_an_algorithm_without_a_loss_has_defaults_for_the_rest() -> None:
     algorithm = Algorithm()
     groups = [Group([1])]
     assert algorithm.prepare(groups) == groups
     assert algorithm.check(groups[0]) is None
     with pytest.raises(NotImplementedError, match=r"Algorithm does not define loss"):
         algorithm.loss(Outputs(), Batch(groups))
+
+
+@pytest.mark.parametrize(("least", "wanted"), [(1, "1 response"), (2, "2 responses"), (3, "3 responses")])
+def test_a_record_with_too_few_responses_is_refused_with_both_numbers(least: int, wanted: str) -> None:
+    class Ranker(Algorithm):
+        min_responses = least
+
+    enough = Group([1], [Response([2])] * least)
+    assert Ranker().check(enough) is None
+    reason = Ranker().check(enough.with_responses(enough.responses[1:]))
+    assert reason == f"Ranker needs at least {wanted} to a prompt; this record has {least - 1}"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -94,13 +105,13 @@ def test_aggregate_is_the_published_token_mean(published: dict[str, dict[str, An
     assert float(sum(parts)) == pytest.approx(fixture["expected"], abs=fixture["atol"])
 
 
-def test_did_you_mean() -> None:
+def test_did_you_mean_names_the_nearest_word_or_all() -> None:
     assert did_you_mean("betta", ["beta", "gamma"]) == "; did you mean 'beta'?"
     assert did_you_mean("xyz", ["gamma", "beta"]) == "; known here: beta, gamma"
     assert did_you_mean("xyz", []) == ""
 
 
-def test_require() -> None:
+def test_require_names_key_value_and_rule() -> None:
     require(True, "algorithm.beta", 1.0, "must be > 0")
     with pytest.raises(ConfigError, match=r"^algorithm\.beta=-1\.0: must be > 0$"):
         require(False, "algorithm.beta", -1.0, "must be > 0")
@@ -125,3 +136,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write_text(path, "half")
     assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1
     assert list(tmp_path.iterdir()) == [path], "nothing half-written is left behind"
+
+
+def test_the_place_of_a_group_is_its_origin_or_says_that_it_is_a_group() -> None:
+    assert (Group([1], origin="a.jsonl:3").place, Group([1]).place) == ("a.jsonl:3", "a group")

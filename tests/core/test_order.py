@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError, Batch, Group, Response
+from alignlab.core.order import net_wins
 
 
 def group(*columns: dict[str, float], sources: tuple[str, ...] = ()) -> Group:
@@ -19,7 +20,7 @@ def pairs(*groups: Group) -> list[tuple[int, int]]:
     return list(zip(found.winner_P.tolist(), found.loser_P.tolist(), strict=True))
 
 
-def test_a_tournament_has_one_pair_for_each_who_lost() -> None:
+def test_a_tournament_has_one_pair_for_each_loser() -> None:
     """0 beat 1, 3 beat 2, 3 beat 0: the pairs are those that met, not all six."""
     four = group(*({"lost_to": to, "reward": 0.0} for to in (3, 0, 3, -1)))
     assert set(pairs(four)) == {(3, 0), (0, 1), (3, 2)}
@@ -29,7 +30,7 @@ def test_a_tournament_has_one_pair_for_each_who_lost() -> None:
     assert Batch([before, four]).best_G.tolist() == [1, 5]
 
 
-def test_precedence() -> None:
+def test_the_first_column_in_order_of_precedence_decides() -> None:
     both = {"score": 1.0, "reward": 0.0}, {"score": 0.0, "reward": 1.0}
     assert pairs(group(*both)) == [(0, 1)]
     assert pairs(group(*({"reward": c["reward"]} for c in both))) == [(1, 0)]
@@ -60,8 +61,8 @@ def test_the_first_wins_a_tie_and_a_single_one_always() -> None:
 
 
 @pytest.mark.parametrize("to", [2.0, 0.0])
-def test_who_beat_it_must_be_there(to: float) -> None:
-    with pytest.raises(AlignlabError, match=r"data\.jsonl:3: 'lost_to' of response 0 names no other response"):
+def test_lost_to_must_be_the_index_of_another_response(to: float) -> None:
+    with pytest.raises(AlignlabError, match=r"data\.jsonl:3: 'lost_to' of response 0 is .*index of another"):
         pairs(group({"lost_to": to}, {"lost_to": -1.0}))
 
 
@@ -78,3 +79,9 @@ def test_filled_columns_are_read_back_and_replace_the_old() -> None:
     assert Batch(groups)["advantage_T"].tolist() == [7, 8, 9]
     assert [r.columns["advantage"] for g in groups for r in g.responses] == [[7.0], [8.0], [9.0]]
     assert [g.columns for g in groups] == [{"weight": 0.5}, {"weight": 0.25}]
+
+
+def test_net_wins_are_pairs_won_minus_pairs_lost() -> None:
+    assert net_wins(group({"score": 3.0}, {"score": 1.0}, {"score": 3.0})) == [1, -2, 1]
+    assert net_wins(group({"preference": 0.5}, {"preference": 0.5})) == [0, 0]
+    assert net_wins(group({"lost_to": -1.0}, {"lost_to": 0.0}, {"lost_to": 0.0})) == [2, -1, -1]

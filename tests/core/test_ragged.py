@@ -37,14 +37,14 @@ LOOPS: dict[Callable, Callable[[list[float]], float]] = {
 
 
 @pytest.mark.parametrize("operation", BY_HAND, ids=lambda f: f.__name__)
-def test_by_hand(operation: Callable) -> None:
+def test_operations_by_hand(operation: Callable) -> None:
     found = operation(torch.tensor(VALUES), torch.tensor(SEGMENT), 5)
     assert found.tolist() == pytest.approx(BY_HAND[operation])
 
 
 @pytest.mark.parametrize("operation", LOOPS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("seed", range(5))
-def test_against_loops_in_any_order(operation: Callable, seed: int) -> None:
+def test_operations_equal_loops_in_any_order(operation: Callable, seed: int) -> None:
     rng = random.Random(seed)
     count = rng.randrange(1, 7)
     segment = [rng.randrange(count) for _ in range(rng.randrange(0, 20))]
@@ -76,7 +76,7 @@ def test_empty_single_and_equal_items_have_finite_gradients(operation: Callable)
         assert values.grad.tolist() == pytest.approx([0, 0, 0, -slope, slope])
 
 
-def test_no_items_at_all() -> None:
+def test_operations_on_no_items_give_neutral_values() -> None:
     nothing, nowhere = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert segment_sum(nothing, nowhere, 2).tolist() == [0, 0]
     assert segment_mean(nothing, nowhere, 2).tolist() == [0, 0]
@@ -86,7 +86,7 @@ def test_no_items_at_all() -> None:
     assert segment_sum(nothing, nowhere, 0).shape == (0,)
 
 
-def test_count() -> None:
+def test_segment_count_by_hand() -> None:
     assert segment_count(torch.tensor([2, 0, 2, 2]), 4).tolist() == [1, 0, 3, 0]
 
 

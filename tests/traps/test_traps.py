@@ -4,11 +4,11 @@ Whose they were is said where it could be verified, in threads of their reposito
 where they belong; this is the whole list.
 
 Whitening that adds the mean back (THUDM/slime issue 1369):
-    algorithms/test_policy_gradient.py::test_the_mean_is_gone_and_not_added_back
-    algorithms/test_ppo.py::test_the_mean_is_removed_and_not_added_back
+    algorithms/test_policy_gradient.py::test_whitening_removes_the_mean
+    algorithms/test_ppo.py::test_advantages_have_mean_0_and_variance_1
 Whitening by the process (THUDM/slime pull 2235), or by the minibatch:
     traps/test_traps_in_runs.py::test_whitening_per_process
-    algorithms/test_ppo.py::test_whitened_once_whatever_the_order_and_the_minibatches
+    algorithms/test_ppo.py::test_advantages_are_whitened_once_for_the_whole_iteration
 A value head initialised at 1/(D+1), as in OpenRLHF's model.py, instead of 1/√(D+1):
     models/test_heads.py::test_weights_have_the_right_spread
 IPO that is NaN, or anything but 1/(4β²), where the policy is the reference:
@@ -36,7 +36,7 @@ Temperature in sampling and not in log-probs (huggingface/trl pull 3029, NVIDIA/
 A head lost on reload (huggingface/trl issue 1379, OpenRLHF/OpenRLHF pull 1342):
     models/test_save.py::test_plain_transformers_and_peft_say_the_same
     models/test_heads.py::test_saved_and_found_again
-    algorithms/test_reward_models.py::test_a_trained_reward_model_in_plain_transformers
+    algorithms/test_reward_models.py::test_a_trained_reward_model_scores_alike_in_plain_transformers
     scoring/test_process_reward.py::test_a_trained_one_reloads_everywhere
     traps/test_traps.py::test_a_merged_step_head_lost
     traps/test_traps.py::test_a_merged_value_head_lost
@@ -63,7 +63,7 @@ A missing end token looked for in the prompt too (huggingface/trl issue 6805), o
     traps/test_traps.py::test_missing_eos
     rollout/test_stopping.py::test_end_token_at_the_limit_is_finished
 A baseline by the micro-batch (for BCO: huggingface/trl issue 7265), in KTO:
-    algorithms/test_kto.py::test_the_baseline_is_that_of_the_whole_batch_however_it_is_cut
+    algorithms/test_kto.py::test_the_baseline_does_not_depend_on_the_split_of_the_batch
 Old log-probs of an earlier iteration; a reference that is trained along:
     traps/test_traps_in_runs.py::test_temperature_and_old_log_probs
     models/test_reference.py::test_of_trained_weights_it_is_a_frozen_copy
@@ -72,12 +72,12 @@ A gradient through old log-probs, the reference's, advantages or a baseline:
     traps/test_traps.py::test_columns_have_no_gradient
     algorithms/test_kto.py::test_the_baseline_has_no_gradient
 A group of equal rewards that gives NaN:
-    algorithms/test_reinforce.py::test_groups_without_a_difference_are_counted
+    algorithms/test_reinforce.py::test_groups_of_equal_rewards_are_counted_as_uninformative
     core/test_ragged.py::test_empty_single_and_equal_items_have_finite_gradients
 The worst of N instead of the best:
-    algorithms/test_likelihood.py::test_the_best_against_argmax
+    algorithms/test_likelihood.py::test_best_equals_argmax
     rollout/test_local.py::test_best_of
-    core/test_order.py::test_precedence
+    core/test_order.py::test_the_first_column_in_order_of_precedence_decides
 An adapter left off after a pass, the critic's left on, or weights frozen or freed by it (huggingface/peft issue 3447):
     traps/test_traps.py::test_adapters_left_as_they_should_not_be
     models/test_reference.py::test_the_adapter_is_on_again_after_an_error

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import Field
 
-from alignlab.algorithms.importance import PolicyGradient
 from alignlab.core import AlignlabError, ConfigError, Group, NonFiniteError, RolloutContext, require
 from alignlab.data.progress import progress
 from alignlab.models import PackedModel
@@ -87,7 +86,7 @@ class VllmRollout(RolloutSettings):
             )
 
     def _check_training(self, config: Mapping[str, Any], algorithm: Any, quantized: bool) -> None:
-        name, cap, corrects = type(algorithm).__name__, self.importance_cap, isinstance(algorithm, PolicyGradient)
+        name, cap, corrects = type(algorithm).__name__, self.importance_cap, algorithm.off_policy_correction
         if config["source"].policy == "reference":
             raise ConfigError(
                 "source.policy=reference: a vLLM server has the policy that is trained: use rollout=local"
