@@ -18,6 +18,7 @@ from alignlab.core.errors import (
     did_you_mean,
     require,
 )
+from alignlab.core.example import BadRecord, Example
 from alignlab.core.group import Group, Response
 from alignlab.core.interfaces import (
     AdapterKind,
@@ -28,6 +29,7 @@ from alignlab.core.interfaces import (
     ExactSampler,
     NeedsPolicy,
     NeedsSampler,
+    Parser,
     PrefetchingSampler,
     Reports,
     RolloutContext,
@@ -55,6 +57,7 @@ __all__ = [
     "AdapterKind",
     "Algorithm",
     "AlignlabError",
+    "BadRecord",
     "Batch",
     "Benchmark",
     "Callback",
@@ -63,6 +66,7 @@ __all__ = [
     "DataOrder",
     "Environment",
     "ExactSampler",
+    "Example",
     "Group",
     "Interrupted",
     "Metrics",
@@ -72,6 +76,7 @@ __all__ = [
     "NonFiniteError",
     "Outputs",
     "Pairs",
+    "Parser",
     "PeerLost",
     "PrefetchingSampler",
     "Reports",

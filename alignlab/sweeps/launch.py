@@ -13,7 +13,7 @@ from typing import Any
 
 from alignlab.comparison.planning import quoted
 from alignlab.core import AlignlabError, ConfigError, Interrupted
-from alignlab.data.progress import progress
+from alignlab.core.progress import progress
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.sweeps import slurm
 from alignlab.sweeps.combinations import Combination, Composer

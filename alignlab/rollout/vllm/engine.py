@@ -14,7 +14,7 @@ from pydantic import Field
 
 from alignlab.algorithms.importance import PolicyGradient
 from alignlab.core import AlignlabError, ConfigError, Group, NonFiniteError, RolloutContext, require
-from alignlab.data.progress import progress
+from alignlab.core.progress import progress
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
 from alignlab.rollout.local import LocalSampler

@@ -2,8 +2,8 @@
 
 import pytest
 
-from alignlab.data import progress as module
-from alignlab.data.progress import progress
+from alignlab.core import progress as module
+from alignlab.core.progress import progress
 
 
 def test_items_come_through_with_a_bar_and_without(monkeypatch, capsys):
