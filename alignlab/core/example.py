@@ -67,43 +67,40 @@ class Example:
         """Whether the prompt consists of messages."""
         return isinstance(self.prompt, list)
 
-    def check(self) -> None:
-        """Find out whether it can become a group.
-
-        Raises:
-            BadRecord: a text is empty or no text, a message has no role, a column has no number for each response.
-        """
+    def fault(self) -> str:
+        """Why it cannot become a group: an empty text, a message without a role, a column that is no finite number or
+        has not one for each step. "" if it can. Numbers in columns become floats."""
         if self.group is not None:
-            return
-        if self.prompt is not None:
-            _check_text(self.prompt, "prompt")
-        elif len(self.responses) != 1:
-            raise BadRecord(f"raw text (prompt=None) is one response, not {len(self.responses)}")
-        for k, response in enumerate(self.responses):
-            _check_text(response, f"responses[{k}]")
-        if self.pair and (len(self.responses) != 2 or self.responses[0] == self.responses[1]):
-            raise BadRecord("a pair must have two responses, and they must differ")
+            return ""
+        if self.prompt is None and len(self.responses) != 1:
+            return f"raw text (prompt=None) is one response, not {len(self.responses)}"
         for name, values in (("columns", self.columns), ("steps", self.steps or self.responses)):
             if len(values) != len(self.responses):
-                raise BadRecord(f"{len(self.responses)} responses but {len(values)} {name}")
+                return f"{len(self.responses)} responses but {len(values)} {name}"
+        texts = {} if self.prompt is None else {"prompt": self.prompt}
+        for name, text in {**texts, **{f"responses[{k}]": r for k, r in enumerate(self.responses)}}.items():
+            if found := _text_fault(text):
+                return f"{name} {found}"
+        if self.pair and (len(self.responses) != 2 or self.responses[0] == self.responses[1]):
+            return "a pair must have two responses, and they must differ"
         for k, columns in enumerate(self.columns):
             steps = len(self.steps[k]) if self.steps else 0
             for name, value in columns.items():
                 numbers = [float(v) for v in value] if isinstance(value, list | tuple) else float(value)
                 if isinstance(numbers, list) and len(numbers) != steps:
-                    raise BadRecord(f"responses[{k}] has {steps} steps but {len(numbers)} values of {name}")
+                    return f"responses[{k}] has {steps} steps but {len(numbers)} values of {name}"
                 if not all(map(math.isfinite, numbers if isinstance(numbers, list) else [numbers])):
-                    raise BadRecord(f"responses[{k}]: {name}={value} must be finite")
+                    return f"responses[{k}]: {name}={value} must be finite"
                 columns[name] = numbers
+        return ""
 
 
-def _check_text(value: str | Messages, name: str) -> None:
+def _text_fault(value: object) -> str:
     if isinstance(value, str):
-        if not value.strip():
-            raise BadRecord(f"the {name} is empty")
-        return
+        return "" if value.strip() else "is empty"
     if not isinstance(value, list) or not value:
-        raise BadRecord(f"the {name} must be a text or a list of messages, not {type(value).__name__}")
+        return f"must be a text or a list of messages, not {type(value).__name__}"
     for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not str(message.get("content", "")):
-            raise BadRecord(f"the {name} has a message {message!r}: it needs content and a role: {', '.join(ROLES)}")
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not message.get("content"):
+            return f"has a message {message!r}: it needs content and a role: {', '.join(ROLES)}"
+    return ""

@@ -145,7 +145,8 @@ class _Reader:
             example = parser(fields)
             if not isinstance(example, Example):
                 raise TypeError(f"it returned {type(example).__name__}, not an Example")
-            example.check()
+            if fault := example.fault():
+                raise BadRecord(f"data.parser={name}: {fault}")
         except BadRecord:
             raise
         except Exception as error:  # the parser may be the user's own: say where it failed

@@ -16,7 +16,7 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more?\n\nAssistant:"
 
 def example(fields, format=None, mapping=None):
     read = FORMATS[format or detect(fields)](rename(fields, mapping or {}))
-    read.check()
+    assert not read.fault()
     return read
 
 
@@ -292,10 +292,10 @@ def test_a_parser_may_stand_on_one_of_ours(loaded, tokenizer):
         ),
         (lambda record: record, r"data.parser=.*<lambda>: TypeError: it returned dict, not an Example"),
         (lambda record: None, "it returned NoneType, not an Example"),
-        (lambda record: Example(" "), "the prompt is empty"),
-        (lambda record: Example(3), "the prompt must be a text or a list of messages, not int"),
+        (lambda record: Example(" "), "data.parser=.*: prompt is empty"),
+        (lambda record: Example(3), "prompt must be a text or a list of messages, not int"),
         (lambda record: Example([{"role": "human", "content": "q"}]), "it needs content and a role: user, assistant"),
-        (lambda record: Example("q", ["a", ""]), r"the responses\[1\] is empty"),
+        (lambda record: Example("q", ["a", ""]), r"responses\[1\] is empty"),
         (lambda record: Example("q", ["a"], [{}, {}]), "1 responses but 2 columns"),
         (lambda record: Example("q", ["a"], [{"score": math.nan}]), r"responses\[0\]: score=nan must be finite"),
         (lambda record: Example("q", ["a"], [{"score": [1.0]}]), r"responses\[0\] has 0 steps but 1 values of score"),
