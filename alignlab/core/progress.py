@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -43,12 +44,18 @@ def progress(iterable: Iterable[Item], title: str, total: int | None = None) -> 
             break
     else:
         return
+    from rich.errors import LiveError
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = console().is_terminal and os.environ.get("RANK", "0") == "0"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(), transient=True, disable=not shown) as bar:
-        task = bar.add_task(title, total=total, completed=done)
+    bar = Progress(*columns, console=console(), transient=True, disable=not shown)
+    with suppress(LiveError):  # rich < 14.1 draws one live display at a time; the first has precedence
+        bar.start()
+    task = bar.add_task(title, total=total, completed=done)
+    try:
         for item in items:
             yield item
             bar.advance(task)
+    finally:
+        bar.stop()

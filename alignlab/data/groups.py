@@ -7,12 +7,12 @@ Of the columns that have a value for each token only the labels of steps are wri
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignlab.core.errors import DataError
+from alignlab.core.files import write_text
 from alignlab.core.group import Column, Group, Response
 
 KEPT = ("step_label",)
@@ -27,20 +27,13 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object]]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "w", encoding="utf-8") as stream:
-            for number, record in enumerate(records, 1):
-                try:
-                    line = json.dumps(dict(record), ensure_ascii=False, allow_nan=False)
-                except (TypeError, ValueError) as error:
-                    raise DataError(f"{path}:{number}: the record cannot be written as JSON: {error}") from error
-                stream.write(line + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    lines = []
+    for number, record in enumerate(records, 1):
+        try:
+            lines.append(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: the record cannot be written as JSON: {error}") from error
+    write_text(path, "".join(lines))
 
 
 def group_to_record(group: Group) -> dict[str, Any]:

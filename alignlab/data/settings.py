@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from alignlab.core.errors import did_you_mean
 from alignlab.core.settings import Settings
-from alignlab.data.formats import FIELDS, find_parser
+from alignlab.data.formats import FIELDS, FORMATS, find_parser
 
 
 class DataSettings(Settings):
@@ -61,8 +61,9 @@ class DataSettings(Settings):
 
     @field_validator("fields")
     @classmethod
-    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
-        for name in fields:
+    def _known_fields(cls, fields: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        """A parser of the user's may read fields of any name."""
+        for name in fields if info.data.get("parser") in ("auto", *FORMATS) else ():
             if name not in FIELDS:
                 raise ValueError(
                     f"maps alignlab's name for a field to yours, but '{name}' is none of alignlab's"

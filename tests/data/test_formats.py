@@ -272,6 +272,13 @@ def test_a_parser_by_its_name(monkeypatch, tmp_path):
             DataSettings(parser=named)
 
 
+def test_fields_of_any_name_are_renamed_for_a_parser_of_the_users(loaded, tokenizer):
+    splits = loaded([{"frage": "q"}], tokenizer, parser=twice, fields={"q": "frage"})
+    assert splits.train[0].prompt == "qq"
+    with pytest.raises(ValueError, match="'q' is none of alignlab's"):
+        DataSettings(fields={"q": "frage"})
+
+
 def test_a_parser_may_stand_on_one_of_ours(loaded, tokenizer):
     def mine(record):
         return FORMATS["preferences"]({"prompt": record["q"], "chosen": record["good"], "rejected": record["bad"]})
