@@ -91,8 +91,8 @@ def prompts(texts: Sequence[str | Messages] | str | Path, policy: Policy, **sett
         DataError: a prompt has no tokens, or is too long.
     """
     if isinstance(texts, str | Path):
-        return records(texts, policy, format="prompts", **settings)
-    wanted = section(DataSettings, {"format": "prompts", **settings}, "data")
+        return records(texts, policy, parser="prompts", **settings)
+    wanted = section(DataSettings, {"parser": "prompts", **settings}, "data")
     found = []
     for number, text in enumerate(texts, start=1):
         try:
@@ -110,7 +110,7 @@ def records(data: str | Path | Iterable[Mapping[str, Any]], policy: Policy, **se
     Args:
         data: the path of a file or folder, a Hub id, or the records themselves.
         policy: whose tokenizer it is.
-        settings: those of the config group `data`: `format` (told by the fields unless given), `fields`, …
+        settings: those of the config group `data`: `parser` (told by the fields unless given), `fields`, …
 
     Raises:
         DataError: a record cannot be used, with its file and line.

@@ -68,7 +68,7 @@ def build(values: Any, key: str, *arguments: Any, **given: Any) -> Any:
         kind = target if inspect.isclass(target) and issubclass(target, BaseModel) else None
         raise _invalid(error, nested, where, kind) from error
     except Exception as error:  # the target may be the user's own: say where it failed
-        raise ConfigError(f"{key}._target_={name}: {_failure(error)}") from error
+        raise ConfigError(f"{key}._target_={name}: {failure(error)}") from error
 
 
 def build_type(kind: Any, values: Any, key: str, **given: Any) -> Any:
@@ -109,7 +109,7 @@ def locate(name: Any, key: str) -> Any:
             found = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module and not str(error).endswith("is not a package"):
-                raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
+                raise ConfigError(f"{where}: importing {module} failed: {failure(error)}") from error
             if i == 0:
                 raise ConfigError(f"{where}: there is no module '{part}': is its folder on PYTHONPATH?") from error
             there = [n for n, v in vars(found).items() if n[0] != "_" and (inspect.isclass(v) or inspect.isroutine(v))]
@@ -117,7 +117,7 @@ def locate(name: Any, key: str) -> Any:
             near = "" if near.startswith("; known") and len(there) > 10 else near
             raise ConfigError(f"{where}: {'.'.join(parts[:i])} has no '{part}'{near}") from error
         except Exception as error:  # the user's module
-            raise ConfigError(f"{where}: importing {module} failed: {_failure(error)}") from error
+            raise ConfigError(f"{where}: importing {module} failed: {failure(error)}") from error
     return found
 
 
@@ -194,7 +194,7 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _failure(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """An error of someone else's code in one line, with the place it comes from."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)

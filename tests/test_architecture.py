@@ -28,7 +28,8 @@ LAYERS = (
 """From the top down."""
 
 BESIDE = {"config": ("build", "core"), "build": ("core",)}
-"""Not layers: what they may import themselves. Everything from training up may import them."""
+"""Not layers: what they may import themselves. Everything from training up may import them, and `build`, which makes
+what a config names, everything above the algorithms."""
 
 EXCEPTIONS = {  # what makes objects of a config's sections
     "alignlab.rollout": {"build"},
@@ -72,7 +73,10 @@ def allowed(name: str) -> set[str]:
         return set(BESIDE[mine])
     place = LAYERS.index(mine)
     below = set(LAYERS[place:]) | EXCEPTIONS.get(name, set())
-    return below | set(BESIDE) if place <= LAYERS.index("training") else below
+    beside = (
+        set(BESIDE) if place <= LAYERS.index("training") else {"build"} if mine not in ("algorithms", "core") else set()
+    )
+    return below | beside
 
 
 def ours(name: str) -> set[str]:

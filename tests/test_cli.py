@@ -149,7 +149,8 @@ def test_mistaken_commands(mistake: Mistake, words: list[str], message: str) -> 
             "data.validation=2",
             "data.validation=2: must be a fraction in [0, 1), the name of a split, or a path; got 2.0",
         ),
-        ("data.format=xml", "data.format='xml': should be 'auto', or should be 'text', 'demonstrations', "),
+        ("data.parser=xml", "data.parser=xml: is no format; known here: auto, chat, demonstrations, groups, "),
+        ("data.format=text", "data.format: unknown key: it is called data.parser"),
         ("rollout.temperature=-1", "rollout.temperature=-1: should be greater than or equal to 0"),
         # Settings at odds with each other.
         ("training.steps=null", "training: nothing ends this run: give training.steps, epochs or one of max_*"),

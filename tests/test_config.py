@@ -158,7 +158,7 @@ def test_a_path_for_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def of(*words: str) -> tuple[Any, Any, Any]:
         config = resolve(compose("train", ["model.path=m", *words]))
-        return config["model"]["path"], config["data"]["path"], config["data"]["format"]
+        return config["model"]["path"], config["data"]["path"], config["data"]["parser"]
 
     assert of("model=some/where") == ("some/where", None, "demonstrations")
     assert of("model=name-only") == ("name-only", None, "demonstrations")

@@ -91,7 +91,7 @@ class StoriesBenchmark(Benchmark):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "openings.jsonl"
             write_jsonl(path, [{"prompt": s["prompt"]} for s in self._split("test.jsonl", self.test_stories)])
-            groups = load(DataSettings(path=str(path), format="prompts"), policy.tokenizer).train
+            groups = load(DataSettings(path=str(path), parser="prompts"), policy.tokenizer).train
         for number, group in enumerate(groups, start=1):
             group.origin = f"test opening {number}"  # not the temporary path: samples are drawn by origin
         return groups

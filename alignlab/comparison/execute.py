@@ -39,7 +39,7 @@ def execute(nodes: Sequence[Node], workers: int, threads: int | None) -> dict[st
     Raises:
         Interrupted: asked to stop; the running nodes were asked to save and have stopped.
     """
-    from alignlab.training.callbacks.progress import console
+    from alignlab.core.progress import console
 
     say = partial(console().print, markup=False, highlight=False, soft_wrap=True)  # an error may hold brackets
     waiting = [n for n in nodes if not n.done]

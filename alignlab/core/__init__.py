@@ -21,6 +21,7 @@ from alignlab.core.errors import (
     require,
     require_choice,
 )
+from alignlab.core.example import BadRecord, Example
 from alignlab.core.group import Group, Response
 from alignlab.core.interfaces import (
     AdapterKind,
@@ -31,6 +32,7 @@ from alignlab.core.interfaces import (
     ExactSampler,
     NeedsPolicy,
     NeedsSampler,
+    Parser,
     PrefetchingSampler,
     Reports,
     RolloutContext,
@@ -58,6 +60,7 @@ __all__ = [
     "AdapterKind",
     "Algorithm",
     "AlignlabError",
+    "BadRecord",
     "Batch",
     "Benchmark",
     "Callback",
@@ -66,6 +69,7 @@ __all__ = [
     "DataOrder",
     "Environment",
     "ExactSampler",
+    "Example",
     "Group",
     "Interrupted",
     "Metrics",
@@ -75,6 +79,7 @@ __all__ = [
     "NonFiniteError",
     "Outputs",
     "Pairs",
+    "Parser",
     "PeerLost",
     "PrefetchingSampler",
     "Reports",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from alignlab.core.example import Example
 from alignlab.core.group import Group
 
 if TYPE_CHECKING:
@@ -305,6 +306,22 @@ class AdapterKind(Protocol):
         Args:
             kind: "policy", "score" or "step".
             trainable: False where the model is only read.
+        """
+        ...
+
+
+class Parser(Protocol):
+    """Reads one kind of record; a plain function is one. Config: `data.parser`."""
+
+    def __call__(self, record: Mapping[str, Any], /) -> Example:
+        """The prompt and the responses that a record holds.
+
+        Args:
+            record: its fields by name, as they stand in the file.
+
+        Raises:
+            BadRecord: the record cannot be used, and why. File and line are added to it; any other error is reported
+                as one of the parser, with file and line.
         """
         ...
 

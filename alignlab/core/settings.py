@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 RENAMED = {
     "adapter.rank": "adapter.r",
     "comparison.pairs.samples": "comparison.pairs.group_size",
+    "data.format": "data.parser",
     "rollout.token_budget": "rollout.max_batch_tokens",
     "samples": "group_size",
     "search": "environment",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from alignlab.core.errors import ConfigError
-from alignlab.data.example import BadRecord, Messages
+from alignlab.core.example import BadRecord, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +32,6 @@ CHATML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 BUILTIN = {"plain": PLAIN, "chatml": CHATML}
-
-Segment = tuple[str, bool]
-"""A piece of text, and whether the assistant wrote it."""
 
 
 class ChatTemplate:
@@ -81,7 +78,7 @@ class ChatTemplate:
 
     def split(
         self, messages: Messages, loss_on: Literal["all_assistant", "last_assistant"] = "all_assistant"
-    ) -> tuple[str, list[Segment]]:
+    ) -> tuple[str, list[tuple[str, bool]]]:
         """A conversation that ends with an answer, as (prompt, the pieces after it).
 
         Args:
@@ -89,8 +86,8 @@ class ChatTemplate:
             loss_on: "all_assistant" puts the prompt's end before the first answer, "last_assistant" before the last.
 
         Returns:
-            The prompt, which is `self.prompt` of the turns in it, and the pieces that follow: answers, and between
-            them what the others said.
+            The prompt, which is `self.prompt` of the turns in it, and the pieces that follow, each with whether the
+            assistant wrote it: answers, and between them what the others said.
 
         Raises:
             BadRecord: the template refuses the conversation, or renders its beginning differently when it goes on.
@@ -100,7 +97,7 @@ class ChatTemplate:
             answers = answers[-1:]
         prompt = self.prompt(messages[: answers[0]])
         seen = prompt
-        segments: list[Segment] = []
+        pieces: list[tuple[str, bool]] = []
         for i in answers:
             asked = prompt if i == answers[0] else self.prompt(messages[:i])
             answered = self._render(messages[: i + 1], answer=False)
@@ -111,10 +108,10 @@ class ChatTemplate:
                     "data.chat_template"
                 )
             if asked != seen:
-                segments.append((asked[len(seen) :], False))
-            segments.append((answered[len(asked) :], True))
+                pieces.append((asked[len(seen) :], False))
+            pieces.append((answered[len(asked) :], True))
             seen = answered
-        return prompt, segments
+        return prompt, pieces
 
     def _render(self, messages: Messages, answer: bool) -> str:
         import jinja2

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from alignlab.core.errors import ConfigError, DataError
+from alignlab.core.example import BadRecord, Example, Messages
 from alignlab.core.group import Group, Response
-from alignlab.data.chat import ChatTemplate, Segment
-from alignlab.data.example import BadRecord, Example, Messages
+from alignlab.core.progress import progress
+from alignlab.data.chat import ChatTemplate
 from alignlab.data.lengths import cut_prompt, fit, pieces
-from alignlab.data.progress import progress
 from alignlab.data.report import DataReport
-from alignlab.data.settings import DataSettings, Format
+from alignlab.data.settings import DataSettings
 from alignlab.data.steps import Steps
 
 if TYPE_CHECKING:
@@ -33,22 +32,6 @@ ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}{input}\n\n### Response:"
 )
-
-
-@dataclass(slots=True)
-class Draft:
-    """An example as the texts that will be tokenised.
-
-    Attributes:
-        prompt: the prompt, from its template.
-        complete: whether the template has written every special token the prompt is to have.
-        responses: each as pieces of text, of which some bear loss.
-    """
-
-    example: Example
-    prompt: str
-    complete: bool
-    responses: list[list[Segment]]
 
 
 def fill_template(template: str, prompt: str, instruction: str = "", input: str = "") -> str:
@@ -87,83 +70,79 @@ class Encoder:
     def steps(self) -> Steps:
         return Steps(self.tokenizer, self.settings.step_separator, self.settings.step_token)
 
-    def draft(self, example: Example) -> Draft:
-        """The texts of an example.
+    def render(self, example: Example) -> Example:
+        """Put an example's texts into their templates: fills in `prompt_text`, `has_special_tokens` and `pieces`.
 
         Raises:
             BadRecord: the chat template cannot render it, or a step holds what parts the steps.
         """
         if example.steps:
             example.responses = [self.steps.join(steps) for steps in example.steps]
-        if example.group is not None:
-            return Draft(example, str(example.prompt), True, [[(str(text), True)] for text in example.responses])
-        if example.format == "text":
-            return Draft(example, "", False, [[(str(text), True)] for text in example.responses])
         messages = self._messages(example)
         if messages is None:
-            separator = self.settings.response_separator
-            responses: list[list[Segment]] = [[(f"{separator}{text}", True)] for text in example.responses]
-            return Draft(example, self._filled(example), False, responses)
-        prompt, complete, responses = "", not self.template.builtin, []
+            raw = example.prompt is None or example.group is not None
+            separator = "" if raw else self.settings.response_separator
+            example.prompt_text = str(example.prompt or "") if raw else self._filled(example)
+            example.pieces = [[(f"{separator}{text}", True)] for text in example.responses]
+            return example
+        example.has_special_tokens, example.pieces = not self.template.builtin, []
         for response in example.responses:
-            if isinstance(response, str):
-                answer = {"role": "assistant", "content": response}
-                prompt, segments = self.template.split([*messages, answer], "last_assistant")
-            else:
-                prompt, segments = self.template.split([*messages, *response], self.settings.loss_on)
-            responses.append(segments)
-        return Draft(example, prompt or self.template.prompt(messages), complete, responses)
+            turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+            loss_on = "last_assistant" if isinstance(response, str) else self.settings.loss_on
+            example.prompt_text, parts = self.template.split([*messages, *turns], loss_on)
+            example.pieces.append(parts)
+        if not example.responses:
+            example.prompt_text = self.template.prompt(messages)
+        return example
 
     def prompt_ids(self, prompts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Token ids of prompts, given as (text, whether the special tokens are in it already)."""
         plain = self._tokenize([text for text, _ in prompts])
         result = []
         for (_, complete), ids in zip(prompts, plain, strict=True):
-            head = self._head
-            if self.settings.add_bos == "auto" and complete:
-                head = []
+            head = [] if complete and self.settings.add_bos == "auto" else self._head
             result.append(ids if ids[: len(head)] == head else head + ids)
         return result
 
-    def groups(self, drafts: Sequence[Draft], report: DataReport, label: str = "tokenising") -> list[Group]:
-        """Groups of tokens, in order; what does not fit or does not tokenise is counted in the report.
+    def groups(self, examples: Sequence[Example], report: DataReport, label: str = "tokenising") -> list[Group]:
+        """Groups of tokens of rendered examples, in order; what does not fit or does not tokenise is counted.
 
         Raises:
             DataError: a record has no tokens and `on_bad_record` is "stop", or is too long and `too_long` is "error".
         """
         result: list[Group] = []
-        starts = range(0, len(drafts), BATCH)
+        starts = range(0, len(examples), BATCH)
         for start in progress(starts, label, len(starts)):
-            batch = drafts[start : start + BATCH]
-            written = [d for d in batch if d.example.format not in ("text", "groups")]
-            prompts = dict.fromkeys((d.prompt, d.complete) for d in written)
-            prompt_ids = dict(zip(prompts, self.prompt_ids(list(prompts)), strict=True))
-            texts = dict.fromkeys(text for d in written for response in d.responses for text, _ in response)
-            segment_ids = dict(zip(texts, self.continuations(list(texts)), strict=True))
-            documents = [d for d in batch if d.example.format == "text"]
-            document_ids = iter(self._documents([d.responses[0][0][0] for d in documents]))
-            for draft in batch:
+            batch = examples[start : start + BATCH]
+            # Prompts and pieces that several examples share are tokenised once.
+            written = [e for e in batch if e.prompt is not None and e.group is None]
+            prompts = list(dict.fromkeys((e.prompt_text, e.has_special_tokens) for e in written))
+            prompt_ids = dict(zip(prompts, self.prompt_ids(prompts), strict=True))
+            texts = list(dict.fromkeys(text for e in written for response in e.pieces for text, _ in response))
+            piece_ids = dict(zip(texts, self.continuations(texts), strict=True))
+            documents = iter(self._documents([str(e.responses[0]) for e in batch if e.prompt is None]))
+            for example in batch:
                 try:
-                    if draft.example.group is not None:
-                        made = [draft.example.group]
-                    elif draft.example.format == "text":
-                        made = self._document_groups(draft, next(document_ids))
-                        if len(made) > 1:
-                            report.cut["text split into several pieces"] += 1
+                    if example.group is not None:
+                        made = [example.group]
+                    elif example.prompt is None:
+                        made = self._document_groups(example, next(documents))
                     else:
-                        made = [self._group(draft, prompt_ids[draft.prompt, draft.complete], segment_ids)]
+                        made = [self._group(example, prompt_ids, piece_ids)]
                 except BadRecord as error:
-                    report.reject(draft.example.origin, str(error), self.settings.on_bad_record == "stop")
-                else:
-                    result.extend(self._fitted(made, report, draft.example.format))
+                    report.reject(example.origin, str(error), self.settings.on_bad_record == "stop")
+                    continue
+                if len(made) > 1:
+                    report.cut["text split into several pieces"] += 1
+                result += self._fitted(made, report, example.pair)
         return result
 
-    def unwritable(self, drafts: Sequence[Draft]) -> int:
+    def unwritable(self, examples: Sequence[Example]) -> int:
         """How many of some examples have a text that does not survive tokenising, spaces and case apart: the tokenizer
         does not know all of its characters."""
         lost = 0
-        for draft in drafts:
-            texts = [draft.prompt, *(text for response in draft.responses for text, _ in response)]
+        for example in examples:
+            texts = [example.prompt_text, *(text for response in example.pieces for text, _ in response)]
             # Special tokens stay in: a text may name one, and <unk> must show.
             back = [self.tokenizer.decode(ids) for ids in self._tokenize(texts)]
             lost += any(_bare(a) != _bare(b) for a, b in zip(texts, back, strict=True))
@@ -171,9 +150,9 @@ class Encoder:
 
     def _messages(self, example: Example) -> Messages | None:
         """The prompt as messages, or None if it is to be a plain text."""
-        if not isinstance(example.prompt, str):
+        if isinstance(example.prompt, list):
             return example.prompt
-        if self.settings.chat_template == "auto":
+        if self.settings.chat_template == "auto" or example.prompt is None or example.group is not None:
             return None
         return [{"role": "user", "content": self._filled(example)}]
 
@@ -241,39 +220,35 @@ class Encoder:
             raise ConfigError("data.append_eos=true: the tokenizer has no end-of-sequence token; give it one")
         return [*ids, self.eos]
 
-    def _document_groups(self, draft: Draft, ids: list[int]) -> list[Group]:
+    def _document_groups(self, example: Example, ids: list[int]) -> list[Group]:
         ids = self._ended(ids)
         bos = ids[0] if ids and ids[0] == self.bos and self.settings.add_bos is not False else None
-        made = []
         parts = list(pieces(ids, bos, self.settings))
         if not parts:
             raise BadRecord("the text has too few tokens to predict one from another")
-        for i, (prompt, response) in enumerate(parts):
-            last = i == len(parts) - 1
-            text = str(draft.example.responses[0]) if len(parts) == 1 else self._decode(response)
-            made.append(
-                Group(
-                    prompt,
-                    [Response(response, finished=last, text=text)],
-                    draft.example.origin,
-                    extra=draft.example.extra,
-                )
-            )
+        texts = [str(example.responses[0])] if len(parts) == 1 else [self._decode(response) for _, response in parts]
+        made = [
+            Group(prompt, [Response(response, finished=False, text=text)], example.origin, extra=example.extra)
+            for (prompt, response), text in zip(parts, texts, strict=True)
+        ]
+        made[-1].responses[0].finished = True
         return made
 
-    def _group(self, draft: Draft, prompt_ids: list[int], segment_ids: dict[str, list[int]]) -> Group:
-        example = draft.example
-        if not prompt_ids:
+    def _group(
+        self, example: Example, prompt_ids: dict[tuple[str, bool], list[int]], piece_ids: dict[str, list[int]]
+    ) -> Group:
+        prompt = prompt_ids[example.prompt_text, example.has_special_tokens]
+        if not prompt:
             raise BadRecord("the prompt has no tokens: the tokenizer knows none of its characters")
         extra = dict(example.extra)
-        if not isinstance(example.prompt, str):
+        if example.is_conversation:
             extra.setdefault("messages", example.prompt)
-        group = Group(list(prompt_ids), [], example.origin, draft.prompt, extra=extra)
-        for k, (response, segments) in enumerate(zip(example.responses, draft.responses, strict=True)):
-            ids, mask = self._joined(segments, segment_ids)
+        group = Group(list(prompt), [], example.origin, example.prompt_text, extra=extra)
+        for k, (response, parts) in enumerate(zip(example.responses, example.pieces, strict=True)):
+            ids, mask = self._joined(parts, piece_ids)
             if example.steps:
                 mask = self._step_ends(ids, len(example.steps[k]))
-            text = response if isinstance(response, str) else "".join(text for text, _ in segments)
+            text = response if isinstance(response, str) else "".join(text for text, _ in parts)
             if not any(mask):
                 raise BadRecord("a response has no tokens: the tokenizer knows none of its characters")
             group.responses.append(Response(ids, None if all(mask) else mask, dict(example.columns[k]), text=text))
@@ -290,17 +265,17 @@ class Encoder:
         chosen = set(ends)
         return [i in chosen for i in range(len(ids))]
 
-    def _joined(self, segments: list[Segment], segment_ids: dict[str, list[int]]) -> tuple[list[int], list[bool]]:
+    def _joined(self, parts: list[tuple[str, bool]], piece_ids: dict[str, list[int]]) -> tuple[list[int], list[bool]]:
         """The pieces of a response as one, ending with the end token. After the end token of an answer the assistant
         has stopped: what a template puts there (a newline, mostly) bears no loss, and at the very end goes."""
         ids: list[int] = []
         mask: list[bool] = []
-        for i, (text, bears) in enumerate(segments):
-            piece = segment_ids[text]
+        for i, (text, bears) in enumerate(parts):
+            piece = piece_ids[text]
             own = len(piece) if bears else 0
             if bears and self.eos in piece:
                 own = len(piece) - piece[::-1].index(self.eos)
-            if i == len(segments) - 1:
+            if i == len(parts) - 1:
                 if not piece:
                     raise BadRecord("a response has no tokens: the tokenizer knows none of its characters")
                 piece = self._ended(piece[:own])
@@ -309,27 +284,27 @@ class Encoder:
             mask += [True] * own + [False] * (len(piece) - own)
         return ids, mask
 
-    def _fitted(self, groups: list[Group], report: DataReport, format: Format) -> list[Group]:
+    def _fitted(self, groups: list[Group], report: DataReport, pair: bool) -> list[Group]:
         """Those of the groups of one record that are left after the length limits, cut to them."""
-        done: set[str] = set()
+        done: list[str] = []
         left = []
         for group in groups:
             before = [response.finished for response in group.responses]
             actions = fit(group, self.settings, self.bos)
-            done.update(actions)
+            done += actions
             if actions and self.settings.too_long == "drop":
-                done = {"dropped as too long"}
+                done = ["dropped as too long"]
             elif any(response.loss_tokens == 0 for response in group.responses):
-                done.add("dropped, since nothing that bears loss was left")
-            elif format == "preferences" and group.responses[0].token_ids == group.responses[1].token_ids:
-                done.add("dropped, since nothing in which chosen and rejected differ was left")
+                done.append("dropped, since nothing that bears loss was left")
+            elif pair and group.responses[0].token_ids == group.responses[1].token_ids:
+                done.append("dropped, since nothing in which chosen and rejected differ was left")
             else:
                 left.append(group)
                 for response, was in zip(group.responses, before, strict=True):
                     if was and not response.finished:
                         report.unfinished += 1
                         response.text = self._decode(response.token_ids)
-        report.cut.update(done)
+        report.cut.update(dict.fromkeys(done, 1))
         return left
 
     def _decode(self, ids: list[int]) -> str:
@@ -356,12 +331,14 @@ def encode_prompt(
     """
     encoder = Encoder(tokenizer, settings)
     try:
-        draft = encoder.draft(Example("prompts", text_or_messages, [], []))
+        example = encoder.render(Example(text_or_messages))
     except BadRecord as error:
         raise DataError(f"a prompt cannot be used: {error}") from error
-    ids = encoder.prompt_ids([(draft.prompt, draft.complete)])[0]
+    ids = encoder.prompt_ids([(example.prompt_text, example.has_special_tokens)])[0]
     if not ids:
-        raise DataError(f"the prompt {draft.prompt!r} has no tokens: it is empty, or the tokenizer knows none of it")
+        raise DataError(
+            f"the prompt {example.prompt_text!r} has no tokens: it is empty, or the tokenizer knows none of it"
+        )
     limit = settings.max_prompt_length or len(ids)
     if len(ids) > limit and settings.too_long != "truncate":
         raise DataError(f"a prompt of {len(ids)} tokens is longer than data.max_prompt_length={limit}")

@@ -1,18 +1,39 @@
-"""Groups on disk: what was sampled, as it was sampled, token ids and all: text would not tokenise back exactly.
+"""Files of ours: records as JSON lines; groups as they were sampled, token ids and all, since text would not tokenise
+back exactly.
 
-Of the columns that have a value for each token only the labels of steps are kept: log-probs belong to a policy.
+Of the columns that have a value for each token only the labels of steps are written: log-probs belong to a policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from alignlab.core import Group, Response
-from alignlab.core.group import Column
+from alignlab.core.errors import DataError
+from alignlab.core.files import write_text
+from alignlab.core.group import Column, Group, Response
 
 KEPT = ("step_label",)
-"""Lists that are written: one value for each loss-bearing token."""
+"""Columns with a value for each loss-bearing token that are written."""
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write records as JSON objects, one a line, atomically: the file is there whole or not at all.
+
+    Raises:
+        DataError: a record holds NaN, an infinity or something that JSON does not know.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, record in enumerate(records, 1):
+        try:
+            lines.append(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: the record cannot be written as JSON: {error}") from error
+    write_text(path, "".join(lines))
 
 
 def group_to_record(group: Group) -> dict[str, Any]:
@@ -27,7 +48,7 @@ def group_to_record(group: Group) -> dict[str, Any]:
                 "finished": r.finished,
                 "source": r.source,
                 **({} if r.loss_mask is None else {"loss_mask": r.loss_mask}),
-                "columns": {k: v for k, v in r.columns.items() if not isinstance(v, list) or k in KEPT},
+                "columns": {k: _plain(v) for k, v in r.columns.items() if not per_token(v) or k in KEPT},
             }
             for r in group.responses
         ],
@@ -36,7 +57,7 @@ def group_to_record(group: Group) -> dict[str, Any]:
     }
 
 
-def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
+def record_to_group(record: Mapping[str, Any]) -> Group:
     """The group a record holds.
 
     Raises:
@@ -47,7 +68,7 @@ def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
             Response(
                 list(map(int, r["token_ids"])),
                 r.get("loss_mask"),
-                {k: _column(v) for k, v in r.get("columns", {}).items()},
+                {k: [*map(float, v)] if per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
                 r.get("text", ""),
                 r.get("source", "data"),
@@ -63,11 +84,18 @@ def record_to_group(record: Mapping[str, Any], origin: str) -> Group:
         if response.loss_mask is not None and len(response.loss_mask) != len(response.token_ids):
             raise ValueError("loss_mask and token_ids differ in length")
         for name, values in response.columns.items():
-            if isinstance(values, list) and len(values) != response.loss_tokens:
+            if not isinstance(values, float) and len(values) != response.loss_tokens:
                 raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
-    return Group(prompt_ids, responses, origin, record.get("prompt") or "", dict(columns), dict(extra))
+    return Group(prompt_ids, responses, prompt=record.get("prompt") or "", columns=dict(columns), extra=dict(extra))
 
 
-def _column(value: Any) -> Column:
-    return [float(v) for v in value] if isinstance(value, list) else float(value)
+def per_token(value: Column) -> bool:
+    """Whether a column has a value for each loss-bearing token, in whatever kind of sequence, rather than one."""
+    return hasattr(value, "__len__")
+
+
+def _plain(value: Column) -> Any:
+    import numpy as np
+
+    return np.asarray(value).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from alignlab.core.errors import DataError
 from alignlab.core.group import Group, Response
+from alignlab.data.groups import per_token
 from alignlab.data.settings import DataSettings
 
 
@@ -72,7 +73,7 @@ def _cut_response(response: Response, limit: int) -> None:
     if response.loss_mask is not None:
         response.loss_mask = response.loss_mask[:limit]
     response.columns = {
-        name: value[: response.loss_tokens] if isinstance(value, list) else value
+        name: value[: response.loss_tokens] if per_token(value) else value  # type: ignore[index]
         for name, value in response.columns.items()
     }
     response.finished = False

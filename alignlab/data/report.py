@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 
 from alignlab.core.errors import DataError
 from alignlab.core.group import Group
+from alignlab.data.groups import per_token
 
 SHOWN = 10
 """How many of the bad records are listed; all are counted."""
@@ -21,7 +23,7 @@ class DataReport:
         paths: what was read.
         read: records found, bad ones included.
         used: groups made of them, over all splits; a long text makes several.
-        formats: of the good records, by format.
+        formats: of the good records, by the name of the parser.
         bad: that could not be used; `bad_records` lists the first, "file:line: reason".
         merged: that went into the group of an earlier one with the same prompt (`data.merge`).
         step_labels: steps of the split "train" that are labelled wrong, neither, right; a soft label by its sign.
@@ -77,13 +79,11 @@ class DataReport:
         self.splits = {name: len(part) for name, part in splits.items()}
         self.prompt_tokens = (median(prompts), max(prompts)) if prompts else (0, 0)
         self.response_tokens = (median(responses), max(responses)) if responses else (0, 0)
-        labels: list[float] = []
-        for group in splits.get("train", []):
-            for response in group.responses:
-                column = response.columns.get("step_label")
-                labels += column if isinstance(column, list) else []
+        trained = [response for group in splits.get("train", []) for response in group.responses]
+        columns = [response.columns.get("step_label", 0.0) for response in trained]
+        labels = [label for column in columns if per_token(column) for label in column]  # type: ignore[union-attr]
         self.step_labels = (sum(x < 0 for x in labels), sum(x == 0 for x in labels), sum(x > 0 for x in labels))
-        self.loss_tokens = sum(r.loss_tokens for group in splits.get("train", []) for r in group.responses)
+        self.loss_tokens = sum(response.loss_tokens for response in trained)
 
     def lines(self) -> list[str]:
         """The report for people, one fact a line."""
@@ -114,8 +114,4 @@ class DataReport:
 
     def to_dict(self) -> dict[str, object]:
         """The report for programs: plain types only."""
-        result = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            name: dict(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-            for name, value in result.items()
-        }
+        return dict(json.loads(json.dumps(vars(self))))

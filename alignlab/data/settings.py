@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from alignlab.core.errors import did_you_mean
 from alignlab.core.settings import Settings
-
-Format = Literal["text", "demonstrations", "chat", "preferences", "rankings", "unpaired", "steps", "prompts", "groups"]
-
-FIELDS = frozenset(
-    (
-        *("text", "prompt", "completion", "question", "answer", "instruction", "input", "output"),
-        *("messages", "conversations", "chosen", "rejected", "margin", "preference", "responses", "scores", "label"),
-        *("steps", "labels", "soft_labels", "mistake_index"),
-    )
-)
-"""The field names the formats know; `data.fields` maps one of them to the name a user's records have for it."""
+from alignlab.data.formats import FIELDS, FORMATS, find_parser
 
 
 class DataSettings(Settings):
@@ -28,7 +19,7 @@ class DataSettings(Settings):
     split: str | None = None
     subset: str | None = None
     separator: str | None = None
-    format: Literal["auto"] | Format = "auto"
+    parser: str | dict[str, Any] | Callable = "auto"
     fields: dict[str, str] = Field(default_factory=dict)
     max_records: int | None = Field(None, ge=1)
     merge: bool = False
@@ -61,10 +52,18 @@ class DataSettings(Settings):
             return []
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
+    @field_validator("parser")
+    @classmethod
+    def _known_parser(cls, parser: Any) -> Any:
+        if parser != "auto":
+            find_parser(parser)
+        return parser
+
     @field_validator("fields")
     @classmethod
-    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
-        for name in fields:
+    def _known_fields(cls, fields: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        """A parser of the user's may read fields of any name."""
+        for name in fields if info.data.get("parser") in ("auto", *FORMATS) else ():
             if name not in FIELDS:
                 raise ValueError(
                     f"maps alignlab's name for a field to yours, but '{name}' is none of alignlab's"

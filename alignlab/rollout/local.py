@@ -11,7 +11,7 @@ import torch
 
 from alignlab.core import NonFiniteError, RolloutContext
 from alignlab.core.memory import in_halves
-from alignlab.data.progress import progress
+from alignlab.core.progress import progress
 from alignlab.models import PackedModel, evaluating
 from alignlab.models.adapters import merged
 from alignlab.models.quantization import quantization_of

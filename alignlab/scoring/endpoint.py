@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from alignlab.core import AlignlabError, ConfigError, require
+from alignlab.core.progress import progress
 from alignlab.core.secrets import HIDDEN, SECRET_VALUE, find_secret
-from alignlab.data.progress import progress
 from alignlab.scoring.judge_cache import AnswerCache, question_key
 
 Item = TypeVar("Item")

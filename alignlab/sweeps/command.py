@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignlab.comparison.metrics import format_number
 from alignlab.core import AlignlabError
-from alignlab.data.progress import progress
+from alignlab.core.progress import progress
 from alignlab.sweeps import results
 from alignlab.sweeps.combinations import Composer, composer
 from alignlab.sweeps.job import Stopped

@@ -13,14 +13,13 @@ from typing import Any
 
 from alignlab.comparison.planning import quoted
 from alignlab.core import AlignlabError, ConfigError, Interrupted
-from alignlab.data.progress import progress
+from alignlab.core.progress import console, progress
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.sweeps import slurm
 from alignlab.sweeps.combinations import Combination, Composer
 from alignlab.sweeps.job import STOP, Job, Stopped, at_work
 from alignlab.sweeps.settings import JoblibSettings, Launcher
 from alignlab.sweeps.state import FAILED, begin, failed, is_over, standing
-from alignlab.training.callbacks.progress import console
 
 POLL = 0.3
 """Seconds between looks at the folders."""

@@ -129,7 +129,7 @@ def compared(data: str, out: Path, base: str) -> list[Group]:
     """The texts on which models are compared. Every token of their responses is read, whether or not it bears loss."""
     kind = "preferences" if data == "prompts" else data
     tokenizer = load_model(ModelSettings(path=base, layout="plain"), trainable=False).tokenizer
-    settings = DataSettings(path=f"{out}/data/{kind}.jsonl", format=kind, max_records=COMPARED)
+    settings = DataSettings(path=f"{out}/data/{kind}.jsonl", parser=kind, max_records=COMPARED)
     groups = load(settings, tokenizer).train
     for response in (r for g in groups for r in g.responses):
         response.loss_mask = None

@@ -84,7 +84,7 @@ def test_labels_are_the_chances_of_success(world: ExactWorld) -> None:
 def test_read_as_steps_each_word_has_its_label(tmp_path: Path) -> None:
     world = ExactWorld(ExactWorldSettings(words=5, max_tokens=3, prompts=2))
     write_jsonl(tmp_path / "steps.jsonl", labelled_steps(world, 50, seed=0))
-    settings = DataSettings(path=str(tmp_path / "steps.jsonl"), format="steps", step_separator="")
+    settings = DataSettings(path=str(tmp_path / "steps.jsonl"), parser="steps", step_separator="")
     value_XY = step_values(world)
     groups = load(settings, world.tokenizer()).train
     assert len(groups) == 50

@@ -3,9 +3,9 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from alignlab.core import ConfigError
+from alignlab.core import BadRecord, ConfigError
 from alignlab.data.chat import BUILTIN, ChatTemplate
-from alignlab.data.formats import BadRecord, parse_transcript
+from alignlab.data.fields import parse_transcript
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},

@@ -47,7 +47,7 @@ def test_rankings_and_prompts(loaded, tokenizer):
     ranked = only(loaded([{"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 3, 2]}], tokenizer).train)
     assert [r.token_ids for r in ranked.responses] == [[*ids(letter), EOS] for letter in "abc"]
     assert [r.columns["score"] for r in ranked.responses] == [1.0, 3.0, 2.0]
-    prompts = only(loaded([{"question": "q", "answer": "42"}], tokenizer, format="prompts").train)
+    prompts = only(loaded([{"question": "q", "answer": "42"}], tokenizer, parser="prompts").train)
     assert (prompts.prompt_ids, prompts.responses, prompts.extra) == (ids("q"), [], {"answer": "42"})
 
 
@@ -255,7 +255,6 @@ def test_the_alpaca_template_is_as_published():
         ({"validation": 1.0}, r"must be a fraction in \[0, 1\)"),
         ({"validation": 0.5, "test": 0.5}, "leave nothing to train on"),
         ({"max_length": 1}, "greater than or equal to 2"),
-        ({"format": "preference"}, "'preferences'"),
         ({"max_lenght": 3}, "max_lenght"),
     ],
 )

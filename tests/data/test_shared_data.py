@@ -49,7 +49,7 @@ def test_hh_rlhf_with_its_bad_pairs(shared, stories_tokenizer):
 def test_hh_rlhf_as_conversations(shared, tokenizer):
     """What bears loss, decoded, is what stands behind each "Assistant:" of the file."""
     path = shared / "data" / "hh-rlhf" / "helpful-online_test.jsonl.gz"
-    settings = DataSettings(path=str(path), format="chat", fields={"messages": "chosen"}, on_bad_record="skip")
+    settings = DataSettings(path=str(path), parser="chat", fields={"messages": "chosen"}, on_bad_record="skip")
     groups = load(settings, tokenizer).train[:100]
     rows = rows_of(path)
     for group in groups:
@@ -92,7 +92,7 @@ def test_gsm8k_as_demonstrations_and_as_prompts(shared, tokenizer):
             assert group.responses[0].text == row["answer"]
     long = sum(len((r["question"] + r["answer"]).encode()) + 1 > 1000 for r in rows_of(folder / "train.jsonl"))
     assert sum(not group.responses[0].finished for group in splits.train) <= long
-    prompts = load(DataSettings(path=str(folder / "test.jsonl"), format="prompts"), tokenizer).train
+    prompts = load(DataSettings(path=str(folder / "test.jsonl"), parser="prompts"), tokenizer).train
     assert [group.extra["answer"] for group in prompts] == [row["answer"] for row in rows_of(folder / "test.jsonl")]
     assert not any(group.responses for group in prompts)
 

@@ -1,11 +1,11 @@
-"""From a path to splits: fractions, leaks, duplicates, bad records, and the report about them."""
+"""From a path to splits: fractions, leaks, duplicates, merging, bad records, and the report about them."""
 
 import json
 
 import pytest
 
-from alignlab.core import ConfigError, DataError
-from alignlab.data import DataSettings, load, write_jsonl
+from alignlab.core import ConfigError, DataError, Group, Response
+from alignlab.data import DataSettings, group_to_record, load, write_jsonl
 
 
 def records(count, start=0):
@@ -91,7 +91,7 @@ def test_several_files_one_after_the_other(tmp_path, tokenizer):
 
 def test_max_records_are_the_first_usable_ones(loaded, tokenizer):
     rows = [{"prompt": "q"}, *records(10)]
-    splits = loaded(rows, tokenizer, format="demonstrations", max_records=4, on_bad_record="skip")
+    splits = loaded(rows, tokenizer, parser="demonstrations", max_records=4, on_bad_record="skip")
     assert prompts(splits.train) == [f"question {i}" for i in range(4)]
     assert (splits.report.read, splits.report.bad) == (5, 1)
     assert any("data.max_records" in note for note in splits.report.notes)
@@ -142,7 +142,7 @@ def test_nothing_to_train_on(tmp_path, tokenizer, loaded):
     with pytest.raises(
         DataError, match=r"no usable record for train; records: 1 read, 1 bad.*records\.jsonl:1: 'text' is empty"
     ):
-        loaded([{"text": ""}], tokenizer, format="text", on_bad_record="skip")
+        loaded([{"text": ""}], tokenizer, parser="text", on_bad_record="skip")
     few = loaded(records(1), tokenizer, validation=0.001)
     assert few.report.notes == ["there are too few records for validation=0.001: it is empty"]
 
@@ -174,12 +174,85 @@ def test_conversations_without_a_template_are_told_of(loaded, tokenizer):
     assert loaded(row, tokenizer, chat_template="plain").report.notes == []
 
 
-def test_written_records_are_read_again_and_never_half_there(tmp_path):
-    path = tmp_path / "new" / "a.jsonl"
-    rows = [{"prompt": "é\u2028\n", "n": 1}, {"prompt": "b", "list": [1.5, None]}]
-    write_jsonl(path, rows)
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == rows
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the record cannot be written as JSON"):
-        write_jsonl(path, [{"a": 1}, {"a": float("nan")}])
-    assert len(path.read_text(encoding="utf-8").split("\n")) == 3  # the old file is whole
-    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
+# Merging
+
+
+def answers(groups) -> list[tuple[str, list[str]]]:
+    return [(g.prompt, [r.text for r in g.responses]) for g in groups]
+
+
+def files(tmp_path, *contents) -> list[str]:
+    paths = []
+    for i, records in enumerate(contents):
+        path = tmp_path / f"model{i}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        paths.append(str(path))
+    return paths
+
+
+def test_several_models_answers_become_one_group(tmp_path, tokenizer) -> None:
+    first = [{"prompt": "p", "completion": "1"}, {"prompt": "q", "completion": "2"}]
+    second = [{"prompt": "q", "completion": "3"}, {"prompt": "r", "completion": "4"}]
+    third = [{"prompt": "q", "responses": ["5", "6"], "scores": [1, 2]}]
+    paths = files(tmp_path, first, second, third)
+    merged = load(DataSettings(path=paths[:2], merge=True), tokenizer)
+    assert answers(merged.train) == [("p", ["1"]), ("q", ["2", "3"]), ("r", ["4"])]
+    assert merged.train[1].origin.endswith("model0.jsonl:2")
+    assert merged.report.merged == 1
+    assert "merged: 1 records went into the group of an earlier one with the same prompt" in merged.report.lines()
+    apart = load(DataSettings(path=paths[:2]), tokenizer)
+    assert answers(apart.train) == [("p", ["1"]), ("q", ["2"]), ("q", ["3"]), ("r", ["4"])]
+    every = load(DataSettings(path=paths, merge=True), tokenizer)
+    assert answers(every.train)[1] == ("q", ["2", "3"]), "a response with a score and one without cannot be compared"
+
+
+def test_columns_go_with_their_responses(loaded, tokenizer) -> None:
+    records = [
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]},
+        {"prompt": "p", "responses": ["c"], "scores": [3]},
+        {"prompt": "q", "responses": ["d"], "scores": [4]},
+    ]
+    groups = loaded(records, tokenizer, merge=True).train
+    assert [[(r.text, r.columns["score"]) for r in g.responses] for g in groups] == [
+        [("a", 1.0), ("b", 2.0), ("d", 4.0)],
+        [("c", 3.0)],
+    ]
+
+
+def test_solutions_of_one_problem(loaded, tokenizer) -> None:
+    records = [
+        {"prompt": "q", "steps": ["a", "bb"], "labels": [1, 1]},
+        {"prompt": "q", "steps": ["ccc"], "labels": [-1]},
+    ]
+    group = loaded(records, tokenizer, merge=True).train[0]
+    assert [(r.predicted, r.columns["step_label"]) for r in group.responses] == [([1, 4], [1.0, 1.0]), ([3], [-1.0])]
+
+
+def test_sampled_groups_with_the_same_prompt(tmp_path, tokenizer) -> None:
+    def sampled(*tokens: int) -> Group:
+        return Group([1, 2], [Response([t], columns={"reward": float(t)}) for t in tokens], "x:1", "q")
+
+    other = Group([1, 3], [Response([9])], "x:1", "q")
+    write_jsonl(tmp_path / "groups.jsonl", map(group_to_record, [sampled(5, 6), other, sampled(7)]))
+    groups = load(DataSettings(path=str(tmp_path / "groups.jsonl"), merge=True), tokenizer).train
+    assert [(g.prompt_ids, [r.token_ids for r in g.responses]) for g in groups] == [
+        ([1, 2], [[5], [6], [7]]),
+        ([1, 3], [[9]]),
+    ]
+    assert [r.columns["reward"] for r in groups[0].responses] == [5.0, 6.0, 7.0]
+
+
+def test_pairs_and_chats_stay_as_they_are(loaded, tokenizer) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert len(loaded([pair, {**pair, "chosen": "c"}], tokenizer, merge=True).train) == 2
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert len(loaded([chat, chat], tokenizer, merge=True).train) == 2
+    assert len(loaded([{"prompt": "q"}, {"prompt": "q"}], tokenizer, merge=True).train) == 2
+
+
+def test_merging_does_not_cross_splits(loaded, tokenizer) -> None:
+    records = [{"prompt": f"p{i % 20}", "completion": str(i)} for i in range(40)]
+    splits = loaded(records, tokenizer, merge=True, validation=0.4)
+    assert len(splits.train) + len(splits.validation) == 20
+    assert splits.validation
+    assert all(len(g.responses) == 2 for g in [*splits.train, *splits.validation])

@@ -11,9 +11,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from alignlab.core import ConfigError, DataError, Response
+from alignlab.core import BadRecord, ConfigError, DataError, Response
 from alignlab.data import DataSettings, load, write_jsonl
-from alignlab.data.example import BadRecord
 from alignlab.data.groups import group_to_record
 from alignlab.data.steps import Steps, label_steps
 
@@ -238,7 +237,7 @@ def test_a_solution_in_a_chat(loaded, make_tokenizer) -> None:
 )
 def test_labels_of_steps(loaded, tokenizer, given, labels) -> None:
     record = {"input": "q", "steps": ["a", "b", "c"], **given}
-    group = only(loaded([record], tokenizer, format="steps").train)
+    group = only(loaded([record], tokenizer, parser="steps").train)
     assert group.prompt == "q"
     assert group.responses[0].columns == ({} if labels is None else {"step_label": labels})
     assert group.responses[0].predicted == [1, 3, 5]

@@ -19,8 +19,8 @@ from alignlab.benchmarks.exact.scorer import ExactReward
 from alignlab.benchmarks.exact.steps import labelled_steps
 from alignlab.config import section
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer, require
+from alignlab.core.progress import progress
 from alignlab.data import write_jsonl
-from alignlab.data.progress import progress
 
 PROXY_SAMPLES = 4096
 """Completions from which the mean proxy reward is estimated; its standard error is a 64th of the deviation."""

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from alignlab.core import AlignlabError, ConfigError, Group, NonFiniteError, RolloutContext, require
-from alignlab.data.progress import progress
+from alignlab.core.progress import progress
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
 from alignlab.rollout.local import LocalSampler

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
+
+from alignlab.core.progress import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,14 +18,6 @@ ProgressMode = Literal["auto", "rich", "plain", "off"]
 
 SHOWN = ("loss", "reward", "kl", "eval/loss")
 """Metrics shown where there are any, besides `tokens_per_second`."""
-
-
-@lru_cache(maxsize=1)
-def console() -> Console:
-    """The one console, on standard error: live displays that share it do not overwrite each other."""
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 class ProgressDisplay:

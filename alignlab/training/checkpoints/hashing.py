@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignlab.training.callbacks.progress import console
+from alignlab.core.progress import console
 
 if TYPE_CHECKING:
     from torch import Tensor

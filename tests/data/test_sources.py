@@ -9,7 +9,7 @@ import re
 import pytest
 
 from alignlab.core import DataError
-from alignlab.data.readers import read
+from alignlab.data.sources import read
 
 ROWS = [
     {"prompt": "a", "completion": "b"},

@@ -1,4 +1,4 @@
-"""Files, folders and `datasets` to records. Each record keeps its origin, "file:line", for messages.
+"""Where records come from: files, folders, `datasets`. Each record keeps its origin, "file:line", for messages.
 
 | what                                    | N in the origin "file:N"                                   |
 |-----------------------------------------|------------------------------------------------------------|
@@ -8,6 +8,9 @@
 
 A folder stands for all its files of these kinds, in sorted order; one with files named after splits (`train.jsonl`,
 `test-00000.parquet`, `val.csv.gz`) for the split asked for.
+
+`datasets` reads its own folders and the hub, `pyarrow` Parquet. Text files are read by the standard library: through
+`datasets` a record would lose its line and gain the fields of its neighbours, and one broken record would end the file.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -39,6 +42,8 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     "test": "test",
 }
+"""What files and splits are called → which split they are."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -48,15 +53,18 @@ class Record:
 
     Attributes:
         origin: "file:line" (see the head of this module).
-        file: the file it came from, or the dataset's name.
         fields: its fields by name.
         error: why it could not be read; "" if it could.
     """
 
     origin: str
-    file: str
     fields: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def file(self) -> str:
+        """The file it came from, or the dataset's name."""
+        return self.origin.rpartition(":")[0]
 
 
 def read(
@@ -93,8 +101,7 @@ def read(
 
 
 def _kind(path: Path) -> str | None:
-    name = path.name.lower().removesuffix(".gz")
-    return KINDS.get(Path(name).suffix)
+    return KINDS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
@@ -108,8 +115,7 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
             splits.setdefault(name, []).append(file)
     if not splits and split is None:
         return files
-    wanted = split or "train"
-    wanted = SPLITS.get(wanted, wanted)
+    wanted = SPLITS.get(split or "train", split or "train")
     if wanted not in splits:
         have = f"it has: {', '.join(sorted(splits))}; see data.split" if splits else "its files are not named by split"
         raise DataError(f"{folder}: has no split '{wanted}'; {have}")
@@ -120,10 +126,10 @@ def _read_file(path: Path, separator: str | None) -> Iterator[Record]:
     kind = _kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}, and .gz of the text ones")
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
     try:
-        if kind == "parquet":
-            yield from _read_parquet(path)
-            return
         with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as opened:
             stream = cast(BinaryIO, opened)
             if kind == "jsonl":
@@ -147,11 +153,11 @@ def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
         try:
             value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            yield Record(origin, str(path), error=f"not UTF-8 (byte {error.start + 1} of the line)")
+            yield Record(origin, error=f"not UTF-8 (byte {error.start + 1} of the line)")
         except json.JSONDecodeError as error:
-            yield Record(origin, str(path), error=f"invalid JSON: {error.msg} at column {error.colno}")
+            yield Record(origin, error=f"invalid JSON: {error.msg} at column {error.colno}")
         else:
-            yield _record(origin, str(path), value)
+            yield _record(origin, value)
 
 
 def _read_json(path: Path, stream: BinaryIO) -> Iterator[Record]:
@@ -163,7 +169,7 @@ def _read_json(path: Path, stream: BinaryIO) -> Iterator[Record]:
     if not isinstance(values, list):
         raise DataError(f"{path}:1: a .json file must hold a list of records, not {_name(values)}")
     for index, value in enumerate(values):
-        yield _record(f"{path}:{index}", str(path), value)
+        yield _record(f"{path}:{index}", value)
 
 
 def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Record]:
@@ -184,9 +190,9 @@ def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Record]:
                 if twice:
                     raise DataError(f"{origin}: the header has the column '{twice[0]}' more than once")
             elif len(row) != len(header):
-                yield Record(origin, str(path), error=f"{len(row)} cells under {len(header)} columns")
+                yield Record(origin, error=f"{len(row)} cells under {len(header)} columns")
             else:
-                yield Record(origin, str(path), dict(zip(header, row, strict=True)))
+                yield Record(origin, dict(zip(header, row, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{start}: invalid CSV: {error}") from error
 
@@ -197,21 +203,17 @@ def _read_text(path: Path, stream: BinaryIO, separator: str | None) -> Iterator[
     for piece in text.split(separator) if separator else [text]:
         if piece.strip() or not separator:
             start = line + piece[: len(piece) - len(piece.lstrip())].count("\n")
-            yield Record(f"{path}:{start}", str(path), {"text": piece.strip() if separator else piece})
+            yield Record(f"{path}:{start}", {"text": piece.strip() if separator else piece})
         line += (piece + (separator or "")).count("\n")
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
-    index = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield Record(f"{path}:{index}", str(path), row)
-                index += 1
-    except pyarrow.ArrowException as error:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from _rows(str(path), (row for batch in batches for row in batch.to_pylist()))
+    except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
@@ -222,17 +224,15 @@ def _read_saved(folder: Path, split: str | None) -> Iterator[Record]:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever `datasets` raises, the user needs the folder's name with it
         raise DataError(f"{folder}: cannot be read as a saved dataset: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        wanted = split or "train"
-        if wanted not in data:
-            raise DataError(f"{folder}: has no split '{wanted}'; it has: {', '.join(data)}; see data.split")
-        data, name = data[wanted], f"{folder}/{wanted}"
-    elif split is not None:
-        raise DataError(f"{folder}: is a single dataset and has no split '{split}'")
-    else:
-        name = str(folder)
-    for index, row in enumerate(data):
-        yield Record(f"{name}:{index}", name, row)
+    if not isinstance(data, datasets.DatasetDict):
+        if split is not None:
+            raise DataError(f"{folder}: is a single dataset and has no split '{split}'")
+        yield from _rows(str(folder), data)
+        return
+    wanted = split or "train"
+    if wanted not in data:
+        raise DataError(f"{folder}: has no split '{wanted}'; it has: {', '.join(data)}; see data.split")
+    yield from _rows(f"{folder}/{wanted}", data[wanted])
 
 
 def _read_hub(path: str, split: str, subset: str | None) -> Iterator[Record]:
@@ -243,8 +243,12 @@ def _read_hub(path: str, split: str, subset: str | None) -> Iterator[Record]:
     except Exception as error:  # network, authorisation, missing split: all of them are the user's to read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: no such file here, and the hub does not give it as a dataset: {reason}") from error
+    yield from _rows(f"{path}/{split}", data)
+
+
+def _rows(name: str, data: Iterable[dict[str, Any]]) -> Iterator[Record]:
     for index, row in enumerate(data):
-        yield Record(f"{path}/{split}:{index}", f"{path}/{split}", row)
+        yield Record(f"{name}:{index}", row)
 
 
 def _decode(path: Path, stream: BinaryIO) -> str:
@@ -256,10 +260,10 @@ def _decode(path: Path, stream: BinaryIO) -> str:
         raise DataError(f"{path}:{line}: not UTF-8; convert the file first, e.g. with iconv") from error
 
 
-def _record(origin: str, file: str, value: object) -> Record:
+def _record(origin: str, value: object) -> Record:
     if isinstance(value, dict):
-        return Record(origin, file, value)
-    return Record(origin, file, error=f"a record must be a JSON object, not {_name(value)}")
+        return Record(origin, value)
+    return Record(origin, error=f"a record must be a JSON object, not {_name(value)}")
 
 
 def _name(value: object) -> str:
