@@ -9,6 +9,7 @@ from alignlab.core import ConfigError, Environment, RolloutEngine
 from alignlab.rollout.best_of import best_of
 from alignlab.rollout.local import LocalRollout
 from alignlab.rollout.monte_carlo import MonteCarloLabels
+from alignlab.rollout.multi_turn import MultiTurn
 from alignlab.rollout.sampling import filtered_log_probs
 from alignlab.rollout.settings import BaseRollout, RolloutSettings, VllmSettings
 from alignlab.rollout.step_search import StepSearch
@@ -19,6 +20,7 @@ __all__ = [
     "BaseRollout",
     "LocalRollout",
     "MonteCarloLabels",
+    "MultiTurn",
     "RolloutSettings",
     "ServerLost",
     "StepSearch",
