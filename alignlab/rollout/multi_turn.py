@@ -60,7 +60,7 @@ class _Conversation:
 
 
 class MultiTurn:
-    """Base class of an `Environment` in which policy and environment take turns; a subclass defines `start` and `reply`.
+    """Base class of an `Environment` in which it and the policy take turns; a subclass defines `start` and `reply`.
 
     All conversations go on together, a turn at a time. What the environment says is read, not learnt: those tokens'
     `loss_mask` is False. `rollout.max_new_tokens` and `rollout.stop` are a turn's. A response is `finished` where the

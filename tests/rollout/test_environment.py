@@ -1,4 +1,4 @@
-"""Environments of several turns: what is written where, what bears loss, known answers, through sampling and training."""
+"""Environments of several turns: what is written where, what bears loss, known answers; in sampling and training."""
 
 from __future__ import annotations
 
