@@ -273,5 +273,5 @@ def test_failures_name_the_record(llama: PackedModel) -> None:
         Chatter().rollout(LocalRollout().sampler(llama), prompts(3), 1, 0)
     with pytest.raises(ConfigError, match=r"environment\.max_turns=0"):
         Chatter(max_turns=0)
-    with pytest.raises(ConfigError, match=r"an environment has `fills` and `rollout"):
+    with pytest.raises(ConfigError, match=r"not a Environment: it has no fills, rollout"):
         build_environment({"_target_": "collections.Counter"})

@@ -115,7 +115,7 @@ def test_a_class_with_a_sampler_is_an_engine() -> None:
 
 
 def test_what_is_no_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\._target_=collections\.Counter: is no rollout engine, it has"):
+    with pytest.raises(ConfigError, match=r"_target_=collections\.Counter: not a RolloutEngine: it has no check, i"):
         build_engine({"_target_": "collections.Counter"})
     with pytest.raises(ConfigError, match=r"rollout\.answers: must be given"):
         build_engine({"_target_": table()["_target_"]})
