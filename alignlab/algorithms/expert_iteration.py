@@ -1,7 +1,7 @@
 """Expert iteration (Anthony et al. 2017, arXiv:1705.08439; for reasoning steps Uesato et al. 2022, arXiv:2211.14275).
 
-Policy improvement: for each prompt the best of N samples, or of a search over steps (`search=steps`), by the score of
-a process reward model. Distillation: fine-tuning on what was found. The loop repeats the two.
+Policy improvement: for each prompt the best of N samples, or of a search over steps (`environment=steps`), by the
+score of a process reward model. Distillation: fine-tuning on what was found. The loop repeats the two.
 """
 
 from __future__ import annotations

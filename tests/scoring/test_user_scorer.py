@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, Group, NeedsPolicy, Reports, Scorer
 from alignlab.rollout import LocalRollout
@@ -104,6 +105,33 @@ def test_a_run_trains_on_its_reward_and_logs_its_metrics(folder: Path) -> None:
         assert line["surprise"] == pytest.approx(line["reward"], abs=1e-6)
     samples = [json.loads(line) for line in (folder / "train" / "samples.jsonl").read_text().splitlines()]
     assert all(s["length"] == len(s["response"]) and "reward" in s for s in samples)
+
+
+class Probe(Benchmark):
+    """What a benchmark sees of the scorer: it has the policy that is measured."""
+
+    name = "probe"
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        groups = subject.answers(tiny.prompts(3, 9))
+        assert subject.proxy is not None
+        subject.proxy.score(groups)
+        same = subject.proxy.members["0"].policy is subject.policy  # type: ignore[attr-defined]
+        return {"columns": sorted(groups[0].responses[0].columns), "same": same}
+
+
+def test_alignlab_evaluate_measures_by_it(folder: Path) -> None:
+    from alignlab.benchmarks.evaluate import evaluate
+
+    given = [f"run={folder}/base", f"reference={folder}/base", "rollout.max_new_tokens=4", f"out={folder}/evaluated"]
+    config = resolve(compose("evaluate", [*given, "scoring=[surprise,function]", *RULE], own=folder / "configs"))
+    config["benchmark"] = {"_target_": "tests.scoring.test_user_scorer.Probe"}
+    found = evaluate(config)
+    assert found["columns"] == ["behaviour_logp", "length", "reward"] and found["same"]
+    with pytest.raises(ConfigError, match="reward_model='m': scoring gives the reward: leave out one of them"):
+        evaluate({**config, "reward_model": "m"})
+    with pytest.raises(ConfigError, match="scoring: fills length, not reward"):
+        evaluate({**config, "scoring": config["scoring"]["function"]})
 
 
 # ---------------------------------------------------------------------- one, several, none
