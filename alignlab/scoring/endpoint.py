@@ -58,7 +58,8 @@ class AnswerCache:
     """
 
     def __init__(self, path: str | None) -> None:
-        self.path, self._lock, self._kept = path, threading.Lock(), {} if path is None else None
+        self.path, self._lock = path, threading.Lock()
+        self._kept: Any = {} if path is None else None
 
     def get(self, key: str) -> Any:
         """The answer, or None."""
