@@ -14,6 +14,7 @@ from alignlab.data.chat import ChatTemplate
 from alignlab.data.encode import Encoder
 from alignlab.data.example import BadRecord
 from alignlab.rollout.sampler import SharedSampler
+from alignlab.scoring.rules import call
 
 OF_USER, OF_POLICY = "[user's words]", "[policy's words]"
 """Contents of a conversation that is rendered to see what a chat template writes around them."""
@@ -57,6 +58,12 @@ class _Conversation:
         """Add what the environment said."""
         self.tokens += tokens
         self.mask += [False] * len(tokens)
+
+
+def _read(reply: tuple[str | None, float]) -> tuple[str | None, float]:
+    """What `MultiTurn.reply` returned, held against what it is to return."""
+    said, reward = reply
+    return None if said is None else str(said), float(reward)
 
 
 class MultiTurn:
@@ -118,9 +125,7 @@ class MultiTurn:
             raise AlignlabError(f"{type(self).__name__}.rollout: call bind(policy, tokenizer) first")
         with sampler.together() if isinstance(sampler, SharedSampler) else nullcontext():
             first = sampler.sample(groups, n, seed)
-            conversations = [
-                _Conversation(g, f"{g.origin} sample {k}", self._call("start", g, g)) for g in groups for k in range(n)
-            ]
+            conversations = [self._begin(g, k) for g in groups for k in range(n)]
             for conversation, turn in zip(conversations, (r for g in first for r in g.responses), strict=True):
                 conversation.act(turn)
             live = [c for c in conversations if self._answer(c)]
@@ -137,10 +142,14 @@ class MultiTurn:
         responses = [self._response(c) for c in conversations]
         return [g.with_responses(responses[i * n : (i + 1) * n]) for i, g in enumerate(groups)]
 
+    def _begin(self, group: Group, sample: int) -> _Conversation:
+        state = call(self.start, lambda state: state, group, group)
+        return _Conversation(group, f"{group.origin} sample {sample}", state)
+
     def _answer(self, conversation: _Conversation) -> bool:
         """Answer the policy's last turn. Whether the policy has another one."""
         c = conversation
-        said, c.reward = self._call("reply", c.group, c.state, c.last.text)
+        said, c.reward = call(self.reply, _read, c.group, c.state, c.last.text)
         c.over = said is None
         if said is None or c.turns == self.max_turns:
             return False
@@ -154,19 +163,11 @@ class MultiTurn:
         c = conversation
         before = self.tokenizer.decode(c.tokens[: c.start], skip_special_tokens=True)
         columns: dict[str, Any] = {"behaviour_logp": c.logp, "reward": float(c.reward)}
-        columns |= {name: float(value) for name, value in self._call("columns", c.group, c.state).items()}
+        columns |= {name: float(value) for name, value in call(self.columns, dict, c.group, c.state).items()}
         if missing := sorted(set(self.fills) - set(columns)):
             raise AlignlabError(f"{type(self).__name__}.columns: gives no {', '.join(missing)}, which is in fills")
         mask = None if all(c.mask) else c.mask
         return Response(c.tokens, mask, columns, c.over, f"{before}{c.last.text}", "policy")
-
-    def _call(self, name: str, group: Group, *arguments: Any) -> Any:
-        """A method of the user's: name the record it failed on."""
-        try:
-            return getattr(self, name)(*arguments)
-        except Exception as error:
-            where = f"{group.origin or 'a group'}: {type(self).__name__}.{name}"
-            raise AlignlabError(f"{where} failed: {type(error).__name__}: {error}") from error
 
     # ------------------------------------------------------------------ how answers are written
 

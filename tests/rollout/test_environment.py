@@ -261,8 +261,15 @@ def test_failures_name_the_record(llama: PackedModel) -> None:
         def reply(self, state: list[str], text: str) -> tuple[str | None, float]:
             raise KeyError("answer")
 
-    with pytest.raises(AlignlabError, match=r"prompts\.jsonl:1: Failing\.reply failed: KeyError: 'answer'"):
+    with pytest.raises(AlignlabError, match=r"^prompts\.jsonl:1: .*Failing\.reply failed: KeyError: 'answer'"):
         play(Failing(), llama, prompts(3), 1)
+
+    class Curt(Chatter):
+        def reply(self, state: list[str], text: str) -> Any:
+            return None
+
+    with pytest.raises(AlignlabError, match=r"^prompts\.jsonl:1: .*Curt\.reply failed: TypeError"):
+        play(Curt(), llama, prompts(3), 1)
 
     class Forgetful(Chatter):
         fills = ("reward", "score")
