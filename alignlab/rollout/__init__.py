@@ -6,10 +6,10 @@ from typing import Any
 
 from alignlab.build import build_type
 from alignlab.core import Environment, RolloutEngine
-from alignlab.rollout.best_of import best_of
 from alignlab.rollout.local import LocalRollout
 from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.multi_turn import MultiTurn
+from alignlab.rollout.sampler import StepSampler, best_of
 from alignlab.rollout.sampling import filtered_log_probs
 from alignlab.rollout.settings import BaseRollout, RolloutSettings, VllmSettings
 from alignlab.rollout.step_search import StepSearch
@@ -23,6 +23,7 @@ __all__ = [
     "MultiTurn",
     "RolloutSettings",
     "ServerLost",
+    "StepSampler",
     "StepSearch",
     "VllmRollout",
     "VllmSettings",

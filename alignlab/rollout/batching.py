@@ -16,12 +16,12 @@ LOGITS = 1 << 26
 
 @dataclass(slots=True)
 class Row:
-    """A response being drawn; one with tokens is gone on with.
+    """A response that is being drawn.
 
     Attributes:
-        key, sample: which random numbers are its own.
-        limit: the most tokens it may have.
-        begun: how many tokens it had when drawing was last begun.
+        key, sample: what its random numbers are made from: see `sampling.uniforms`.
+        limit: tokens at most.
+        begun: how many tokens it had at the last call that continued it.
     """
 
     prompt: list[int]
@@ -147,7 +147,7 @@ class Queue:
         return sum(len(unit.rows) for unit in taken)
 
     def take(self, tokens: int, rows: int) -> list[Unit]:
-        """What is to be begun now, beside `rows` rows that hold `tokens` tokens; nothing while too little is free.
+        """The rows to begin now, beside `rows` rows that hold `tokens` tokens; none while too little is free.
 
         Rows of one context are parted only where the budget cannot hold them all.
         """

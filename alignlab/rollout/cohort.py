@@ -248,7 +248,7 @@ def attend_by_scores(
 
 
 def _close(going: Sequence[int], count: int) -> tuple[list[int], list[int], list[int]]:
-    """What of `count` places goes on, in its new order; what is moved, and to which places."""
+    """Which of `count` places stay, in their new order; which of them are moved, and to which places."""
     staying = set(going)
     order = list(range(len(going)))
     holes = [i for i in order if i not in staying]

@@ -160,7 +160,7 @@ class Endpoint:
         concurrency: questions under way at once, in each process.
         cache: folder of the answers, shared by runs and processes; None: keep them in memory only.
         price_prompt, price_completion: of a million tokens, in any currency.
-        max_requests: questions to send at most, over all processes of a run, in one sitting; None: no limit.
+        max_requests: questions to send at most, over all processes, since the command was started; None: no limit.
         max_cost: the same for the cost. It is looked at before each question: those under way may exceed it.
     """
 
