@@ -60,13 +60,13 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
     from yaml import YAMLError
 
     folders = [config_folder(), *([own] if own else [])]
-    words = [_by_path(word, folders) for word in overrides]
+    words = [w for word in overrides for w in _several(_by_path(word, folders))]
     if own is not None:
         words.append(_search_path(own))
     with hydra_ready():
         try:
             return hydra_compose(config_name=name, overrides=words)
-        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise explain(error, name, words, folders) from error
 
 
@@ -151,6 +151,12 @@ def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     return word
 
 
+def _several(word: str) -> list[str]:
+    """`scoring=[a,b]` → the option a as `scoring.a` and b as `scoring.b`; Hydra would merge them into one."""
+    found = re.fullmatch(r"scoring=\[([\w-]+(?:,[\w-]+)+)\]", word)
+    return [f"+scoring@scoring.{name}={name}" for name in found[1].split(",")] if found else [word]
+
+
 def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence[Path]) -> ConfigError:
     """What Hydra found wrong with `words` for the config `name`, as one line with a suggestion."""
     from hydra.errors import MissingConfigException, OverrideParseException
@@ -171,6 +177,12 @@ def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence
         return ConfigError(f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}")
     if isinstance(error, YAMLError):
         return ConfigError(f"a config is not YAML: {shorten(error)}")
+    if isinstance(error, TypeError):
+        listed = next((word for word in words if re.match(r"[\w/]+=\[\s*\{", word)), None)
+        if listed is None:
+            raise error
+        key = listed.partition("=")[0]
+        return ConfigError(f"{listed}: options are listed, as in {key}=[a,b]; a class is +{key}.NAME._target_=CLASS")
     if "Config group override must be" in text:
         for word in words:
             group, _, value = word.partition("=")
@@ -244,7 +256,7 @@ def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
     from hydra.errors import HydraException
 
     folders = [config_folder(), *([own] if own else [])]
-    found = [_by_path(word, folders, sweep=True) for word in words]
+    found = [w for word in words for w in _several(_by_path(word, folders, sweep=True))]
     try:
         OverridesParser.create().parse_overrides(found)
     except HydraException as error:

@@ -15,12 +15,12 @@ from pydantic import Field
 
 from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.config import build, section
-from alignlab.core import ConfigError, require
+from alignlab.core import ConfigError, NeedsPolicy, Scorer, require
 from alignlab.core.files import write_json
 from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import build_engine
-from alignlab.scoring import RewardModelScorer
+from alignlab.scoring import RewardModelScorer, SeveralScorers, build_scorers
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import build_tracker, tracks
 
@@ -71,7 +71,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(wanted.threads)
     benchmark = build_benchmark(config["benchmark"])
     rollout = build_engine(config["rollout"])
-    check_best_of("best_of", wanted.best_of, benchmark, wanted.reward_model, rollout.temperature)
+    proxy = _proxy(config.get("scoring"), wanted.reward_model)
+    check_best_of("best_of", wanted.best_of, benchmark, proxy, rollout.temperature)
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
 
     def open_model(where: str, key: str) -> PackedModel:
@@ -93,11 +94,13 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         reference=_as_context(lambda: open_model(reference_path, "reference")),
         sampler=rollout.sampler,
         base=(lambda: open_model(base, "base")) if base else None,
-        proxy=RewardModelScorer(wanted.reward_model) if wanted.reward_model else None,
+        proxy=proxy,
         max_tokens_per_microbatch=wanted.max_tokens_per_microbatch,
         seed=wanted.seed,
         best_of=wanted.best_of,
     )
+    if isinstance(proxy, NeedsPolicy):
+        proxy.bind(subject.policy, subject.policy.tokenizer)
     found = {"benchmark": benchmark.name, "samples_per_answer": wanted.best_of, **benchmark.evaluate(subject)}
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +108,18 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     if tracks(tracker):
         _track(folder, tracker, config, found)
     return found
+
+
+def _proxy(scoring: Any, reward_model: str | None) -> Scorer | None:
+    """What gave the reward that was trained against: a reward model, or what the section `scoring` says."""
+    scorers = build_scorers(scoring)
+    if not scorers:
+        return RewardModelScorer(reward_model) if reward_model else None
+    require(reward_model is None, "reward_model", reward_model, "scoring gives the reward: leave out one of them")
+    proxy = scorers[0] if len(scorers) == 1 else SeveralScorers({str(i): s for i, s in enumerate(scorers)})
+    if "reward" not in proxy.fills:
+        raise ConfigError(f"scoring: fills {', '.join(proxy.fills)}, not reward")
+    return proxy
 
 
 def check_best_of(key: str, n: int, benchmark: Benchmark, reward_model: object, temperature: float) -> None:

@@ -13,18 +13,15 @@ from alignlab.core import Response
 LOGITS = 1 << 26
 """Logits of one step at most, in numbers (256 MB in float32): rows beyond wait, however short."""
 
-STRIDE = 64
-"""Lengths are multiples of this where shapes should be few."""
-
 
 @dataclass(slots=True)
 class Row:
-    """A response being drawn; one with tokens is gone on with.
+    """A response that is being drawn.
 
     Attributes:
-        key, sample: which random numbers are its own.
-        limit: the most tokens it may have.
-        begun: how many tokens it had when drawing was last begun.
+        key, sample: what its random numbers are made from: see `sampling.uniforms`.
+        limit: tokens at most.
+        begun: how many tokens it had at the last call that continued it.
     """
 
     prompt: list[int]
@@ -121,12 +118,6 @@ class Space:
     def tokens(self) -> int:
         return self.contexts * self.longest + self.rows * self.room
 
-    def rounded(self) -> Space:
-        """A little more, so that few shapes occur."""
-        contexts, rows = (1 << (count - 1).bit_length() for count in (self.contexts, self.rows))
-        longest, room = (-(-length // STRIDE) * STRIDE for length in (self.longest, self.room))
-        return Space(contexts, longest, rows, room)
-
 
 class Queue:
     """Rows that wait for room; the longest contexts come first.
@@ -134,11 +125,9 @@ class Queue:
     Args:
         max_batch_tokens: tokens held at a time, see `Space`; a single row may exceed it.
         most_rows: rows at a time.
-        few_shapes: space is taken as in `Space.rounded`.
     """
 
-    def __init__(self, rows: Sequence[Row], max_batch_tokens: int, most_rows: int, few_shapes: bool = False) -> None:
-        self._few_shapes = few_shapes
+    def __init__(self, rows: Sequence[Row], max_batch_tokens: int, most_rows: int) -> None:
         self._waiting = deque(units(rows))
         self._budget, self._most = max_batch_tokens, most_rows
 
@@ -158,7 +147,7 @@ class Queue:
         return sum(len(unit.rows) for unit in taken)
 
     def take(self, tokens: int, rows: int) -> list[Unit]:
-        """What is to be begun now, beside `rows` rows that hold `tokens` tokens; nothing while too little is free.
+        """The rows to begin now, beside `rows` rows that hold `tokens` tokens; none while too little is free.
 
         Rows of one context are parted only where the budget cannot hold them all.
         """
@@ -170,7 +159,7 @@ class Queue:
             longest = len(taken[0].context) if taken else len(unit.context)
             wider = max(room, unit.room)
             space = Space(contexts + 1, longest, count + len(unit.rows), wider)
-            if (space.rounded() if self._few_shapes else space).tokens > free or count + len(unit.rows) > places:
+            if space.tokens > free or count + len(unit.rows) > places:
                 break
             taken.append(self._waiting.popleft())
             contexts, count, room = contexts + 1, count + len(unit.rows), wider

@@ -5,14 +5,12 @@ Math-Shepherd (Wang et al. 2023, arXiv:2312.08935, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from alignlab.core import AlignlabError, ConfigError, Group, Response, Sampler, require
+from alignlab.core import ConfigError, Group, Response, Sampler, require
 from alignlab.data.steps import Steps, label_steps
-
-Check = Callable[[str, str, dict], float]
-"""(prompt, response, the record's other fields) → whether its answer is right, true or above 0."""
+from alignlab.scoring.rules import Rule, call
 
 
 class MonteCarloLabels:
@@ -23,7 +21,8 @@ class MonteCarloLabels:
     The ends of the steps become the only tokens that bear loss.
 
     Args:
-        function: whether the answer of a solution is right; in a config, `{_target_: hydra.utils.get_method, path: …}`.
+        function: whether the answer of a solution is right, true or above 0; in a config,
+            `{_target_: hydra.utils.get_method, path: …}`.
         completions: of each beginning, >= 1.
         estimate: "hard" or "soft".
         step_separator, step_token: what parts the steps, see `data`.
@@ -34,7 +33,7 @@ class MonteCarloLabels:
 
     def __init__(
         self,
-        function: Check,
+        function: Rule,
         completions: int = 8,
         estimate: Literal["hard", "soft"] = "hard",
         step_separator: str = "\n",
@@ -94,8 +93,4 @@ class MonteCarloLabels:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _right(self, group: Group, text: str) -> bool:
-        try:
-            return float(self.function(group.prompt, text, group.extra)) > 0
-        except Exception as error:  # the user's code: name the record it failed on
-            name = getattr(self.function, "__qualname__", repr(self.function))
-            raise AlignlabError(f"{group.origin}: {name} failed: {type(error).__name__}: {error}") from error
+        return call(self.function, float, group, group.prompt, text, group.extra) > 0

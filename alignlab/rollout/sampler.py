@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
-from alignlab.core import ConfigError, DataError, Group, Sampler
+from alignlab.algorithms.rejection_sampling import best
+from alignlab.core import AlignlabError, ConfigError, DataError, Group, Sampler, Scorer
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
 from alignlab.rollout.sampling import stream_key
@@ -132,3 +133,18 @@ class RowSampler:
                 *(shortened, len(groups), most, positions),
             )
         return rows
+
+
+def best_of(
+    sampler: Sampler, scorer: Scorer, groups: Sequence[Group], n: int, seed: int, column: str = "reward"
+) -> list[Group]:
+    """For each group, in order, the one of n sampled responses with the highest `column`; the first among equals.
+
+    Raises:
+        AlignlabError: where the scorer does not fill that column.
+    """
+    if column not in scorer.fills:
+        raise AlignlabError(f"best of {n}: the scorer fills {', '.join(scorer.fills) or 'nothing'}, not '{column}'")
+    sampled = sampler.sample(groups, n, seed)
+    scorer.score(sampled)
+    return [g.with_responses(best(g, 1, column)) for g in sampled]

@@ -105,7 +105,7 @@ class StepSearch:
         return found
 
     def _expand(self, search: _Search, count: int) -> None:
-        """Each beam that has not ended as `count` copies, to be continued; the first goes on with its own samples."""
+        """Replace each beam that has not ended by `count` copies to continue. The first keeps its random numbers."""
         search.children = []
         for beam in search.beams:
             if beam.ended:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignlab.build import build
-from alignlab.core import ConfigError, Scorer
-from alignlab.scoring.combined import CombinedScorer
+from alignlab.build import build_type
+from alignlab.core import Scorer
+from alignlab.scoring.combined import CombinedScorer, SeveralScorers
 from alignlab.scoring.endpoint import Endpoint
-from alignlab.scoring.function import FunctionScorer
 from alignlab.scoring.judge import JudgePairs, JudgeScores
 from alignlab.scoring.labels import BradleyTerryLabels
 from alignlab.scoring.log_probs import fill_log_probs, fill_outputs
 from alignlab.scoring.pairwise import PairwiseScorer
 from alignlab.scoring.process_reward import ProcessRewardScorer
 from alignlab.scoring.reward_model import RewardModelScorer
-from alignlab.scoring.step_check import StepCheckScorer
+from alignlab.scoring.rules import FunctionScorer, StepCheckScorer
 
 __all__ = [
     "BradleyTerryLabels",
@@ -27,6 +26,7 @@ __all__ = [
     "PairwiseScorer",
     "ProcessRewardScorer",
     "RewardModelScorer",
+    "SeveralScorers",
     "StepCheckScorer",
     "build_scorers",
     "fill_log_probs",
@@ -35,11 +35,15 @@ __all__ = [
 
 
 def build_scorers(values: Any) -> list[Scorer]:
-    """The scorers that the config's section `scoring` names: one, a list of them, which score one after the other, or
-    none."""
-    entries = values if isinstance(values, list) else [values] if values else []
-    scorers = [build(entry, f"scoring.{i}" if len(entries) > 1 else "scoring") for i, entry in enumerate(entries)]
-    for entry, scorer in zip(entries, scorers, strict=True):
-        if not isinstance(scorer, Scorer):
-            raise ConfigError(f"scoring._target_={entry['_target_']}: a scorer has `fills` and `score(groups)`")
-    return scorers
+    """The scorers of the config's section `scoring`, which score one after the other: one with a `_target_`, a list of
+    them, or several by name. None for null.
+
+    Raises:
+        ConfigError: one is no scorer, or cannot be made.
+    """
+    if not values or (isinstance(values, dict) and "_target_" in values):
+        named = {"scoring": values} if values else {}
+    else:
+        entries = values.items() if isinstance(values, dict) else enumerate(values)
+        named = {f"scoring.{name}": entry for name, entry in entries}
+    return [build_type(Scorer, entry, key) for key, entry in named.items()]

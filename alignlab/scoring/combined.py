@@ -1,12 +1,12 @@
-"""Several rewards made into one: an ensemble's, or those of criteria such as helpful, harmless and honest."""
+"""Several scorers as one; several rewards made into one: an ensemble's, or those of criteria such as honesty."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from alignlab.core import AlignlabError, ConfigError, Group, Scorer, require
+from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Reports, Scorer, require
 
 How = Literal["weighted_sum", "minimum", "mean_minus_deviation", "mean_minus_variance"]
 
@@ -19,7 +19,35 @@ COMBINE: Mapping[str, Callable[[Sequence[float], float], float]] = {
 """(the members' weighted rewards of a response, penalty) → its reward."""
 
 
-class CombinedScorer:
+class SeveralScorers:
+    """Scorers that score one after the other, as one.
+
+    Args:
+        members: by name.
+    """
+
+    def __init__(self, members: Mapping[str, Scorer]) -> None:
+        self.members = dict(members)
+        self.fills: tuple[str, ...] = tuple(dict.fromkeys(c for m in members.values() for c in m.fills))
+
+    def score(self, groups: Sequence[Group]) -> None:
+        for member in self.members.values():
+            member.score(groups)
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """See `alignlab.core.NeedsPolicy`: for the members that do."""
+        for member in self.members.values():
+            if isinstance(member, NeedsPolicy):
+                member.bind(policy, tokenizer)
+
+    @property
+    def report(self) -> dict[str, float]:
+        """The members' metrics, as in `honest/judged`."""
+        reporting = {name: m.report for name, m in self.members.items() if isinstance(m, Reports)}
+        return {f"{name}/{metric}": value for name, report in reporting.items() for metric, value in report.items()}
+
+
+class CombinedScorer(SeveralScorers):
     """Fills `reward` from the rewards of several scorers, which are kept as `reward_<name>`.
 
     Args:
@@ -47,7 +75,8 @@ class CombinedScorer:
                 raise ConfigError(f"scoring.members.{name}: fills {', '.join(member.fills)}; it must fill reward")
         unknown = sorted(set(weights or {}) - set(members))
         require(not unknown, "scoring.weights", weights, f"there is no member {', '.join(unknown)}")
-        self.members, self.how, self.penalty = members, how, penalty
+        super().__init__(members)
+        self.how, self.penalty = how, penalty
         self.weights = {name: (weights or {}).get(name, 1.0) for name in members}
         self.fills = ("reward", *(f"reward_{name}" for name in members))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import sqlite3
 import sys
 import threading
 import time
@@ -20,7 +22,6 @@ from urllib.parse import urlsplit
 from alignlab.core import AlignlabError, ConfigError, require
 from alignlab.core.progress import progress
 from alignlab.core.secrets import HIDDEN, SECRET_VALUE, find_secret
-from alignlab.scoring.judge_cache import AnswerCache, question_key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,6 +33,57 @@ TELL_EVERY = 60.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0
 """Seconds before a garbled reply is asked for again: doubled each time, as the client does for failed requests."""
 KEY = "scoring.endpoint"
+CACHE: Mapping[str, Any] = MappingProxyType(
+    # Nothing is ever thrown away; the default journal, since write-ahead logs do not work on network drives.
+    {"timeout": 60, "eviction_policy": "none", "cull_limit": 0, "sqlite_journal_mode": "delete"}
+)
+"""Settings of the cache on disk."""
+
+
+def question_key(model: str, messages: Sequence[Message], parameters: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that decides an answer, in hex. The address does not: a server may move. A server that
+    offers another model under the same name needs another cache."""
+    text = json.dumps([model, list(messages), dict(parameters)], sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """Answers that have been paid for, by key: on disk (`diskcache`), or in memory. For several threads and processes.
+
+    An answer is written as soon as it is there: a run that is killed loses none. The folder holds hashes of questions
+    and the answers, no question and no key of a service.
+
+    Args:
+        path: the folder, made when first used; None: keep answers in memory.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self._kept: Any = {} if path is None else None
+
+    def get(self, key: str) -> Any:
+        """The answer, or None."""
+        return self._run(lambda kept: kept.get(key))
+
+    def put(self, key: str, answer: Any) -> Any:
+        """Keep an answer. Returns what is kept: where another process was first, its answer, so that all agree."""
+        add = dict.setdefault if self.path is None else lambda kept, *new: kept.add(*new, retry=True)
+        self._run(lambda kept: add(kept, key, json.dumps(answer)))
+        return self.get(key)
+
+    def _run(self, do: Callable[[Any], Any]) -> Any:
+        try:
+            with self._lock:
+                if self._kept is None:
+                    import diskcache
+
+                    self._kept = diskcache.Cache(self.path, **CACHE)
+            found = do(self._kept)
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"{KEY}.cache={self.path!r}: cannot be used ({error}): give another folder, or null for none"
+            ) from error
+        return json.loads(found) if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)
@@ -106,9 +158,9 @@ class Endpoint:
         timeout: seconds to wait for an answer, > 0.
         retries: tries after the first, with exponential back-off, or as long as the endpoint's Retry-After says.
         concurrency: questions under way at once, in each process.
-        cache: file of the answers, shared by runs and processes; None: keep them in memory only.
+        cache: folder of the answers, shared by runs and processes; None: keep them in memory only.
         price_prompt, price_completion: of a million tokens, in any currency.
-        max_requests: questions to send at most, over all processes of a run, in one sitting; None: no limit.
+        max_requests: questions to send at most, over all processes, since the command was started; None: no limit.
         max_cost: the same for the cost. It is looked at before each question: those under way may exceed it.
     """
 
@@ -121,7 +173,7 @@ class Endpoint:
         timeout: float = 60.0,
         retries: int = 8,
         concurrency: int = 8,
-        cache: str | None = "runs/judge.sqlite",
+        cache: str | None = "runs/judge",
         price_prompt: float = 0.0,
         price_completion: float = 0.0,
         max_requests: int | None = None,
@@ -154,8 +206,9 @@ class Endpoint:
             require(limit is None or limit > 0, f"{KEY}.{name}", limit, "must be > 0, or null for no limit")
         if max_cost is not None and not (price_prompt or price_completion):
             raise ConfigError(f"{KEY}.max_cost={max_cost}: needs {KEY}.price_prompt and price_completion")
-        if importlib.util.find_spec("openai") is None:
-            raise ConfigError("scoring: a judge needs the package openai: pip install 'alignlab[judge]'")
+        for package in ("openai", "diskcache"):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"scoring: a judge needs the package {package}: pip install 'alignlab[judge]'")
         self.model, self.base_url, self.key_variable = model, base_url, key_variable
         self.parameters = {k: v for k, v in parameters.items() if v is not None}
         self.timeout, self.retries, self.concurrency = timeout, retries, concurrency

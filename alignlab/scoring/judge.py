@@ -239,7 +239,7 @@ class JudgeScores(Judge):
     Args:
         endpoint: whom to ask.
         template: of the question, with {prompt} and {response}, and {low} and {high} for the range.
-        low, high: the range of scores, low < high; a number outside is as good as none.
+        low, high: the range of scores, low < high; a number outside counts as no answer.
         soft: the expectation over the scores' tokens, where the endpoint gives log-probs. Needs integers of one digit
             as limits, 0 <= low: many tokenizers spell 10 as 1 and 0. False: the number in the text.
         attempts: how often to ask until the answer can be read, each time with the answer before and a reminder.

@@ -1,4 +1,4 @@
-"""What a judge's words and log-probs mean."""
+"""From a judge's text and log-probs to a verdict."""
 
 from __future__ import annotations
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from alignlab.core import AlignlabError, Group, Scorer, require
+from alignlab.core import AlignlabError, Group, NeedsPolicy, Scorer, require
 
 
 class BradleyTerryLabels:
@@ -30,6 +31,11 @@ class BradleyTerryLabels:
         require(temperature > 0, "scoring.temperature", temperature, "must be > 0")
         self.reward, self.temperature, self.certain, self.seed = reward, temperature, certain, seed
         self.fills = ("reward", "score" if certain else "preference")
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """See `alignlab.core.NeedsPolicy`: for the scorer of the reward."""
+        if isinstance(self.reward, NeedsPolicy):
+            self.reward.bind(policy, tokenizer)
 
     def score(self, groups: Sequence[Group]) -> None:
         self.reward.score(groups)

@@ -15,7 +15,7 @@ from alignlab.core import AlignlabError, Group, Response
 from alignlab.data import DataSettings
 from alignlab.data.encode import Encoder
 from alignlab.data.steps import Steps
-from alignlab.models import ModelSettings, PackedModel, load_model
+from alignlab.scoring.reward_model import ScoreModel
 
 Aggregate = Literal["product", "minimum", "last", "mean"]
 
@@ -43,7 +43,7 @@ def spread(response: Response, ends: Sequence[int], values: Sequence[float]) -> 
     return column
 
 
-class ProcessRewardScorer:
+class ProcessRewardScorer(ScoreModel):
     """Fills `reward` with the score of the solution and `step_reward` with P(right) at the ends of steps, 0 elsewhere.
 
     P(right) is the probability of the last of the model's labels. An algorithm that adds up `step_reward` rewards long
@@ -60,6 +60,7 @@ class ProcessRewardScorer:
         device: where to put it; by default a GPU where there is one.
     """
 
+    kind = "step"
     fills = ("reward", "step_reward")
 
     def __init__(
@@ -72,19 +73,13 @@ class ProcessRewardScorer:
         dtype: str = "auto",
         device: str | None = None,
     ) -> None:
-        self.settings = ModelSettings(path=path, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(path, max_tokens_per_microbatch, dtype, device)
         self.aggregate = aggregate
         self.step_separator, self.step_token = step_separator, step_token
-        self.max_tokens_per_microbatch, self.device = max_tokens_per_microbatch, device
 
-    @cached_property
-    def model(self) -> PackedModel:
-        """The process reward model, loaded when first needed."""
-        import torch
-
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        labels = count_labels(self.settings.path)
-        return load_model(self.settings, kind="step", labels=labels, trainable=False, device=device)
+    @property
+    def labels(self) -> int:
+        return count_labels(self.settings.path)
 
     @cached_property
     def steps(self) -> Steps:
@@ -106,18 +101,12 @@ class ProcessRewardScorer:
         Raises:
             AlignlabError: a token is outside the model's vocabulary.
         """
-        vocabulary = int(self.model.config.vocab_size)
         ends, views = [], []
         for group in groups:
             found = [self._view(r, group.origin) for r in group.responses]
             ends.append([e for e, _ in found])
             views.append(group.with_responses([view for _, view in found]))
-            top = max(group.prompt_ids + [t for _, view in found for t in view.token_ids], default=0)
-            if top >= vocabulary:
-                raise AlignlabError(
-                    f"scoring.path={self.settings.path!r}: token {top} is outside its vocabulary of {vocabulary}: "
-                    "the process reward model must share the policy's tokenizer"
-                )
+        self.check_tokens(views)
         if not any(ends):
             return [[] for _ in groups]
         logits = iter(self.model.outputs(views, ("step",), self.max_tokens_per_microbatch)["step"])

@@ -144,7 +144,7 @@ class Trainer:
         self.reference = reference
         for part in (*scorers, environment):
             if isinstance(part, NeedsPolicy):
-                part.bind(policy, model.tokenizer)
+                part.bind(model, model.tokenizer)
 
         self.checkpoints = checkpoints
         folder = self.checkpoints.folder.parent if self.checkpoints is not None else None

@@ -34,10 +34,12 @@ def judged(prm: Path, groups: list[Group]) -> list[Case]:
     return cases(ProcessRewardScorer(str(prm)), groups)
 
 
-def checked(policy: PackedModel, path: Path, prompts: list[Group], seed: int) -> list[Group]:
+def checked(policy: PackedModel, prompts: list[Group], seed: int) -> list[Group]:
     """The policy's own solutions, labelled by the program."""
     groups = ROLLOUT.sampler(policy).sample(prompts, 1, seed)
-    StepCheckScorer(check_steps, str(path)).score(groups)
+    scorer = StepCheckScorer(check_steps)
+    scorer.bind(policy, policy.tokenizer)
+    scorer.score(groups)
     return groups
 
 
@@ -111,7 +113,7 @@ def main(folder: Path) -> None:
     policy = load_model(ModelSettings(path=str(folder / "sft/model")), trainable=False)
     tests = benchmark._test_prompts(policy.tokenizer)[:PROBLEMS]
     splits = load(DataSettings(path=str(folder / "data/steps.jsonl"), validation=0.05, test=0.1), policy.tokenizer)
-    own = checked(policy, folder / "sft/model", tests, SEED)
+    own = checked(policy, tests, SEED)
     models = {"labels by the program": folder / "prm/model"}
     models["Monte-Carlo labels"] = monte_carlo(
         folder / "sft/model", folder / "data/prompts.jsonl", folder / "monte_carlo"

@@ -391,7 +391,7 @@ def test_a_server_that_does_not_start_says_why(python: str, tmp_path: Path) -> N
     settings = VllmSettings(python=python, arguments=["--fail"])
     (tmp_path / "log").write_text("RuntimeError: of another sitting\n")
     server = start(settings, [], tmp_path / "log", reload=False, on_gpu=False)
-    with pytest.raises(ServerLost, match=r"ended with status 1; its last words: ValueError: No available memory"):
+    with pytest.raises(ServerLost, match=r"ended with status 1; its log ends with: ValueError: No available memory"):
         server.wait(30, show=False)
     server.close()
 
@@ -403,7 +403,7 @@ def test_a_server_that_takes_too_long_to_start(tmp_path: Path) -> None:
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     (tmp_path / "log").write_text("RuntimeError: of another sitting\n")
     server = start(VllmSettings(python=str(path)), [], tmp_path / "log", reload=False, on_gpu=False)
-    with pytest.raises(ServerLost, match=r"within 2 s \(rollout.vllm.start_timeout\).*last words: loading"):
+    with pytest.raises(ServerLost, match=r"within 2 s \(rollout.vllm.start_timeout\).*log ends with: loading"):
         server.wait(2, show=False)
     server.close()
 

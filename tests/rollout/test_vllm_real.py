@@ -322,6 +322,6 @@ def test_a_server_that_cannot_start(folder: Path) -> None:
     words = {"memory": MEMORY, "arguments": ["--max-model-len", "100000"], "port": free_port()}
     rollout = VllmRollout(vllm=words)  # type: ignore[arg-type]
     run = VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "too-long"))
-    with pytest.raises(ServerLost, match=r"did not start: vLLM ended with status 1; its last words: .*max_model_len"):
+    with pytest.raises(ServerLost, match=r"did not start: vLLM ended with status 1; its log ends .*max_model_len"):
         run.ready()
     run.close()

@@ -18,7 +18,7 @@ import pytest
 
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.scoring import Endpoint
-from alignlab.scoring.judge_cache import AnswerCache, question_key
+from alignlab.scoring.endpoint import AnswerCache, question_key
 from tests.scoring.judge_server import Reply, Server, completion, serving
 
 pytest.importorskip("openai")
@@ -188,7 +188,7 @@ def test_the_first_answer_stands(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from alignlab.scoring.judge_cache import AnswerCache
+from alignlab.scoring.endpoint import AnswerCache
 cache = AnswerCache(sys.argv[1])
 for i in range(60):
     cache.put(f"shared{i}", {"by": sys.argv[2]})
@@ -236,7 +236,9 @@ def test_a_killed_run_loses_no_answer(serve: Callable[..., Server], tmp_path: Pa
 def test_a_cache_that_cannot_be(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(echo)
     (tmp_path / "text").write_text("this is no database, and long enough to be seen as none" * 20)
-    for path in (tmp_path / "text", tmp_path, tmp_path / "text" / "below"):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cache.db").write_text("this is no database, and long enough to be seen as none" * 20)
+    for path in (tmp_path / "text", tmp_path / "broken", tmp_path / "text" / "below"):
         with pytest.raises(ConfigError, match=r"^scoring\.endpoint\.cache=.*cannot be used"):
             endpoint(server.url, path).ask(user("q"))
     assert not server.requests, "found out before anything is paid for"
@@ -333,7 +335,7 @@ def test_the_key_is_sent_and_seen_nowhere(
     seen = [out, err, caplog.text, repr(made), repr(made.usage), *messages]
     assert caplog.text, "the client's own log is on"
     assert not any(secret in text for text in seen)
-    assert secret.encode() not in (tmp_path / "c").read_bytes()
+    assert not any(secret.encode() in path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
 
 
 def test_no_key_is_needed_locally(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer
+from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Response, Scorer
 from alignlab.data.steps import Steps
 from alignlab.models import AdapterSettings, ModelSettings, load_model, save_model
+from alignlab.models.load import load_tokenizer
 from alignlab.scoring import ProcessRewardScorer, StepCheckScorer
 from alignlab.scoring.process_reward import count_labels, solution_score, spread
 from tests import tiny
@@ -176,10 +177,16 @@ def checker(prompt: str, steps: list[str], extra: dict) -> list[float]:
     return [1.0 if step.strip() == prompt.split()[0] else extra.get("wrong", -1.0) for step in steps]
 
 
+def bound(scorer: StepCheckScorer, folder: Path) -> StepCheckScorer:
+    assert isinstance(scorer, NeedsPolicy)
+    scorer.bind(None, load_tokenizer(ModelSettings(path=str(folder))))
+    return scorer
+
+
 def test_a_program_labels_steps(prm: Path) -> None:
     given = group("a x b x a", "a")
     given.responses[0].columns["behaviour_logp"] = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
-    scorer = StepCheckScorer(checker, str(prm), step_separator=SEPARATOR)
+    scorer = bound(StepCheckScorer(checker, step_separator=SEPARATOR), prm)
     assert isinstance(scorer, Scorer)
     assert scorer.fills == ("step_label",)
     scorer.score([given])
@@ -192,7 +199,7 @@ def test_a_program_labels_steps(prm: Path) -> None:
 def test_a_program_rewards_steps(prm: Path) -> None:
     given = group("a x b x a")
     given.extra["wrong"] = -0.5
-    scorer = StepCheckScorer(checker, str(prm), "step_reward", SEPARATOR)
+    scorer = bound(StepCheckScorer(checker, "step_reward", SEPARATOR), prm)
     assert scorer.fills == ("step_reward",)
     scorer.score([given])
     assert given.responses[0].columns == {"step_reward": [0.0, 1.0, 0.0, -0.5, 0.0, 1.0]}
@@ -210,4 +217,4 @@ def test_a_program_rewards_steps(prm: Path) -> None:
 )
 def test_a_program_that_fails_names_the_record(prm: Path, function: Any, reason: str) -> None:
     with pytest.raises(AlignlabError, match=rf"data.jsonl:4: .*{reason}"):
-        StepCheckScorer(function, str(prm), step_separator=SEPARATOR).score([group("a x b")])
+        bound(StepCheckScorer(function, step_separator=SEPARATOR), prm).score([group("a x b")])

@@ -150,8 +150,8 @@ class VllmRun:
                     {"lora_name": self.name, "lora_path": str(self._weights), "load_inplace": True},
                 )
             else:
-                words = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
-                client.post("/collective_rpc", words)
+                call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
+                client.post("/collective_rpc", call)
         except Refused as error:
             raise ConfigError(f"rollout.vllm.url={self.server.url}: {self._why_not(error)}") from error
         except ServerLost as error:
@@ -181,7 +181,7 @@ def _hot_loadable(network: Any) -> bool:
 
 
 def _served(model: PackedModel, settings: ModelSettings, tokenizer: Path, by_adapter: bool) -> list[str]:
-    """The words of the server's command line that say what it serves."""
+    """Arguments of the server's command line that say what it serves."""
     network: Any = model.network
     config = getattr(network, "peft_config", {}).get("default")
     base = str(network.config.name_or_path if config is None else config.base_model_name_or_path)
@@ -189,18 +189,18 @@ def _served(model: PackedModel, settings: ModelSettings, tokenizer: Path, by_ada
     kind = str(model.dtype).removeprefix("torch.")
     if kind not in TYPES:
         raise ConfigError(f"model.dtype={kind}: vLLM has {', '.join(TYPES)}")
-    words = ["--model", base, "--tokenizer", str(tokenizer), "--dtype", kind]
+    arguments = ["--model", base, "--tokenizer", str(tokenizer), "--dtype", kind]
     if settings.revision and not (Path(settings.path) / "adapter_config.json").exists():
-        words += ["--revision", settings.revision]
+        arguments += ["--revision", settings.revision]
     if settings.trust_remote_code:
-        words.append("--trust-remote-code")
+        arguments.append("--trust-remote-code")
     if by_adapter and config is not None:
         rank = max([config.r, *(config.rank_pattern or {}).values()])
         fitting = [r for r in RANKS if r >= rank]
         if not fitting:
             raise ConfigError(f"adapter.r={rank}: vLLM takes adapters up to rank {RANKS[-1]}")
-        words += ["--enable-lora", "--max-lora-rank", str(fitting[0])]
-    return words
+        arguments += ["--enable-lora", "--max-lora-rank", str(fitting[0])]
+    return arguments
 
 
 def _write(network: Any, folder: Path, by_adapter: bool) -> None:

@@ -55,7 +55,7 @@ class Server:
 
     Attributes:
         client: to ask it with.
-        log: where ours writes; `begun` is where its words of this time start.
+        log: where ours writes; `begun` is its length before this start, in bytes.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Server:
         try:  # the guard ends a moment after the server
             status = self.process.wait(timeout=2)
         except subprocess.TimeoutExpired:
-            return f"{error}; its last words: {self.last_words} ({self.log})"
-        return f"vLLM ended with status {status}; its last words: {self.last_words} ({self.log})"
+            return f"{error}; its log ends with: {self.last_message} ({self.log})"
+        return f"vLLM ended with status {status}; its log ends with: {self.last_message} ({self.log})"
 
     @property
-    def last_words(self) -> str:
+    def last_message(self) -> str:
         """The last error in our server's log that is one by itself, with the line after it, or else the last line."""
         if self.log is None or not self.log.exists():
             return "none"
@@ -136,13 +136,13 @@ def start(settings: VllmSettings, model: Sequence[str], log: Path, reload: bool,
     """Start a server that ends with this process, whatever ends that. Returns at once: see `Server.wait`.
 
     Args:
-        model: the words of its command line that say what it serves.
+        model: arguments of its command line that say what it serves.
         log: where it writes.
         reload: whether its whole weights will be replaced, for which it has a switch.
     """
     python = interpreter(settings)
     port = settings.port or free_port()
-    words = [
+    arguments = [
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE),
         *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
         *("--gpu-memory-utilization", str(settings.memory), "--disable-uvicorn-access-log", *model),
@@ -155,7 +155,7 @@ def start(settings: VllmSettings, model: Sequence[str], log: Path, reload: bool,
         environment["VLLM_SERVER_DEV_MODE"] = "1"
     if settings.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = settings.devices
-    command = [python, "-I", "-m", "vllm.entrypoints.openai.api_server", *words]
+    command = [python, "-I", "-m", "vllm.entrypoints.openai.api_server", *arguments]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         begun = log.stat().st_size if log.exists() else 0

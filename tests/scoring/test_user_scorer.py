@@ -1,0 +1,186 @@
+"""A scorer of a user's that works with the policy and has metrics: one class and one config; and several scorers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alignlab.benchmarks.base import Benchmark, Subject
+from alignlab.config import compose, resolve
+from alignlab.core import ConfigError, Group, NeedsPolicy, Reports, Scorer
+from alignlab.rollout import LocalRollout
+from alignlab.rollout.produce import produce
+from alignlab.scoring import CombinedScorer, FunctionScorer, SeveralScorers, build_scorers, fill_log_probs
+from tests.rollout import tiny
+from tests.training import runs
+
+# ---------------------------------------------------------------------- what a user writes
+
+
+class Surprise:
+    """Rewards what the policy itself finds unlikely: minus the mean log-prob of a response's tokens, in nats."""
+
+    fills = ("reward",)
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.report: Mapping[str, float] = {}
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        self.policy, self.tokenizer = policy, tokenizer
+
+    def score(self, groups: Sequence[Group]) -> None:
+        fill_log_probs(self.policy, groups, "own_logp", max_tokens_per_microbatch=4096)
+        responses = [r for g in groups for r in g.responses]
+        for response in responses:
+            response.columns["reward"] = -self.scale * float(np.mean(response.columns.pop("own_logp")))
+        self.report = {"surprise": float(np.mean([r.columns["reward"] for r in responses]))}
+
+
+CONFIG = """\
+_target_: tests.scoring.test_user_scorer.Surprise
+scale: 2.0                     # of the reward
+"""
+
+
+def length(prompt: str, response: str, extra: dict[str, Any]) -> float:
+    return float(len(response))
+
+
+# ---------------------------------------------------------------------- what it gets for it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("scorer")
+    runs.prepare(made)
+    (made / "configs" / "scoring").mkdir(parents=True)
+    (made / "configs" / "scoring" / "surprise.yaml").write_text(CONFIG)
+    return made
+
+
+RULE = ["scoring.function.column=length", "scoring.function.function.path=tests.scoring.test_user_scorer.length"]
+
+
+def words(folder: Path, command: str, *more: str) -> dict[str, Any]:
+    given = [f"model={folder}/base", "data=prompts", f"data.path={folder}/prompts.jsonl", "rollout.max_new_tokens=6"]
+    return resolve(compose(command, [*given, f"out={folder}/{command}", *more], own=folder / "configs"))
+
+
+def test_its_reward_is_what_the_sampler_says_of_its_own_samples() -> None:
+    """Sampled without filters: minus twice the mean of `behaviour_logp`."""
+    model = tiny.model("llama")
+    groups = LocalRollout(max_new_tokens=6).sampler(model).sample(tiny.prompts(3, 9, 5), 4, 0)
+    scorer = Surprise(2.0)
+    scorer.bind(model, model.tokenizer)
+    scorer.score(groups)
+    for response in (r for g in groups for r in g.responses):
+        assert response.columns["reward"] == pytest.approx(-2 * np.mean(response.columns["behaviour_logp"]), abs=1e-4)
+
+
+def test_alignlab_sample_scores_with_it_and_with_a_rule_beside_it(folder: Path) -> None:
+    produce(words(folder, "sample", "scoring=[surprise,function]", *RULE), folder / "sample")
+    lines = [json.loads(line) for line in (folder / "sample" / "groups.jsonl").read_text().splitlines()]
+    responses = [r for line in lines for r in line["responses"]]
+    assert len(responses) == 24
+    for response in responses:
+        assert response["columns"]["reward"] > 0
+        assert response["columns"]["length"] == len(response["text"])
+
+
+def test_a_run_trains_on_its_reward_and_logs_its_metrics(folder: Path) -> None:
+    from alignlab.training.run import train
+
+    more = ["algorithm=grpo", "source=rollout", "source.group_size=3", "training.batch_size=4", "training.epochs=null"]
+    more += ["training.steps=2", "training.progress=off", "optimizer.lr=0.01"]
+    train(words(folder, "train", *more, "scoring=[surprise,function]", *RULE), folder / "train")
+    lines = runs.metrics(folder, "train")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["surprise"] == pytest.approx(line["reward"], abs=1e-6)
+    samples = [json.loads(line) for line in (folder / "train" / "samples.jsonl").read_text().splitlines()]
+    assert all(s["length"] == len(s["response"]) and "reward" in s for s in samples)
+
+
+class Probe(Benchmark):
+    """What a benchmark sees of the scorer: it has the policy that is measured."""
+
+    name = "probe"
+
+    def evaluate(self, subject: Subject) -> dict[str, Any]:
+        groups = subject.answers(tiny.prompts(3, 9))
+        assert subject.proxy is not None
+        subject.proxy.score(groups)
+        same = subject.proxy.members["0"].policy is subject.policy  # type: ignore[attr-defined]
+        return {"columns": sorted(groups[0].responses[0].columns), "same": same}
+
+
+def test_alignlab_evaluate_measures_by_it(folder: Path) -> None:
+    from alignlab.benchmarks.evaluate import evaluate
+
+    given = [f"run={folder}/base", f"reference={folder}/base", "rollout.max_new_tokens=4", f"out={folder}/evaluated"]
+    config = resolve(compose("evaluate", [*given, "scoring=[surprise,function]", *RULE], own=folder / "configs"))
+    config["benchmark"] = {"_target_": "tests.scoring.test_user_scorer.Probe"}
+    found = evaluate(config)
+    assert found["columns"] == ["behaviour_logp", "length", "reward"] and found["same"]
+    with pytest.raises(ConfigError, match="reward_model='m': scoring gives the reward: leave out one of them"):
+        evaluate({**config, "reward_model": "m"})
+    with pytest.raises(ConfigError, match="scoring: fills length, not reward"):
+        evaluate({**config, "scoring": config["scoring"]["function"]})
+
+
+# ---------------------------------------------------------------------- one, several, none
+
+TARGET = {"_target_": "tests.scoring.test_user_scorer.Surprise"}
+
+
+@pytest.mark.parametrize(
+    ("values", "scales"),
+    [
+        (None, []),
+        ({}, []),
+        (TARGET, [1.0]),
+        ([TARGET, {**TARGET, "scale": 2.0}], [1.0, 2.0]),
+        ({"a": TARGET, "b": {**TARGET, "scale": 3.0}}, [1.0, 3.0]),
+    ],
+)
+def test_one_several_or_none(values: Any, scales: list[float]) -> None:
+    found = build_scorers(values)
+    assert all(isinstance(s, Scorer) for s in found)
+    assert [s.scale for s in found] == scales  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([TARGET, {**TARGET, "scal": 1}], r"scoring\.1\.scal: unknown key; did you mean 'scale'"),
+        ({"a": {**TARGET, "scale": "x"}}, r"scoring\.a\.scale='x'"),
+        ({"a": {"_target_": "collections.Counter"}}, r"scoring\.a\._target_=collections\.Counter: not a Scorer"),
+        ({"a": {"path": "m"}}, r"scoring\.a\._target_: must name a class"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_scorer_s_key(values: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build_scorers(values)
+
+
+def test_a_list_of_classes_is_no_list_of_options(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"options are listed, as in scoring=\[a,b\]; a class is \+scoring\.NAME"):
+        words(folder, "sample", "scoring=[{_target_: a}]")
+
+
+def test_scorers_in_scorers_get_the_policy_and_report_by_name() -> None:
+    """Whatever holds others hands the policy on."""
+    inner = Surprise()
+    inner.report = {"surprise": 2.0}
+    for outer in (CombinedScorer({"odd": inner}), SeveralScorers({"odd": inner, "rule": FunctionScorer(length, "x")})):
+        assert isinstance(outer, NeedsPolicy) and isinstance(outer, Reports)
+        outer.bind("policy", "tokenizer")
+        assert inner.policy == "policy"
+        assert outer.report == {"odd/surprise": 2.0}
+    assert outer.fills == ("reward", "x")
