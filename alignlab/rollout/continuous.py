@@ -128,14 +128,14 @@ class ContinuousDecoding:
         self._position_R = torch.tensor(places, dtype=torch.int64, device=self._device)
 
     def _run(self, plan: AttentionPlan, ids: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Logits after some of the tokens of a flat row, or after each."""
+        """Logits after some of the tokens of a varlen row, or after each."""
         trimmed = {"logits_to_keep": wanted} if self._trims and wanted is not None else {}
         logits = _forward(self._network, ids, positions, self._mask, plan, **trimmed)
         return logits if trimmed or wanted is None else logits[wanted]
 
 
 def _forward(network: Any, ids: Tensor, positions: Tensor, mask: Any, plan: AttentionPlan, **options: Any) -> Tensor:
-    """Logits of the tokens of a flat row, shape (L, V)."""
+    """Logits of the tokens of a varlen row, shape (L, V)."""
     given = {"position_ids": positions[None], "attention_mask": mask, "use_cache": False, PLAN: plan, **options}
     logits: Tensor = network(input_ids=ids[None], **given).logits[0]
     return logits

@@ -9,7 +9,7 @@ from typing import Literal
 from alignlab.core import AlignlabError, Group
 from alignlab.data.steps import Steps, label_steps
 from alignlab.models import ModelSettings
-from alignlab.models.load import load_tokenizer
+from alignlab.models.base import load_tokenizer
 from alignlab.scoring.process_reward import spread
 
 Check = Callable[[str, list[str], dict], Sequence[float]]

@@ -84,15 +84,17 @@ def switches(model: Any, sampling: bool) -> dict[str, Callable[[], Any]]:
     try:
         from alignlab.models import products
 
-        found["oneDNN"] = lambda: patch.object(products, "_ONEDNN", None)
-        if sampling:
+        without_onednn = partial(patch.object, products, "_ONEDNN", None)
+        if not sampling:
+            found["oneDNN"] = without_onednn
+        else:
             from alignlab.rollout import local
 
             found["quick"] = lambda: patch.object(local, "quick_products", lambda network: nullcontext())
 
             @contextmanager
             def neither() -> Iterator[None]:
-                with found["oneDNN"](), found["quick"]():
+                with without_onednn(), found["quick"]():
                     yield
 
             found["oneDNN, quick"] = neither

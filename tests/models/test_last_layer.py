@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, add_value_head, load_model, packed_model
+from alignlab.models import LoRA, ModelSettings, PackedModel, add_value_head, load_model, packed_model
 from alignlab.models.attention import use_plans
 from alignlab.models.last_layer import NarrowLayer, narrow_last_layer
 from alignlab.models.probe import probe
@@ -21,14 +21,14 @@ WINDOWS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 4096}}
 
 
 @pytest.fixture(autouse=True)
-def flat_always(monkeypatch: pytest.MonkeyPatch) -> None:
+def varlen_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups as small as these go through a mask otherwise, which is faster for them."""
     monkeypatch.setattr(packed_model, "worthwhile", lambda groups, device: True)
 
 
 def made(name: str = "llama", kind: str = "policy", **changes: Any) -> PackedModel:
     model = tiny.model(name, kind, **WINDOWS.get(name, {}), **changes)
-    model.layout = "flat"
+    model.layout = "varlen"
     assert use_plans(model.base)
     assert narrow_last_layer(model.decoder)
     model.features = replace(model.features, narrow_last=True)
@@ -117,7 +117,7 @@ def test_where_most_positions_are_read_all_are_computed() -> None:
 def test_a_layer_that_takes_no_such_plan_is_found_out() -> None:
     """Positions would be mixed up silently otherwise."""
     model = tiny.model("llama")
-    model.layout = "flat"
+    model.layout = "varlen"
     assert use_plans(model.base)
     model.features = replace(model.features, narrow_last=True)
     with pytest.raises(RuntimeError, match=r"narrow_last: the last layer of LlamaModel computes all positions"):
@@ -141,8 +141,8 @@ def test_with_recomputed_activations() -> None:
 
 def test_with_an_adapter(tmp_path: Any) -> None:
     path = tiny.save(tmp_path / "model")
-    model = load_model(ModelSettings(path=str(path)), AdapterSettings(kind="lora", r=4), device="cpu")
-    assert model.layout == "flat"
+    model = load_model(ModelSettings(path=str(path)), LoRA(r=4), device="cpu")
+    assert model.layout == "varlen"
     assert model.features.narrow_last
     with torch.no_grad():
         for p in model.parameters():
@@ -199,7 +199,7 @@ def test_the_probe_tells_layers_apart_that_look_alike(multiplier: float, std: fl
     """Granite's parts have the same names; it multiplies what it adds to the residual stream."""
     model = tiny.model("granite", residual_multiplier=multiplier, std=std)
     probe(model)
-    assert model.layout == "flat"
+    assert model.layout == "varlen"
     assert model.features.narrow_last == exact
 
 

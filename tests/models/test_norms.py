@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from alignlab.models import AdapterSettings, ModelSettings, load_model, norms
-from alignlab.models.features import Features
+from alignlab.models import Features, FullFineTuning, LoRA, ModelSettings, load_model, norms
 from alignlab.models.norms import FusedNorm, _RMSNorm, fuse_norms
 from tests import tiny
 
@@ -324,7 +323,7 @@ def test_switching_off_and_on(calls: list[int]) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_log_probs_and_gradients_of_a_model(name: str, adapter: Any, tmp_path: Path) -> None:
     path = str(tiny.save(tmp_path / "model", name))
-    model = load_model(ModelSettings(path=path), AdapterSettings(kind=adapter))
+    model = load_model(ModelSettings(path=path), LoRA() if adapter == "lora" else FullFineTuning())
     assert model.features.fused_norms and len(fused(model)) == {"llama": 5, "qwen3": 9}[name]
     rows = model.lay_out(tiny.some_groups())
     trained = [p for p in model.parameters() if p.requires_grad]
