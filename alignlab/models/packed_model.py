@@ -16,7 +16,6 @@ from alignlab.core.memory import in_halves
 from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
-from alignlab.models.norms import fuse_norms
 from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.private_api import attention_of, is_weight
 from alignlab.models.quantization import precision
@@ -38,14 +37,12 @@ class Features:
             logits are there, instead of from logits computed anew.
         fused_lora: a LoRA layer multiplies by base and adapter at once.
         narrow_last: the last layer's MLP is computed only where it is read; on where the probe finds it exact.
-        fused_norms: an RMSNorm layer is one function with a gradient of its own, in float32 on CPUs.
     """
 
     segments: bool = True
     eager_grad: bool = True
     fused_lora: bool = True
     narrow_last: bool = False
-    fused_norms: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,6 @@ class PackedModel(nn.Module):
             refused = fuse(self.network, features.fused_lora)
             if refused and refused not in self.notes:
                 self.notes.append(refused)
-        fuse_norms(self, features.fused_norms)  # of a critic of its own, too
 
     @property
     def base(self) -> Any:
