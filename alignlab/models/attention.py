@@ -31,10 +31,7 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 class AttentionPlan(Protocol):
-    """How the tokens of a forward pass attend to each other.
-
-    One that has `wanted` (a tensor of positions, ascending) says which are read from the last layer.
-    """
+    """How the tokens of a forward pass attend to each other."""
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of one layer.
@@ -102,11 +99,9 @@ class Segments:
 
     Args:
         spans: where the groups are.
-        wanted: positions that are read from the last layer, ascending; None for all.
     """
 
-    def __init__(self, spans: Sequence[Span], wanted: Tensor | None = None) -> None:
-        self.wanted = wanted
+    def __init__(self, spans: Sequence[Span]) -> None:
         self.pieces: list[tuple[slice, list[slice]]] = []
         for span in spans:
             ends = [span.start + span.trunk]
@@ -200,13 +195,11 @@ class FlexPlan:
 
     Args:
         rows: in the varlen layout.
-        wanted: positions that are read from the last layer, ascending; None for all.
     """
 
-    def __init__(self, rows: Rows, wanted: Tensor | None = None) -> None:
+    def __init__(self, rows: Rows) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        self.wanted = wanted
         group, branch = rows.group_RL[0], rows.branch_RL[0]
         length = len(group)
 
@@ -265,8 +258,8 @@ def shortest_window(config: Any) -> int | None:
     return int(window) if window else None
 
 
-def plan_of(rows: Rows, wanted: Tensor | None = None) -> AttentionPlan:
-    """How the tokens of a varlen row attend to each other, of which `wanted` are read from the last layer."""
+def plan_of(rows: Rows) -> AttentionPlan:
+    """How the tokens of a varlen row attend to each other."""
     if rows.input_ids_RL.device.type == "cpu":
-        return Segments(rows.spans, wanted)
-    return FlexPlan(rows, wanted)
+        return Segments(rows.spans)
+    return FlexPlan(rows)

@@ -20,9 +20,6 @@ from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.private_api import attention_of, is_weight
 from alignlab.models.quantization import precision
 
-NARROW = 0.8
-"""Share of a row's tokens from which on its last layer is computed for all."""
-
 CRITIC = "critic"
 """The name of a critic's own adapter, beside "default"."""
 
@@ -36,13 +33,11 @@ class Features:
         eager_grad: the gradient of log-probs with respect to hidden states is made in the forward pass, while the
             logits are there, instead of from logits computed anew.
         fused_lora: a LoRA layer multiplies by base and adapter at once.
-        narrow_last: the last layer's MLP is computed only where it is read; on where the probe finds it exact.
     """
 
     segments: bool = True
     eager_grad: bool = True
     fused_lora: bool = True
-    narrow_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,29 +230,15 @@ class PackedModel(nn.Module):
         """Hidden states (·, D) at flat indices of `rows`, by name, from a single pass; none where none is asked for."""
         if not places:
             return {}
-        every = torch.cat(list(places.values()))
-        wanted: Tensor | None = None
-        if rows.layout == "varlen" and self.features.narrow_last and len(every) > 0:
-            unique, inverse = torch.unique(every, return_inverse=True)
-            if len(unique) < NARROW * rows.input_ids_RL.shape[1]:
-                wanted, every = unique, inverse
-        hidden = self._run(decoder, rows, wanted).last_hidden_state.flatten(0, 1)
-        if wanted is not None and len(hidden) != len(wanted):
-            raise RuntimeError(
-                f"features.narrow_last: the last layer of {type(decoder).__name__} computes all positions"
-            )
-        found = hidden[every].split([len(p) for p in places.values()])
+        hidden = self._run(decoder, rows).last_hidden_state.flatten(0, 1)
+        found = hidden[torch.cat(list(places.values()))].split([len(p) for p in places.values()])
         return dict(zip(places, found, strict=True))
 
-    def _run(self, module: Any, rows: Rows, wanted: Tensor | None = None) -> Any:
-        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise.
-
-        Args:
-            wanted: of a varlen row, the positions whose hidden states are put out, ascending; all by default.
-        """
+    def _run(self, module: Any, rows: Rows) -> Any:
+        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
         if rows.layout == "plain":  # padding comes last, where a causal model does not look: no mask is needed
             return module(input_ids=rows.input_ids_RL, use_cache=False)
-        plan = {PLAN: plan_of(rows, wanted)} if rows.layout == "varlen" else {}
+        plan = {PLAN: plan_of(rows)} if rows.layout == "varlen" else {}
         return module(
             input_ids=rows.input_ids_RL,
             position_ids=rows.position_RL,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from alignlab.core import Group, Response
 from alignlab.models.attention import refusal, shortest_window, use_plans
-from alignlab.models.last_layer import narrow_last_layer
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
 
@@ -23,20 +22,16 @@ first alone would pass wrong masks where attention contributes little, as in a m
 models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
 
-ROUNDING = {torch.bfloat16: 0.01, torch.float16: 0.002}
-"""Largest difference of hidden states put down to rounding, as a part of their norm; 1e-4 in full precision."""
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Largest difference of hidden states in this precision put down to rounding, as a part of their norm."""
-    return ROUNDING.get(dtype, 1e-4)
-
-
 FITS = 64
 """The longest sequence of the trial is shorter than this."""
 
 SHORT_WINDOW = 8
 """Sliding windows are shortened to this for the trial, so that its sequences go beyond them."""
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Largest difference of hidden states in this precision put down to rounding, as a part of their norm."""
+    return {torch.bfloat16: 0.01, torch.float16: 0.002}.get(dtype, 1e-4)
 
 
 def probe(model: PackedModel) -> None:
@@ -76,22 +71,6 @@ def probe(model: PackedModel) -> None:
     with torch.no_grad(), evaluating(model):
         if _takes_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
             model.layout = "varlen"
-            if _takes_narrow(model, groups):
-                model.features = replace(model.features, narrow_last=True)
-
-
-def _takes_narrow(model: PackedModel, groups: list[Group]) -> bool:
-    """Whether the last layer's hidden states are the same where it is computed for some positions alone."""
-    if not narrow_last_layer(model.decoder):
-        return False
-    rows = lay_out(groups, "varlen", model.pad_id).to(model.device)
-    wanted = torch.unique(rows.predict_T)
-    whole = model._run(model.decoder, rows).last_hidden_state[:, wanted].float()
-    try:
-        narrow = model._run(model.decoder, rows, wanted).last_hidden_state.float()
-    except (ValueError, TypeError, RuntimeError, AttributeError):
-        return False
-    return bool(narrow.shape == whole.shape and (narrow - whole).norm() <= rounding(model.dtype) * whole.norm())
 
 
 def _takes_varlen(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:
