@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignlab.build import section
+from alignlab.build import build_type, section
 from alignlab.config import compose, resolve
-from alignlab.core import Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
+from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
 from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
-from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.scoring import FunctionScorer
 from alignlab.training.distributed.processes import launched
 from alignlab.training.policy import Policy
@@ -42,7 +42,7 @@ Messages = list[dict[str, str]]
 def load(
     path: str | Path,
     *,
-    adapter: str | Mapping[str, Any] = "none",
+    adapter: str | Mapping[str, Any] | AdapterKind = "none",
     quantization: str | Mapping[str, Any] = "none",
     kind: ModelKind = "policy",
     labels: int = 1,
@@ -55,7 +55,7 @@ def load(
     Args:
         path: Hub id, folder of a model or an adapter, or the `model/` folder of a run.
         adapter: an option of the config group `adapter` ("none" trains the model's own weights, "lora" an adapter on
-            them), or settings of one: `{"r": 32}` is LoRA of rank 32.
+            them), settings of one (`{"r": 32}` is LoRA of rank 32), or an object such as `models.LoRA(r=32)`.
         quantization: an option of the config group `quantization` ("none", "nf4", "int8"), or its settings.
         kind: "policy" for a causal language model; "score" for reward models, "step" for process reward models.
         labels: outputs of a step head.
@@ -68,7 +68,9 @@ def load(
     """
     model = load_model(
         section(ModelSettings, {"path": str(path), **settings}, "model"),
-        section(AdapterSettings, _option("adapter", adapter, "lora"), "adapter"),
+        adapter
+        if isinstance(adapter, AdapterKind)
+        else build_type(AdapterKind, _option("adapter", adapter, "lora"), "adapter"),
         kind,
         labels=labels,
         quantization=section(QuantizationSettings, _option("quantization", quantization, "nf4"), "quantization"),
@@ -241,6 +243,8 @@ def _merge(config: dict[str, Any], name: str, values: Any) -> None:
 def _option(group: str, value: str | Mapping[str, Any], base: str) -> dict[str, Any]:
     """An option of a config group by name, or `base` with settings of one's own."""
     name = value if isinstance(value, str) else base
+    if not isinstance(value, str) and "_target_" in value:
+        return dict(value)
     config = _composed([f"{group}={name}"], None)[group]
     return dict(config) if isinstance(value, str) else {**config, **value}
 

@@ -18,7 +18,7 @@ from alignlab.config import compose, config_folder, locate, resolve
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings
 from alignlab.launch.slurm.settings import SlurmSettings
-from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings
+from alignlab.models import ModelSettings, QuantizationSettings
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.produce import ProduceSettings
 from alignlab.sweeps.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
@@ -39,7 +39,6 @@ SWEEPS: dict[str, type[Settings]] = {
 """Options of the groups of sweeps: each has a class of its own."""
 
 CLASSES: dict[str, type[Settings]] = {
-    "adapter": AdapterSettings,
     "data": DataSettings,
     "distributed": DistributedSettings,
     "model": ModelSettings,
@@ -90,7 +89,6 @@ def test_every_option_composes_in_every_command_that_has_its_group(path: Path) -
 
 
 FULL = {
-    "adapter": ["lora"],
     "data": ["base"],
     "distributed": ["ddp"],
     "quantization": ["nf4", "int8"],

@@ -18,6 +18,8 @@ from alignlab.core.group import Group
 if TYPE_CHECKING:
     from torch import nn
 
+    from alignlab.core.algorithm import ModelKind
+
 
 # ---------------------------------------------------------------------------------------------- scoring
 
@@ -298,14 +300,21 @@ class Tracker(Protocol):
 
 @runtime_checkable
 class AdapterKind(Protocol):
-    """What of a model is trained. Config: `adapter`."""
+    """What of a model is trained. Config: `adapter`. Only models that are trained get one."""
 
-    def apply(self, network: nn.Module, kind: str, trainable: bool) -> nn.Module:
+    @property
+    def trains_base(self) -> bool:
+        """Whether the model's own weights are trained, all or some. Then the whole model is saved, the reference is a
+        copy of it, `model.freeze` applies, and the base cannot be quantised. Else `apply` returns a PEFT model, the
+        adapter alone is saved, and the reference is the base with the adapter off, or with a frozen copy of it."""
+        ...
+
+    def apply(self, network: nn.Module, kind: ModelKind) -> nn.Module:
         """The network with something to train in it, and everything else frozen.
 
         Args:
+            network: a transformers model as loaded, its head new or not.
             kind: "policy", "score" or "step".
-            trainable: False where the model is only read.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 RENAMED = {
+    "adapter.kind": "adapter._target_, or adapter=lora, adapter=none",
     "adapter.rank": "adapter.r",
     "comparison.pairs.samples": "comparison.pairs.group_size",
     "data.format": "data.parser",

@@ -1,15 +1,19 @@
 """Models: base, adapters, heads, and the one forward pass."""
 
+from alignlab.models.adapters import FullFineTuning, LoRA
+from alignlab.models.base import load_tokenizer
 from alignlab.models.heads import add_value_head
-from alignlab.models.load import check_adapter, load_model, load_tokenizer
-from alignlab.models.packed_model import InStep, PackedModel, evaluating
+from alignlab.models.load import check_adapter, load_model
+from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
-from alignlab.models.settings import AdapterSettings, ModelSettings, QuantizationSettings
+from alignlab.models.settings import ModelSettings, QuantizationSettings
 
 __all__ = [
-    "AdapterSettings",
+    "Features",
+    "FullFineTuning",
     "InStep",
+    "LoRA",
     "ModelSettings",
     "PackedModel",
     "QuantizationSettings",

@@ -8,6 +8,7 @@ their trunk and to themselves. Both pieces of a branch are joined by their log-s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from alignlab.core import Group
-from alignlab.models.packing import Rows, Span
+from alignlab.models import private_api
+from alignlab.models.packing import TRUNK, Rows, Span
 
 NAME = "alignlab"
 """What transformers knows our attention function by."""
@@ -27,15 +29,9 @@ PLAN = "attention_plan"
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """What some architectures ask of attention and plans do not do."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 
 class AttentionPlan(Protocol):
-    """How the tokens of a forward pass attend to each other.
-
-    One that has `wanted` (a tensor of positions, ascending) says which are read from the last layer.
-    """
+    """How the tokens of a forward pass attend to each other."""
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of one layer.
@@ -80,18 +76,22 @@ def attention(
 
 
 def use_plans(network: Any) -> bool:
-    """Let the attention layers of a transformers model take plans; False where it is not computed by SDPA."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    if network.config._attn_implementation == NAME:
+    """Let the attention layers of a transformers model take plans; False where it is not computed by SDPA, or where
+    `refusal` has a reason."""
+    if private_api.attention_of(network) == NAME:
         return True
-    if network.config._attn_implementation != "sdpa":
+    if private_api.attention_of(network) != "sdpa" or refusal(network) is not None:
         return False
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    private_api.register_attention(NAME, attention)
     network.set_attn_implementation(NAME)
     return True
+
+
+def refusal(network: Any) -> str | None:
+    """Why attention by plans is not to be had from the libraries installed here; None where it is."""
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    needs = ["attention of transformers", *(["attention on CPUs"] if on_cpu else [])]
+    return next((found for name in needs if (found := private_api.problem(name))), None)
 
 
 class Segments:
@@ -99,11 +99,9 @@ class Segments:
 
     Args:
         spans: where the groups are.
-        wanted: positions that are read from the last layer, ascending; None for all.
     """
 
-    def __init__(self, spans: Sequence[Span], wanted: Tensor | None = None) -> None:
-        self.wanted = wanted
+    def __init__(self, spans: Sequence[Span]) -> None:
         self.pieces: list[tuple[slice, list[slice]]] = []
         for span in spans:
             ends = [span.start + span.trunk]
@@ -136,7 +134,7 @@ class _SegmentAttention(torch.autograd.Function):
 
         def piece(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor]:
             """Output (1, L, H, d) and log-sum-exp (1, L, H) of queries `q` over keys `k`."""
-            found, sums = _forward(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, causal, scale=scaling)
+            found, sums = private_api.cpu_attention(query[:, :, q], key[:, :, k], value[:, :, k], causal, scaling)
             return found.transpose(1, 2), sums.transpose(1, 2)
 
         for trunk, branches in pieces:
@@ -158,12 +156,11 @@ class _SegmentAttention(torch.autograd.Function):
         grad, out, lse = grad.transpose(1, 2), out.transpose(1, 2), lse.transpose(1, 2)
 
         def piece(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            found: tuple[Tensor, Tensor, Tensor] = _backward(
+            return private_api.cpu_attention_backward(
                 *(grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], lse[:, :, q]),
-                *(0.0, causal),
-                scale=ctx.scaling,
+                causal,
+                ctx.scaling,
             )
-            return found
 
         # Probabilities come from the joint log-sum-exp, so that each piece yields its part of the gradient.
         for trunk, branches in ctx.pieces:
@@ -192,6 +189,51 @@ def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     lse.copy_(total)
 
 
+class FlexPlan:
+    """The plan of a varlen row on a GPU: FlexAttention (Dong et al. 2024, arXiv:2412.05496), whose block mask skips the
+    blocks in which no token sees another.
+
+    Args:
+        rows: in the varlen layout.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        group, branch = rows.group_RL[0], rows.branch_RL[0]
+        length = len(group)
+
+        def allowed(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = (branch[k] == TRUNK) | (branch[q] == branch[k])
+            return (q >= k) & (group[q] == group[k]) & same
+
+        make = _compiled_mask() if group.device.type == "cuda" else create_block_mask
+        self.mask = make(allowed, None, None, length, length, device=group.device)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compute: Any = _compiled_attention() if query.device.type == "cuda" else flex_attention
+        shared = query.shape[1] != key.shape[1]
+        found: Tensor = compute(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=shared)
+        return found.transpose(1, 2).contiguous()
+
+
+@cache
+def _compiled_attention() -> Any:
+    """Uncompiled, FlexAttention makes the whole matrix of scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _compiled_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True)
+
+
 CALL_PAIRS = 256
 """What a call to the kernel costs, in pairs of tokens that a mask makes it look at for nothing (per head)."""
 
@@ -216,10 +258,8 @@ def shortest_window(config: Any) -> int | None:
     return int(window) if window else None
 
 
-def plan_of(rows: Rows, wanted: Tensor | None = None) -> AttentionPlan:
-    """How the tokens of a flat row attend to each other, of which `wanted` are read from the last layer."""
+def plan_of(rows: Rows) -> AttentionPlan:
+    """How the tokens of a varlen row attend to each other."""
     if rows.input_ids_RL.device.type == "cpu":
-        return Segments(rows.spans, wanted)
-    from alignlab.models.flex import FlexPlan
-
-    return FlexPlan(rows, wanted)
+        return Segments(rows.spans)
+    return FlexPlan(rows)

@@ -89,8 +89,7 @@ def _load_value_head(model: PackedModel, folder: Path) -> None:
         weights = load_file(folder / CRITIC / "model.safetensors")
         model.critic_decoder.load_state_dict(weights)
     elif model.critic == "own":
-        from peft import set_peft_model_state_dict
-        from peft.utils.save_and_load import load_peft_weights
+        from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(model.network, load_peft_weights(str(folder / CRITIC)), adapter_name=CRITIC)
 

@@ -1,40 +1,36 @@
-"""From a Hub id or folder to a model that can be trained: precision, adapters, freezing, heads, the probe."""
+"""From a Hub id or folder to a model that can be trained: adapters, freezing, heads, the probe."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from alignlab.core import ConfigError, ModelKind
+from alignlab.core import AdapterKind, ConfigError, ModelKind
 from alignlab.core.memory import keep_freed_memory
-from alignlab.models.features import Features
+from alignlab.models import private_api
+from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use, saved_adapter
+from alignlab.models.base import LOADING_ERRORS, cannot_load, load_base, load_tokenizer, remove_dropout, set_pad
 from alignlab.models.heads import add_language_head
-from alignlab.models.packed_model import PackedModel
-from alignlab.models.probe import probe
+from alignlab.models.packed_model import Features, PackedModel, evaluating
+from alignlab.models.probe import probe, rounding
 from alignlab.models.quantization import (
-    check_head,
-    check_rows,
+    BITSANDBYTES,
     difference_note,
-    loading_options,
+    name_of,
     quantization_of,
-    same_in_training_and_evaluation,
 )
-from alignlab.models.settings import AdapterSettings, ModelSettings, QuantizationSettings
+from alignlab.models.settings import ModelSettings, QuantizationSettings
 
-TASK = {"policy": "CAUSAL_LM", "score": "SEQ_CLS", "step": "TOKEN_CLS"}
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_model(
     settings: ModelSettings,
-    adapter: AdapterSettings | None = None,
+    adapter: AdapterKind | None = None,
     kind: ModelKind = "policy",
     *,
     trainable: bool = True,
@@ -48,11 +44,11 @@ def load_model(
 
     Args:
         settings: which model; `path` may be a full model or a PEFT adapter, whose base is then loaded under it.
-        adapter: the adapter to train; None or kind "none" trains the model's own weights. Where `path` is itself an
-            adapter it is trained further (kind "lora") or merged into its base (kind "none").
+        adapter: what is trained; None: the model's own weights. Where `path` is itself an adapter, it is trained
+            further, or merged into its base by a kind that trains the base.
         kind: "policy" (causal language model), "score" (sequence classifier with one output: a head is made where
             the model has none) or "step" (token classifier with `labels` outputs).
-        trainable: whether weights get gradients.
+        trainable: whether weights get gradients; a model that is only read gets no new adapter.
         labels: outputs of a step head.
         language_head: keep the language head of the model beside a new score head, held fixed.
         quantization: how the base is held; it is trained through an adapter only.
@@ -66,282 +62,160 @@ def load_model(
     torch.manual_seed(seed)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    adapter, quantization = adapter or AdapterSettings(), quantization or QuantizationSettings()
+    adapter, quantization = adapter or FullFineTuning(), quantization or QuantizationSettings()
     if trainable:
         check_adapter(quantization, adapter)
     tokenizer = load_tokenizer(settings)
-    saved_adapter = _adapter_config(settings.path)
-    network = _load_network(settings, quantization, saved_adapter, kind, labels, trainable, device)
-    if trainable and adapter.kind == "none" and quantization_of(network) is not None:
+    saved = saved_adapter(settings.path)
+
+    network = load_base(settings, quantization, saved, kind, labels, trainable, device)
+    if trainable and adapter.trains_base and quantization_of(network) is not None:
         raise ConfigError(
             f"adapter=none: model.path={settings.path!r} is quantised and stays as it is: give adapter=lora"
         )
-    _set_pad(network, tokenizer, kind)
+    set_pad(network, tokenizer, kind)
     if not settings.dropout:
-        _remove_dropout(network)
-    if saved_adapter is not None:
-        network = _apply_saved_adapter(network, settings, adapter, kind, trainable)
-    elif adapter.kind == "lora" and trainable:
-        network = _new_adapter(network, adapter, kind)
+        remove_dropout(network)
+    notes = _same_in_every_mode(network)
+    if saved is not None:
+        network, found = _with_saved_adapter(network, settings, adapter, kind, trainable)
+        notes += found
+    if trainable and (saved is None or adapter.trains_base):
+        network = _with_new_adapter(network, adapter, kind)
+
     model = PackedModel(network, tokenizer, kind).to(device)
     model.source, model.dropout, model.features = settings.path, settings.dropout, Features()
-    model.fresh_adapter = saved_adapter is None and adapter.kind == "lora" and trainable
-    if saved_adapter is not None:
-        model.notes += _notes_on_saved_adapter(network, settings, adapter, trainable)
+    model.notes += notes
     if model.max_length:  # many tokenizers name no limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_length)
-    if not trainable:
-        model.requires_grad_(False)
-    elif adapter.kind == "none":
-        _freeze(model, settings)
-    elif settings.freeze or settings.freeze_layers:
-        raise ConfigError(
-            "model.freeze: with an adapter all of the model's own weights stay as they are: see adapter.targets"
-        )
-    if settings.gradient_checkpointing and trainable:
-        model.base.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapter.kind == "lora":
-            model.base.enable_input_require_grads()
+    _choose_trained(model, settings, adapter, trainable)
     if settings.layout == "auto":
         probe(model)
     else:
         model.layout = settings.layout
+    model.fresh_adapter = trainable and saved is None and not adapter.trains_base and _changes_nothing_yet(model)
     if language_head:
-        causal = _load_network(settings, quantization, saved_adapter, "policy", 1, False, device)
+        causal = load_base(settings, quantization, saved, "policy", 1, False, device)
         add_language_head(model, causal)
     return model
 
 
-def check_adapter(quantization: QuantizationSettings, adapter: AdapterSettings) -> None:
+def check_adapter(quantization: QuantizationSettings, adapter: AdapterKind) -> None:
     """Raise ConfigError where a quantised base would have to be trained itself."""
-    if quantization.kind != "none" and adapter.kind == "none":
+    if quantization.kind != "none" and adapter.trains_base:
         raise ConfigError(
             f"quantization={quantization.kind}: weights in so few bits cannot be trained: give adapter=lora, which "
             "trains an adapter on them, or quantization=none"
         )
 
 
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer, or the one named by `tokenizer`."""
-    from transformers import AutoTokenizer
-
-    path = settings.tokenizer or settings.path
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        key = "model.tokenizer" if settings.tokenizer else "model.path"
-        raise _cannot_load(key, path, "no tokenizer in it; name another by model.tokenizer", error) from error
+def _same_in_every_mode(network: Any) -> list[str]:
+    """Have a base in 4 or 8 bits compute the same with and without gradients; what to say where that cannot be had."""
+    config = quantization_of(network)
+    if config is None or name_of(config) not in BITSANDBYTES:
+        return []
+    if refused := private_api.problem("quantised layers"):
+        return [refused]
+    private_api.same_in_training_and_evaluation(network)
+    return []
 
 
-def resolve_dtype(name: str) -> Any:
-    """torch dtype for a setting; "auto" is what the model was saved in, for transformers to find out."""
-    return "auto" if name == "auto" else getattr(torch, name)
-
-
-def _load_network(
-    settings: ModelSettings,
-    quantization: QuantizationSettings,
-    saved_adapter: dict[str, Any] | None,
-    kind: ModelKind,
-    labels: int,
-    trainable: bool,
-    device: torch.device | str,
-) -> Any:
-    import transformers
-
-    path = settings.path
-    if saved_adapter is not None:
-        path = str(saved_adapter["base_model_name_or_path"])
-    options: dict[str, Any] = {
-        "revision": settings.revision if saved_adapter is None else None,
-        "dtype": resolve_dtype(settings.dtype),
-        "attn_implementation": settings.attention,
-        "trust_remote_code": settings.trust_remote_code,
-        **loading_options(settings, quantization, path, kind, device),
-    }
-    if kind == "policy":
-        auto = transformers.AutoModelForCausalLM
-    elif kind == "score":
-        auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, 1
-    else:
-        auto, options["num_labels"] = transformers.AutoModelForTokenClassification, labels
-    if "config" in options and "num_labels" in options:  # transformers reads it into configs that it makes itself
-        options["config"].num_labels = options.pop("num_labels")
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a new head is expected, not news
-    transformers.logging.disable_progress_bar()
-    try:
-        network, missing = _from_pretrained(auto, path, options)
-    except LOADING_ERRORS as error:
-        base = "" if saved_adapter is None else f"{path!r}, the base of this adapter, "
-        raise _cannot_load("model.path", settings.path, f"{base}cannot be loaded as a {kind} model", error) from error
-    finally:
-        transformers.logging.set_verbosity(level)
-    # Only a head that will be trained, or comes with the adapter, may be new: elsewhere it would be noise.
-    new = ("score.", "classifier.") if kind != "policy" and (trainable or saved_adapter is not None) else ()
-    lost = sorted(name for name in missing if not name.startswith(new))
-    if lost:
-        raise ConfigError(
-            f"model.path={settings.path!r}: not a {kind} model: it has no weights for {', '.join(lost[:3])}"
-            + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        )
-    if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
-        network = network.float()  # CPUs train half precision slowly and badly
-    if kind != "policy":
-        head = network.score if hasattr(network, "score") else network.classifier
-        check_head(head, settings.path)
-        head.to(torch.promote_types(network.dtype, torch.float32))
-    check_rows(network, settings.path)
-    same_in_training_and_evaluation(network)
-    return network
-
-
-def _cannot_load(key: str, path: str, problem: str, error: BaseException) -> ConfigError:
-    """The one line to say so: a path that is no folder is a slip, unless it can be a Hub id."""
-    if not Path(path).exists():
-        if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", path):
-            return ConfigError(f"{key}={path!r}: there is no such folder")
-        problem = "there is no such folder, nor can it be had from the Hub"
-    return ConfigError(f"{key}={path!r}: {problem}: {_first_line(error)}")
-
-
-def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """The network, and the names of the parameters that `path` has no weights for."""
-    try:
-        network, found = auto.from_pretrained(path, output_loading_info=True, **options)
-    except ValueError as error:
-        if "attn_implementation" not in str(error) and "attention" not in str(error).lower():
-            raise
-        return _from_pretrained(auto, path, {**options, "attn_implementation": "eager"})
-    return network, set(found["missing_keys"])
-
-
-def _adapter_config(path: str) -> dict[str, Any] | None:
-    """The PEFT config in `path`, where it holds an adapter rather than a model."""
-    file = Path(path) / "adapter_config.json"
-    return dict(json.loads(file.read_text())) if file.exists() else None
-
-
-def _apply_saved_adapter(
-    network: Any, settings: ModelSettings, adapter: AdapterSettings, kind: ModelKind, trainable: bool
-) -> Any:
+def _with_saved_adapter(
+    network: Any, settings: ModelSettings, adapter: AdapterKind, kind: ModelKind, trainable: bool
+) -> tuple[Any, list[str]]:
+    """The network with the PEFT adapter in `path` on it, or merged into it where the base is trained; and notes."""
     from peft import PeftConfig, PeftModel
 
-    task = PeftConfig.from_pretrained(settings.path).task_type
-    if task == TASK["policy"] and kind != "policy" and trainable and adapter.kind == "none":
-        return _with_trunk_of(network, settings)
+    path, merges = settings.path, trainable and adapter.trains_base
+    task = PeftConfig.from_pretrained(path).task_type
+    note = difference_note(path, network)
+    notes = [note] if note else []
+    if task == TASK["policy"] and kind != "policy" and merges:
+        return _with_trunk_of(network, settings), notes
     if task != TASK[kind]:
         raise ConfigError(
-            f"model.path={settings.path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
+            f"model.path={path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
             "train from a model saved with training.save_model=merged"
         )
     try:
-        network = PeftModel.from_pretrained(network, settings.path, is_trainable=trainable and adapter.kind == "lora")
+        network = PeftModel.from_pretrained(network, path, is_trainable=trainable and not merges)
     except LOADING_ERRORS as error:
-        raise _cannot_load("model.path", settings.path, "the adapter cannot be loaded", error) from error
-    if trainable and adapter.kind == "none":
-        return network.merge_and_unload().requires_grad_(True)
+        raise cannot_load("model.path", path, "the adapter cannot be loaded", error) from error
+    if merges:
+        return network.merge_and_unload().requires_grad_(True), notes
     if trainable:
-        _set_dropout(network, adapter.dropout)
-    return network
-
-
-def _set_dropout(network: Any, p: float) -> None:
-    """Dropout on the inputs of a saved adapter: a matter of this run, not of the adapter."""
-    network.peft_config["default"].lora_dropout = p
-    for module in network.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = nn.Dropout(p) if p else nn.Identity()
-
-
-def _notes_on_saved_adapter(
-    network: Any, settings: ModelSettings, adapter: AdapterSettings, trainable: bool
-) -> list[str]:
-    """Where an adapter that goes on is not what the settings say."""
-    found = [difference_note(settings.path, network)]
-    if trainable and adapter.kind == "lora":
-        saved = network.peft_config["default"]
-        given: dict[str, tuple[Any, Any]] = {
-            "r": (adapter.r, saved.r),
-            "alpha": (adapter.alpha, saved.lora_alpha),
-            "rslora": (adapter.rslora, saved.use_rslora),
-        }
-        if isinstance(adapter.targets, list):
-            given["targets"] = (sorted(adapter.targets), sorted(saved.target_modules))
-        other = ", ".join(f"adapter.{k}={theirs} (not {ours})" for k, (ours, theirs) in given.items() if ours != theirs)
-        found.append(f"the adapter in {settings.path} goes on as it was saved: {other}" if other else None)
-    return [note for note in found if note]
+        asked = f"the adapter in {path} goes on as it was saved: the settings of `adapter` are not applied to it"
+        notes += adapter.resume(network, path) if isinstance(adapter, Resumes) else [asked]
+    return network, notes
 
 
 def _with_trunk_of(network: Any, settings: ModelSettings) -> Any:
-    """A classifier whose trunk is that of a language model's adapter folded into its base. (A new adapter on it would
-    name the bare base as its own: that is why only full fine-tuning starts from such a folder.)"""
+    """A classifier whose trunk is that of a language model's adapter merged into its base. (A new adapter on it would
+    name the bare base as its own: only a kind that trains the base can start from such a folder.)"""
     policy = load_model(settings.model_copy(update={"layout": "plain"}), kind="policy", trainable=True)
     prefix = network.base_model_prefix
     getattr(network, prefix).load_state_dict(getattr(policy.base, prefix).state_dict())
     return network
 
 
-def _new_adapter(network: Any, adapter: AdapterSettings, kind: ModelKind) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _with_new_adapter(base: Any, adapter: AdapterKind, kind: ModelKind) -> Any:
+    """The network with something to train in it. The adapter may be anyone's: what could not be saved, loaded again
+    or read by the forward pass is refused."""
+    name, before = type(adapter).__name__, {n for n, _ in base.named_parameters()}
+    network: Any = adapter.apply(base, kind)
+    if not hasattr(network, "named_parameters"):
+        raise ConfigError(f"adapter: {name}.apply must return the network, not {type(network).__name__}")
+    if hasattr(network, "peft_config"):
+        config = network.peft_config["default"]
+        if config.is_prompt_learning:
+            raise ConfigError(f"adapter: {name} puts tokens before the prompt, which packed rows have no place for")
+        local = Path(str(network.config.name_or_path))
+        if local.exists():  # so that the adapter finds its base from any working folder
+            config.base_model_name_or_path = str(local.resolve())
+    elif not adapter.trains_base:
+        raise ConfigError(f"adapter: {name} says that it does not train the base, and returns no PEFT model")
+    elif new := sorted({n for n, _ in network.named_parameters()} - before):
+        raise ConfigError(
+            f"adapter: {name} adds {', '.join(new[:3])} to the model, which transformers could not load again: add "
+            "weights through a PEFT model"
+        )
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ConfigError(f"adapter: {name} leaves nothing to train")
+    return network
 
-    config = LoraConfig(
-        task_type=TASK[kind],
-        r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
-        exclude_modules=None if kind == "policy" else ["score", "classifier"],  # heads are trained whole
-        use_rslora=adapter.rslora,
-    )
-    try:
-        peft = get_peft_model(network, config)
-    except ValueError as error:
-        raise ConfigError(f"adapter.targets={adapter.targets!r}: {_first_line(error)}") from error
-    local = Path(str(network.config.name_or_path))
-    if local.exists():  # so that the adapter finds its base from any working folder
-        peft.peft_config["default"].base_model_name_or_path = str(local.resolve())
-    return peft
+
+def _choose_trained(model: PackedModel, settings: ModelSettings, adapter: AdapterKind, trainable: bool) -> None:
+    """Which weights get gradients, beyond what the adapter left so, and whether activations are recomputed."""
+    if not trainable:
+        model.requires_grad_(False)
+    elif adapter.trains_base:
+        freeze(model, settings)
+    elif settings.freeze or settings.freeze_layers:
+        raise ConfigError(
+            "model.freeze: with an adapter all of the model's own weights stay as they are: see adapter.targets"
+        )
+    if settings.gradient_checkpointing and trainable:
+        model.base.gradient_checkpointing_enable({"use_reentrant": False})
+        if not adapter.trains_base:
+            model.base.enable_input_require_grads()
 
 
-def _set_pad(network: Any, tokenizer: Any, kind: ModelKind) -> None:
-    """Give model and tokenizer a pad token that is not the end token.
+def _changes_nothing_yet(model: PackedModel) -> bool:
+    """Whether the policy with its new adapter is its base, so that a reference is had by turning the adapter off."""
+    ids = torch.arange(8, device=model.device)[None] % int(model.config.vocab_size)
+    with torch.no_grad(), evaluating(model):
+        with_it = model.decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+        with adapter_in_use(model.network, None):
+            without = model.decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+    return bool((with_it - without).norm() <= rounding(model.dtype) * without.norm())
 
-    Transformers' sequence classifiers look for the last token that is not padding: padding that is also the end
-    token would make them skip the end of every response. One that a classifier's config already names stays all the
-    same, since plain transformers will go by it: an adapter cannot change its base's config.
+
+def freeze(model: PackedModel, settings: ModelSettings) -> None:
+    """Hold still what `model.freeze` and `model.freeze_layers` name.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, there are fewer layers, or nothing is left to train.
     """
-    config = network.config.get_text_config()
-    named = config.pad_token_id
-    if kind == "score" and named is not None and 0 <= named < len(tokenizer):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
-    elif tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        for token in (tokenizer.unk_token, tokenizer.bos_token):
-            if token is not None and token != tokenizer.eos_token:
-                tokenizer.pad_token = token
-                break
-        else:
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-    config.pad_token_id = tokenizer.pad_token_id
-    network.config.pad_token_id = tokenizer.pad_token_id
-    if getattr(network, "generation_config", None) is not None:
-        network.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def _remove_dropout(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # OPT's `dropout` and `layerdrop`, Bloom's `hidden_dropout`, …
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _freeze(model: PackedModel, settings: ModelSettings) -> None:
-    """Full fine-tuning with some weights held still."""
     patterns = [re.compile(p) for p in settings.freeze]
     names = [n for n, _ in model.network.named_parameters()]
     for pattern in patterns:
@@ -365,7 +239,3 @@ def _freeze(model: PackedModel, settings: ModelSettings) -> None:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("model.freeze: nothing is left to train")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -14,7 +14,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from alignlab.models.products import is_weight, linear
+from alignlab.models.private_api import become, is_weight, problem
+from alignlab.models.products import linear
 
 
 class FusedLinear(Linear):
@@ -72,13 +73,20 @@ class FusedLinear(Linear):
                 self.held = torch.addmm(base, b, a, alpha=self.scaling[name])
 
 
-def fuse(network: nn.Module, on: bool = True) -> None:
-    """Let the LoRA layers of a PEFT network use the fused product, or PEFT's own again."""
+def fuse(network: nn.Module, on: bool = True) -> str | None:
+    """Let the LoRA layers of a PEFT network use the fused product, or PEFT's own again.
+
+    Returns:
+        Why they cannot, with the PEFT that is installed here; None where they can.
+    """
+    if on and (refused := problem("LoRA layers")):
+        return refused
     for module in network.modules():
         if type(module) is Linear:
-            module.__class__ = FusedLinear
+            become(module, FusedLinear)
         if isinstance(module, FusedLinear):
             module.fused, module.held = on, None
+    return None
 
 
 @contextmanager

@@ -15,18 +15,29 @@ from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.core.memory import in_halves
 from alignlab.models.adapters import adapter_in_use
 from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
-from alignlab.models.features import Features
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
-from alignlab.models.norms import fuse_norms
 from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
-from alignlab.models.products import is_weight
+from alignlab.models.private_api import attention_of, is_weight
 from alignlab.models.quantization import precision
-
-NARROW = 0.8
-"""Share of a row's tokens from which on its last layer is computed for all."""
 
 CRITIC = "critic"
 """The name of a critic's own adapter, beside "default"."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What makes the forward pass fast. Each can be turned off, and none changes a result beyond rounding.
+
+    Attributes:
+        segments: attention goes over the segments of a row without padding, instead of through a mask of all pairs.
+        eager_grad: the gradient of log-probs with respect to hidden states is made in the forward pass, while the
+            logits are there, instead of from logits computed anew.
+        fused_lora: a LoRA layer multiplies by base and adapter at once.
+    """
+
+    segments: bool = True
+    eager_grad: bool = True
+    fused_lora: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class PackedModel(nn.Module):
         network: the transformers model, or the PEFT model around it.
         tokenizer: its tokenizer.
         kind: "policy", "score" or "step".
-        layout: "flat", "packed" where attention must go through a mask, or "plain" where the probe found that the
+        layout: "varlen", "packed" where attention must go through a mask, or "plain" where the probe found that the
             model cannot be packed exactly.
         features: what makes it fast; on from `load_model` on.
         dropout: whether it keeps its own dropout in training.
@@ -62,7 +73,7 @@ class PackedModel(nn.Module):
         value_head, critic, critic_decoder: a policy's critic; see `heads.add_value_head`.
         language_head: a score model's; see `heads.add_language_head`.
         source: the folder or Hub id it was loaded from.
-        fresh_adapter: whether its adapter is new and untrained, so that it still equals its base.
+        fresh_adapter: whether its adapter is new and changes nothing yet: the reference is then the base.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -93,8 +104,9 @@ class PackedModel(nn.Module):
         if hasattr(self.network, "peft_config"):
             from alignlab.models.lora import fuse  # with PEFT, which takes a second
 
-            fuse(self.network, features.fused_lora)
-        fuse_norms(self, features.fused_norms)  # of a critic of its own, too
+            refused = fuse(self.network, features.fused_lora)
+            if refused and refused not in self.notes:
+                self.notes.append(refused)
 
     @property
     def base(self) -> Any:
@@ -148,13 +160,13 @@ class PackedModel(nn.Module):
         return micro_batches(groups, max_tokens_per_microbatch, self._layout_for(groups))
 
     def _layout_for(self, groups: Sequence[Group]) -> Layout:
-        """Flat rows where the model takes them and pieces are large enough to be worth a call to the kernel each."""
-        if self.layout != "flat":
+        """Varlen rows where the model takes them and pieces are large enough to be worth a call to the kernel each."""
+        if self.layout != "varlen":
             return self.layout
         longest = max((len(g.prompt_ids) + len(r.token_ids) for g in groups for r in g.responses), default=0)
         limit = shortest_window(self.config)
         within = limit is None or longest <= limit
-        return "flat" if self.features.segments and within and worthwhile(groups, self.device) else "packed"
+        return "varlen" if self.features.segments and within and worthwhile(groups, self.device) else "packed"
 
     def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> dict[str, Tensor]:
         """The values of `core.Outputs` for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.
@@ -218,29 +230,15 @@ class PackedModel(nn.Module):
         """Hidden states (·, D) at flat indices of `rows`, by name, from a single pass; none where none is asked for."""
         if not places:
             return {}
-        every = torch.cat(list(places.values()))
-        wanted: Tensor | None = None
-        if rows.layout == "flat" and self.features.narrow_last and len(every) > 0:
-            unique, inverse = torch.unique(every, return_inverse=True)
-            if len(unique) < NARROW * rows.input_ids_RL.shape[1]:
-                wanted, every = unique, inverse
-        hidden = self._run(decoder, rows, wanted).last_hidden_state.flatten(0, 1)
-        if wanted is not None and len(hidden) != len(wanted):
-            raise RuntimeError(
-                f"features.narrow_last: the last layer of {type(decoder).__name__} computes all positions"
-            )
-        found = hidden[every].split([len(p) for p in places.values()])
+        hidden = self._run(decoder, rows).last_hidden_state.flatten(0, 1)
+        found = hidden[torch.cat(list(places.values()))].split([len(p) for p in places.values()])
         return dict(zip(places, found, strict=True))
 
-    def _run(self, module: Any, rows: Rows, wanted: Tensor | None = None) -> Any:
-        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise.
-
-        Args:
-            wanted: of a flat row, the positions whose hidden states are put out, ascending; all by default.
-        """
+    def _run(self, module: Any, rows: Rows) -> Any:
+        """Call a transformers module on rows: with a mask of our own when packed, plainly otherwise."""
         if rows.layout == "plain":  # padding comes last, where a causal model does not look: no mask is needed
             return module(input_ids=rows.input_ids_RL, use_cache=False)
-        plan = {PLAN: plan_of(rows, wanted)} if rows.layout == "flat" else {}
+        plan = {PLAN: plan_of(rows)} if rows.layout == "varlen" else {}
         return module(
             input_ids=rows.input_ids_RL,
             position_ids=rows.position_RL,
@@ -259,10 +257,10 @@ class PackedModel(nn.Module):
             )
 
         def build(limit: int | None) -> Tensor:
-            if rows.layout == "flat":  # has four axes, so that transformers makes none of its own
+            if rows.layout == "varlen":  # has four axes, so that transformers makes none of its own
                 return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.input_ids_RL.device)
             allowed = rows.attention(limit)
-            if self.config._attn_implementation == "eager":  # adds the mask to the scores
+            if attention_of(self.base) == "eager":  # adds the mask to the scores
                 dtype = self.base.dtype
                 return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
             return allowed

@@ -1,10 +1,13 @@
-"""Groups laid out in rows of tokens, trunk and branches: each prompt once, then its responses.
+"""Shared-prefix packing: groups laid out in rows of tokens, each prompt once (the trunk), then its responses (the
+branches).
 
-A token attends to its own prompt and to the earlier tokens of its own response, never to a sibling; positions
-restart at the end of the prompt for each response; the first token of each response is predicted from the last
-token of the prompt. A group costs P + sum(C) tokens instead of K·P + sum(C). In the `flat` layout all groups follow
-each other in one row without padding; in the `packed` one they share rows of equal length, behind a mask. Models that
-cannot be masked so (see `alignlab.models.probe`) get the `plain` layout: a right-padded row for each response.
+A token attends to its own prompt and to the earlier tokens of its own response, never to a sibling. Positions restart
+at the end of the prompt for each response. The first token of each response is predicted from the last token of the
+prompt. A group costs P + ΣC tokens instead of K·P + ΣC. There are three layouts:
+
+* `varlen`: all groups follow each other in one row of variable length, without padding and without a mask;
+* `packed`: groups share rows of equal length, behind a mask of all pairs;
+* `plain`: a right-padded row for each response, for models that cannot be masked so (see `alignlab.models.probe`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from alignlab.core import Group
 
-Layout = Literal["flat", "packed", "plain"]
+Layout = Literal["varlen", "packed", "plain"]
 
 PADDING = -1
 TRUNK = 0
@@ -28,7 +31,7 @@ TRUNK = 0
 
 @dataclass(frozen=True)
 class Span:
-    """Where a group is in a flat row: its trunk from `start`, then its branches, each as long as this."""
+    """Where a group is in a varlen row: its trunk from `start`, then its branches, each as long as this."""
 
     start: int
     trunk: int
@@ -48,7 +51,7 @@ class Rows:
         target_T: its token id.
         last_N: flat index of the last token of each response.
         layout: whether attention goes over `spans`, through the trunk-and-branches mask, or is plainly causal.
-        spans: of a flat row, the groups in it.
+        spans: of a varlen row, the groups in it.
     """
 
     input_ids_RL: Tensor
@@ -107,8 +110,8 @@ def micro_batches(
     its own: a group is never cut, since losses compare its responses.
     """
     costs = [group_cost(g, layout) for g in groups]
-    if layout == "flat":
-        return _fill_flat(costs, max_tokens_per_microbatch)
+    if layout == "varlen":
+        return _fill_varlen(costs, max_tokens_per_microbatch)
     order = sorted(range(len(groups)), key=lambda i: (-costs[i], i))
     batches: list[list[int]] = []
     free: list[int] = []  # room left in each row of the micro-batch being filled
@@ -130,7 +133,7 @@ def micro_batches(
     return batches
 
 
-def _fill_flat(costs: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:
+def _fill_varlen(costs: Sequence[int], max_tokens_per_microbatch: int) -> list[list[int]]:
     """Items in micro-batches of at most `max_tokens_per_microbatch`, about equally full: the longest first, each into
     the emptiest of as few micro-batches as there must be, or of one more where that fails."""
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
@@ -167,8 +170,8 @@ def lay_out(
     else:
         units = [(g, [k]) for g in groups for k in range(len(g.responses))]
     lengths = [len(g.prompt_ids) + sum(len(g.responses[k].token_ids) for k in ks) for g, ks in units]
-    row_length = max(1, sum(lengths)) if layout == "flat" else max(lengths, default=1)
-    if layout == "flat":
+    row_length = max(1, sum(lengths)) if layout == "varlen" else max(lengths, default=1)
+    if layout == "varlen":
         start = list(accumulate(lengths, initial=0))[:-1]
     else:
         start = _place(lengths, row_length, stack=layout == "packed")
@@ -222,7 +225,7 @@ def lay_out(
             Span(at, len(g.prompt_ids), tuple(len(r.token_ids) for r in g.responses))
             for (g, _), at in zip(units, start, strict=True)
         )
-        if layout == "flat"
+        if layout == "varlen"
         else (),
     )
 

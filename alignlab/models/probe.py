@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group, Response
-from alignlab.models.attention import shortest_window, use_plans
-from alignlab.models.last_layer import narrow_last_layer
+from alignlab.models.attention import refusal, shortest_window, use_plans
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
 
@@ -23,14 +22,16 @@ first alone would pass wrong masks where attention contributes little, as in a m
 models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
 
-ROUNDING = {torch.bfloat16: 0.01, torch.float16: 0.002}
-"""Largest difference of hidden states put down to rounding, as a part of their norm; 1e-4 in full precision."""
-
 FITS = 64
 """The longest sequence of the trial is shorter than this."""
 
 SHORT_WINDOW = 8
 """Sliding windows are shortened to this for the trial, so that its sequences go beyond them."""
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Largest difference of hidden states in this precision put down to rounding, as a part of their norm."""
+    return {torch.bfloat16: 0.01, torch.float16: 0.002}.get(dtype, 1e-4)
 
 
 def probe(model: PackedModel) -> None:
@@ -68,31 +69,15 @@ def probe(model: PackedModel) -> None:
         )
         return
     with torch.no_grad(), evaluating(model):
-        if _takes_flat(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
-            model.layout = "flat"
-            if _takes_narrow(model, groups):
-                model.features = replace(model.features, narrow_last=True)
+        if _takes_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
+            model.layout = "varlen"
 
 
-def _takes_narrow(model: PackedModel, groups: list[Group]) -> bool:
-    """Whether the last layer's hidden states are the same where it is computed for some positions alone."""
-    if not narrow_last_layer(model.decoder):
-        return False
-    rows = lay_out(groups, "flat", model.pad_id).to(model.device)
-    wanted = torch.unique(rows.predict_T)
-    whole = model._run(model.decoder, rows).last_hidden_state[:, wanted].float()
-    try:
-        narrow = model._run(model.decoder, rows, wanted).last_hidden_state.float()
-    except (ValueError, TypeError, RuntimeError, AttributeError):
-        return False
-    return bool(
-        narrow.shape == whole.shape and (narrow - whole).norm() <= ROUNDING.get(model.dtype, 1e-4) * whole.norm()
-    )
-
-
-def _takes_flat(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:
+def _takes_varlen(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:
     """Whether attention over the pieces of a row without padding is exact too, where no sliding window interferes."""
     window = shortest_window(model.config)
+    if refused := refusal(model.base):
+        model.notes.append(refused)
     if model.dropout or not use_plans(model.base) or (window or FITS) < FITS:
         return False
     expected = _one_by_one(model, groups)
@@ -100,7 +85,7 @@ def _takes_flat(model: PackedModel, groups: list[Group], limit: Callable[[float]
     def difference(rows: Rows) -> float:
         return _difference(model, rows, expected)
 
-    rows = lay_out(groups, "flat", model.pad_id).to(model.device)
+    rows = lay_out(groups, "varlen", model.pad_id).to(model.device)
     shared = replace(rows, spans=(Span(0, rows.input_ids_RL.shape[1], ()),))
     shared = replace(shared, group_RL=torch.zeros_like(rows.group_RL), branch_RL=torch.zeros_like(rows.branch_RL))
     return difference(rows) <= limit(difference(shared))

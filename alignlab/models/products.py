@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 WIDE = 512
 """Outputs from which on a product is worth a copy of its input, to have an even number of rows."""
-
-
-def is_weight(layer: Any) -> bool:
-    """Whether a layer is nothing but its weight and bias, which may be used without calling it."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def step(rows: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
 from alignlab.core.files import write_json
+from alignlab.models import private_api
 from alignlab.models.settings import ModelSettings, QuantizationSettings
 
 QUANTIZATION = "quantization.json"
@@ -161,37 +161,6 @@ def check_head(head: Any, path: str) -> None:
         )
 
 
-def same_in_training_and_evaluation(network: nn.Module) -> None:
-    """Have quantised layers compute the same with and without gradients. Left to itself, bitsandbytes would on CPUs
-
-    * with AVX512-BF16, once no gradient is wanted, repack a 4-bit layer's weights for a bfloat16 product that later has
-      no gradient (and fails where a row is shorter than a block);
-    * quantise the inputs of 8-bit layers in evaluation alone.
-
-    Log-probs from before an update, or of the reference, would then not be those that training sees: PPO's ratios
-    would not start at 1.
-    """
-    module: Any
-    for module in network.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        elif type(module).__name__ == "Linear8bitLt":
-            module.state.__class__ = _always_training()
-
-
-@cache
-def _always_training() -> type:
-    from bitsandbytes import MatmulLtState
-
-    class Training(MatmulLtState):
-        """State of an 8-bit layer whose products are always those of training."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, True if name == "is_training" else value)
-
-    return Training
-
-
 # ---------------------------------------------------------------------- beside an adapter
 
 
@@ -228,6 +197,8 @@ def plain_copy(network: Any) -> Any:
         raise ConfigError(
             f"training.save_model=merged: a base in {name_of(config)} cannot be dequantised here: save the adapter"
         )
+    if config is not None and (refused := private_api.problem("dequantising")):
+        raise ConfigError(f"training.save_model=merged: {refused}")
     network = copy.deepcopy(network)
     if config is None:
         return network
@@ -238,15 +209,14 @@ def plain_copy(network: Any) -> Any:
             network.set_submodule(name, _plain_layer(module, dtype))
     for module in network.modules():
         if hasattr(module, "base_layer") and type(module).__module__.endswith(".bnb"):
-            _plain_adapter(module)
+            private_api.plain_lora_layer(module)
     base.hf_quantizer.remove_quantization_config(base)
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
     return network
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    own = module._parameters.get("weight")  # an adapter's layer passes on that of the layer below it
-    return type(own).__name__ in ("Params4bit", "Int8Params")
+    return type(private_api.own_weight(module)).__name__ in ("Params4bit", "Int8Params")
 
 
 def _plain_layer(module: Any, dtype: torch.dtype) -> nn.Module:
@@ -282,12 +252,3 @@ def _dequantize_4bit(weight: torch.Tensor, state: Any) -> torch.Tensor:
 
     found: torch.Tensor = bnb.dequantize_4bit(weight.data, state)
     return found
-
-
-def _plain_adapter(module: Any) -> None:
-    """PEFT's layer for a quantised base becomes the one for a plain base: the former merges into 4 or 8 bits again."""
-    from peft.tuners.lora import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    module.__class__ = Linear
-    module.is_target_conv_1d_layer = module.fan_in_fan_out = isinstance(module.base_layer, Conv1D)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from alignlab.models.adapters import adapter_in_use, copy_adapter
+from alignlab.core import ConfigError
+from alignlab.models.adapters import adapter_in_use, belongs, copy_adapter, name_in
 from alignlab.models.packed_model import PackedModel
 
 NAME = "reference"
@@ -30,14 +31,25 @@ class Reference:
         policy: the policy, before its first update.
         fresh_adapter: whether its adapter is new, so that the policy still equals its base.
         moves: whether it will be refreshed: what it then needs is made at once, before the model may be divided.
+
+    Raises:
+        ConfigError: weights of the base are trained beside an adapter, so that turning it off gives no reference.
     """
 
     def __init__(self, policy: PackedModel, fresh_adapter: bool, moves: bool = False) -> None:
+        adapters = set(getattr(policy.network, "peft_config", ()))
+        beside = [
+            n for n, p in policy.network.named_parameters() if p.requires_grad and not adapters & set(n.split("."))
+        ]
+        if adapters and beside:
+            raise ConfigError(
+                f"adapter: {beside[0]} is trained beside the adapter and stays when that is off: there is no reference"
+            )
         self._policy = policy
         self._copy: PackedModel | None = None
         self._fresh = fresh_adapter
         self.refreshed = False
-        if not hasattr(policy.network, "peft_config"):
+        if not adapters:
             self._copy = copy.deepcopy(policy).requires_grad_(False).eval()
         elif not fresh_adapter:
             copy_adapter(policy.network, NAME, trained=False)
@@ -121,7 +133,7 @@ class Reference:
         if self._copy is not None:
             return dict(self._copy.network.named_parameters())
         named = self._policy.network.named_parameters()
-        return {n.replace(f".{NAME}.", ".default."): p for n, p in named if f".{NAME}." in n}
+        return {name_in(n, NAME, "default"): p for n, p in named if belongs(n, NAME)}
 
     def _current(self) -> dict[str, nn.Parameter]:
         return dict(self._policy.network.named_parameters())

@@ -1,4 +1,4 @@
-"""The `model`, `adapter` and `quantization` sections of the config."""
+"""The `model` and `quantization` sections of the config."""
 
 from __future__ import annotations
 
@@ -23,17 +23,6 @@ class ModelSettings(Settings):
     dropout: bool = False
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
-
-
-class AdapterSettings(Settings):
-    """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on the base model, or none: full fine-tuning."""
-
-    kind: Literal["none", "lora"] = "none"
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all-linear"
-    rslora: bool = False
 
 
 class QuantizationSettings(Settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignlab.core import Algorithm, ConfigError, ModelKind
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel
-from alignlab.models.adapters import copy_adapter
+from alignlab.core import AdapterKind, Algorithm, ConfigError, ModelKind
+from alignlab.models import ModelSettings, PackedModel
+from alignlab.models.adapters import copy_adapter, saved_adapter, shaped_like
+from alignlab.models.base import cannot_load, remove_dropout
 from alignlab.models.heads import add_language_head
-from alignlab.models.load import TASK, _cannot_load, _freeze, _new_adapter, _remove_dropout
+from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
 from alignlab.planning.few_bits import nf4_bytes, quantise
 
@@ -100,7 +100,7 @@ class Shapes:
         self,
         config: Any,
         settings: ModelSettings,
-        adapter: AdapterSettings,
+        adapter: AdapterKind,
         quantisation: str,
         algorithm: Algorithm,
         dtype: torch.dtype,
@@ -121,21 +121,24 @@ class Shapes:
         if quantisation != "none":
             quantise(network, quantisation, compute)
         if not settings.dropout:
-            _remove_dropout(network)
+            remove_dropout(network)
         self.base = sum(p.numel() for p in network.parameters())
         whole = sum(p.nbytes for p in network.parameters())
-        if adapter.kind == "lora":
+        if saved and not adapter.trains_base:
             with torch.device("meta"):
-                network = _with_adapter(network, adapter, kind, saved)
+                network = shaped_like(network, saved, kind)
+        else:
+            with torch.device("meta"):
+                network = adapter.apply(network, kind)
         model = PackedModel(network, None, kind)
-        if adapter.kind == "none":
-            _freeze(model, settings)
+        if adapter.trains_base:
+            freeze(model, settings)
         if settings.gradient_checkpointing:
             model.base.gradient_checkpointing_enable({"use_reentrant": False})
-            if adapter.kind == "lora":
+            if not adapter.trains_base:
                 model.base.enable_input_require_grads()
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.reference = 0.0 if not reference else whole if adapter.kind == "none" else trained if saved else 0.0
+        self.reference = 0.0 if not reference else whole if adapter.trains_base else trained if saved else 0.0
         if "value" in algorithm.reads:
             _add_value_head(model, algorithm.critic)
         if kind == "score" and "logp" in algorithm.reads:
@@ -258,15 +261,6 @@ def _add_value_head(model: PackedModel, critic: str) -> None:
     model.critic = critic  # type: ignore[assignment]
 
 
-def _with_adapter(network: Any, adapter: AdapterSettings, kind: ModelKind, saved: dict[str, Any] | None) -> Any:
-    if saved is None:
-        return _new_adapter(network, adapter, kind)
-    from peft import LoraConfig, get_peft_model
-
-    kept = {k: saved[k] for k in ("r", "lora_alpha", "target_modules", "modules_to_save", "bias") if k in saved}
-    return get_peft_model(network, LoraConfig(task_type=TASK[kind], **kept))
-
-
 def saved_dtype(config: Any, on_cpu: bool) -> torch.dtype:
     """What `model.dtype=auto` comes to: as saved; half precision becomes float32 on CPUs."""
     saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -313,14 +307,12 @@ def read_config(settings: ModelSettings) -> tuple[Any, dict[str, Any] | None]:
         return built, None
     if "/" not in path and not Path(path).exists() and (near := get_close_matches(path, BUILT_IN, n=1, cutoff=0.8)):
         raise ConfigError(f"model.path={path!r}: there is no such folder; did you mean '{near[0]}'?")
-    saved = None
-    file = Path(path) / "adapter_config.json"
-    if file.exists():
-        saved = dict(json.loads(file.read_text()))
+    saved = saved_adapter(path)
+    if saved is not None:
         path = str(saved["base_model_name_or_path"])
     try:
         revision = settings.revision if saved is None else None
         found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("model.path", path, "no model's config in it", error) from error
+        raise cannot_load("model.path", path, "no model's config in it", error) from error
     return found, saved

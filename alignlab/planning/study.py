@@ -12,7 +12,7 @@ import torch
 
 from alignlab.core import ConfigError
 from alignlab.core.memory import usual_tokens
-from alignlab.models import ModelSettings
+from alignlab.models import FullFineTuning, LoRA, ModelSettings
 from alignlab.planning.memory import Memory, Optimizer, Setting, device_memory, optimizer_of
 from alignlab.planning.settings import PlanSettings
 from alignlab.planning.shapes import Inventory, Shapes, bare_bytes, extrapolate, read_config, saved_dtype
@@ -87,7 +87,7 @@ class Study:
     def asked(self) -> Variant:
         """The variant that the config names."""
         c = self.checked
-        return Variant(c.adapter.kind, c.quantization.kind, c.model.gradient_checkpointing)
+        return Variant("none" if c.adapter.trains_base else "lora", c.quantization.kind, c.model.gradient_checkpointing)
 
     @property
     def asked_devices(self) -> int:
@@ -185,7 +185,9 @@ class Study:
         own = variant.adapter == "lora" and c.algorithm.critic == "own" and "value" in c.algorithm.reads
         if own and variant.checkpointing:
             raise ConfigError("model.gradient_checkpointing: not with an adapter and algorithm.critic=own")
-        adapter = c.adapter.model_copy(update={"kind": variant.adapter})
+        adapter = c.adapter
+        if (variant.adapter == "none") != adapter.trains_base:
+            adapter = FullFineTuning() if variant.adapter == "none" else LoRA()
         return Shapes(
             self.config,
             model,

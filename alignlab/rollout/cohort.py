@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from alignlab.models.private_api import cpu_attention
 from alignlab.rollout.batching import Space
 
 
@@ -68,7 +69,7 @@ class Cohort:
         return [self.lengths[prompt] for prompt in self.rows]
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """The prompts' own attention, one after the other in a flat row; see `AttentionPlan.attend`."""
+        """The prompts' own attention, one after the other in a varlen row; see `AttentionPlan.attend`."""
         key_, value_ = self._stacked(key[0]), self._stacked(value[0])
         own = (self.space.rows, key.shape[1], self.space.room)
         own_key, own_value = (torch.empty((*own, x.shape[-1]), dtype=x.dtype, device=x.device) for x in (key, value))
@@ -229,10 +230,7 @@ def _attend(
     if query.device.type != "cpu":
         return attend_by_scores(query, key, value, scaling, bias)
     bias = None if bias is None else bias.to(query.dtype)
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=bias, scale=scaling
-    )
-    return out, total
+    return cpu_attention(query, key, value, False, scaling, bias)
 
 
 def attend_by_scores(

@@ -107,7 +107,7 @@ class ContinuousDecoding:
         self._position_R = torch.tensor(places, dtype=torch.int64, device=self._device)
 
     def _run(self, plan: AttentionPlan, ids: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Logits after some of the tokens of a flat row, or after each."""
+        """Logits after some of the tokens of a varlen row, or after each."""
         trimmed = {"logits_to_keep": wanted} if self._trims and wanted is not None else {}
         given = {"position_ids": positions[None], "attention_mask": self._mask, "use_cache": False, PLAN: plan}
         logits: Tensor = self._network(input_ids=ids[None], **given, **trimmed).logits[0]

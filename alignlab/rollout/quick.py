@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignlab.models.products import is_weight, linear
+from alignlab.models.private_api import is_weight
+from alignlab.models.products import linear
 
 LARGE = 1 << 22
 """Numbers in a weight, from which on reading it is what a product with few rows waits for."""

@@ -15,6 +15,7 @@ import torch
 
 from alignlab.build import build, build_type, section
 from alignlab.core import (
+    AdapterKind,
     Algorithm,
     Callback,
     ConfigError,
@@ -30,7 +31,6 @@ from alignlab.core import (
 from alignlab.core.files import write_json
 from alignlab.data import DataSettings, Splits, load
 from alignlab.models import (
-    AdapterSettings,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
@@ -103,7 +103,7 @@ class RunConfig:
     distributed: DistributedSettings
     source: SourceSettings
     model: ModelSettings
-    adapter: AdapterSettings
+    adapter: AdapterKind
     quantization: QuantizationSettings
     data: DataSettings
     algorithm: Algorithm
@@ -148,7 +148,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         distributed=section(DistributedSettings, config.get("distributed", {}), "distributed"),
         source=section(SourceSettings, config["source"], "source"),
         model=section(ModelSettings, config["model"], "model"),
-        adapter=section(AdapterSettings, config["adapter"], "adapter"),
+        adapter=build_type(AdapterKind, config["adapter"], "adapter"),
         quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
         data=section(DataSettings, config["data"], "data"),
         algorithm=algorithm or build_algorithm(config["algorithm"]),

@@ -18,7 +18,7 @@ from figures import Case, at, baselines, best_threshold, cases, first, steps_rig
 from alignlab.core import Group
 from alignlab.data import DataSettings, load
 from alignlab.models import ModelSettings
-from alignlab.models.load import load_tokenizer
+from alignlab.models.base import load_tokenizer
 from alignlab.scoring import ProcessRewardScorer
 
 SPLIT = {"validation": 0.1, "test": 0.2}

@@ -27,7 +27,7 @@ from alignlab.core import Group
 from alignlab.data import DataSettings, load
 from alignlab.launch.environment import quiet
 from alignlab.models import (
-    AdapterSettings,
+    LoRA,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
@@ -102,7 +102,7 @@ def run(algorithm: str, held: str, base: str, out: Path, steps: int) -> tuple[Pa
 def reload(folder: Path, algorithm: str, held: str, groups: list[Group]) -> tuple[torch.Tensor, dict]:
     """What the saved adapter says, by alignlab; and the report of merging it, to `…-merged` beside its run."""
     kind = ALGORITHMS[algorithm][0]
-    lora, quantization = AdapterSettings(kind="lora"), QuantizationSettings(kind=held)
+    lora, quantization = LoRA(), QuantizationSettings(kind=held)
     model = load_model(ModelSettings(path=str(folder)), lora, kind, labels=LABELS[kind], quantization=quantization)
     reads = list(READS[kind])
     if (folder / "value_head.safetensors").exists():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.core import Batch, ConfigError, Group, Outputs, Response
-from alignlab.models import AdapterSettings, ModelSettings, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, load_model
 from alignlab.scoring import RewardModelScorer
 from tests import tiny
 from tests.algorithms.common import group, loss, means
@@ -301,7 +301,9 @@ def test_the_language_model_loss_moves_the_trunk_alone(folder: Path) -> None:
 def test_a_reward_model_starts_from_any_whole_policy(folder: Path, start: str, adapter: Any) -> None:
     """Its trunk is the policy's; its head is new, and the same for a seed."""
     made = [
-        load_model(ModelSettings(path=f"{folder}/{start}"), AdapterSettings(kind=adapter), "score", seed=3)
+        load_model(
+            ModelSettings(path=f"{folder}/{start}"), LoRA() if adapter == "lora" else FullFineTuning(), "score", seed=3
+        )
         for _ in range(2)
     ]
     policy = load_model(ModelSettings(path=f"{folder}/{start}"))

@@ -289,7 +289,7 @@ def test_a_stage_may_choose_another_adapter_than_the_comparison(tmp_path: Path) 
     config["comparison"]["reward_model"].append("adapter=none")
     settings = section(ComparisonSettings, config["comparison"], "comparison")
     nodes = {n.name: n for n in plan(config, settings, build_benchmark(config["benchmark"]), tmp_path)}
-    kinds = {
-        name: nodes[name].commands[0].config["adapter"]["kind"] for name in ("sft", "reward_model", "runs/dpo-seed0")
+    ranks = {
+        name: nodes[name].commands[0].config["adapter"].get("r") for name in ("sft", "reward_model", "runs/dpo-seed0")
     }
-    assert kinds == {"sft": "lora", "reward_model": "none", "runs/dpo-seed0": "lora"}
+    assert ranks == {"sft": 16, "reward_model": None, "runs/dpo-seed0": 16}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from alignlab.core import Group, Response
-from alignlab.models.attention import Segments
-from alignlab.models.flex import FlexPlan
+from alignlab.models.attention import FlexPlan, Segments
 from alignlab.models.packing import Rows, lay_out
 
 SHAPES: dict[str, list[tuple[int, list[int]]]] = {
@@ -21,7 +21,7 @@ SHAPES: dict[str, list[tuple[int, list[int]]]] = {
 }
 
 
-def rows_of(shape: list[tuple[int, list[int]]], layout: str = "flat") -> Rows:
+def rows_of(shape: list[tuple[int, list[int]]], layout: str = "varlen") -> Rows:
     rng = random.Random(0)
 
     def ids(n: int) -> list[int]:
@@ -88,15 +88,15 @@ def test_flex_attention_is_the_mask(name: str, heads: tuple[int, int]) -> None:
 
 def test_no_work_for_pairs_that_are_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores computed are those of trunk and branches, P² + ΣC·P + ΣC² (half of the squares), however many groups."""
-    from alignlab.models import attention
+    from alignlab.models import private_api
 
-    pairs, kernel = [], attention._forward
+    pairs, kernel = [], private_api.cpu_attention
 
-    def counted(q: Tensor, k: Tensor, *rest: object, **options: object) -> object:
+    def counted(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
         pairs.append(q.shape[2] * k.shape[2])
         return kernel(q, k, *rest, **options)
 
-    monkeypatch.setattr(attention, "_forward", counted)
+    monkeypatch.setattr(private_api, "cpu_attention", counted)
     for copies in (1, 3):
         pairs.clear()
         rows = rows_of([(10, [3, 4, 5])] * copies)

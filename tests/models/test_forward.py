@@ -19,19 +19,19 @@ SCORES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gp
 STEPS = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "phi"]
 
 
-FLAT = [n for n in tiny.PACKABLE if n not in ("gemma2", "mistral", "gemma3")]
+VARLEN = [n for n in tiny.PACKABLE if n not in ("gemma2", "mistral", "gemma3")]
 """Those whose attention needs no mask: no soft caps, no windows shorter than the sequences here."""
 
 
 @pytest.fixture
-def flat_always(monkeypatch: pytest.MonkeyPatch) -> None:
+def varlen_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups as small as these go through a mask otherwise, which is faster for them."""
     monkeypatch.setattr(packed_model, "worthwhile", lambda groups, device: True)
 
 
 def lay_out_as(model: PackedModel, layout: str) -> None:
     model.layout = layout  # type: ignore[assignment]
-    if layout == "flat":
+    if layout == "varlen":
         assert use_plans(model.base)
     assert model.lay_out(tiny.some_groups()).layout == layout
 
@@ -68,17 +68,17 @@ def test_packed_log_probs_and_gradients(name: str) -> None:
     check(tiny.model(name))
 
 
-@pytest.mark.parametrize("name", FLAT)
-def test_flat_log_probs_and_gradients(name: str, flat_always: None) -> None:
+@pytest.mark.parametrize("name", VARLEN)
+def test_flat_log_probs_and_gradients(name: str, varlen_always: None) -> None:
     model = tiny.model(name)
-    lay_out_as(model, "flat")
+    lay_out_as(model, "varlen")
     check(model)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_flat_log_probs_and_gradients_within_windows(name: str, flat_always: None) -> None:
+def test_flat_log_probs_and_gradients_within_windows(name: str, varlen_always: None) -> None:
     model = tiny.model(name, sliding_window=4096)
-    lay_out_as(model, "flat")
+    lay_out_as(model, "varlen")
     check(model)
     longer = [Group(list(range(4, 4 + 4000)), [Response([5] * 200), Response([6])])]
     assert model._layout_for(longer) == "packed", "beyond the window"
@@ -87,16 +87,16 @@ def test_flat_log_probs_and_gradients_within_windows(name: str, flat_always: Non
 def test_rows_of_small_groups_go_through_a_mask() -> None:
     """A call to the attention kernel for each piece of a few tokens would cost more than the pairs it saves."""
     model = tiny.model()
-    model.layout = "flat"
+    model.layout = "varlen"
     assert model.lay_out([Group([5, 6], [Response([7, 8])] * 4)] * 8).layout == "packed"
-    assert model.lay_out([Group([5] * 200, [Response([7] * 50)] * 2)] * 2).layout == "flat"
+    assert model.lay_out([Group([5] * 200, [Response([7] * 50)] * 2)] * 2).layout == "varlen"
 
 
-def test_recomputed_activations_go_by_the_plan_too(flat_always: None) -> None:
+def test_recomputed_activations_go_by_the_plan_too(varlen_always: None) -> None:
     model = tiny.model("llama").train()
     model.base.gradient_checkpointing_enable({"use_reentrant": False})
     model.base.enable_input_require_grads()
-    lay_out_as(model, "flat")
+    lay_out_as(model, "varlen")
     check(model)
 
 
@@ -195,9 +195,9 @@ def test_no_loss_bearing_tokens_leave_a_graph_to_go_back_through() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [(n, k) for n in SCORES for k in ("flat", "packed", "plain") if k != "flat" or n in FLAT]
+    ("name", "layout"), [(n, k) for n in SCORES for k in ("varlen", "packed", "plain") if k != "varlen" or n in VARLEN]
 )
-def test_scores_are_the_classifier_s(name: str, layout: str, flat_always: None) -> None:
+def test_scores_are_the_classifier_s(name: str, layout: str, varlen_always: None) -> None:
     model, groups = tiny.model(name, "score"), tiny.some_groups()
     lay_out_as(model, layout)
     groups[1].responses[0].token_ids[-2:] = [tiny.PAD, tiny.PAD]
@@ -224,9 +224,9 @@ def test_step_logits_are_the_classifier_s(name: str) -> None:
     torch.testing.assert_close(step_TL, torch.cat(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["flat", "packed", "plain"])
+@pytest.mark.parametrize("layout", ["varlen", "packed", "plain"])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_outputs_come_in_order_whatever_the_micro_batches(layout: str, budget: int, flat_always: None) -> None:
+def test_outputs_come_in_order_whatever_the_micro_batches(layout: str, budget: int, varlen_always: None) -> None:
     model, groups = tiny.model(), tiny.some_groups()
     lay_out_as(model, layout)
     groups.insert(1, Group([4, 5]))  # no responses
@@ -241,8 +241,8 @@ def test_outputs_come_in_order_whatever_the_micro_batches(layout: str, budget: i
     torch.testing.assert_close(torch.cat(outputs["logp"]), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["flat", "packed", "plain"])
-def test_outputs_of_heads(layout: str, flat_always: None) -> None:
+@pytest.mark.parametrize("layout", ["varlen", "packed", "plain"])
+def test_outputs_of_heads(layout: str, varlen_always: None) -> None:
     groups = tiny.some_groups()
     groups.append(Group([4, 5]))
     scorer, stepper = tiny.model("llama", "score"), tiny.model("llama", "step")

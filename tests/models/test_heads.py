@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.core import AlignlabError, ConfigError
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, add_value_head, load_model, save_model
+from alignlab.core import AdapterKind, AlignlabError, ConfigError
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, add_value_head, load_model, save_model
 from tests import tiny
 
-LORA = AdapterSettings(kind="lora", r=4, alpha=8)
-NONE = AdapterSettings()
+LORA = LoRA(r=4, alpha=8)
+NONE = FullFineTuning()
 READS = ("logp", "value")
 
 
@@ -72,7 +72,7 @@ def test_a_model_whose_own_forward_makes_the_logits_has_values_too() -> None:
 
 
 @pytest.mark.parametrize("adapter", [LORA, NONE], ids=["lora", "full"])
-def test_a_critic_of_its_own_shares_no_weight_that_is_trained(base: ModelSettings, adapter: AdapterSettings) -> None:
+def test_a_critic_of_its_own_shares_no_weight_that_is_trained(base: ModelSettings, adapter: AdapterKind) -> None:
     model = load_model(base, adapter)
     add_value_head(model, "own")
     for parameter in model.parameters():  # LoRA's second factors are zero at first: no gradient would reach the first
@@ -97,7 +97,7 @@ def test_a_shared_trunk_is_trained_by_both(base: ModelSettings) -> None:
 
 @pytest.mark.parametrize("critic", ["shared", "own"])
 @pytest.mark.parametrize("adapter", [LORA, NONE], ids=["lora", "full"])
-def test_saved_and_found_again(base: ModelSettings, adapter: AdapterSettings, critic: str, tmp_path: Path) -> None:
+def test_saved_and_found_again(base: ModelSettings, adapter: AdapterKind, critic: str, tmp_path: Path) -> None:
     model = load_model(base, adapter)
     add_value_head(model, critic)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_what_cannot_be_is_said(base: ModelSettings) -> None:
 
 
 @pytest.mark.parametrize("adapter", [LORA, NONE], ids=["lora", "full"])
-def test_a_score_model_keeps_its_base_s_language_head(base: ModelSettings, adapter: AdapterSettings) -> None:
+def test_a_score_model_keeps_its_base_s_language_head(base: ModelSettings, adapter: AdapterKind) -> None:
     """Before training it says of tokens what the base says; its head is not trained, the trunk below it is."""
     policy = load_model(base, trainable=False)
     expected = policy(policy.lay_out(tiny.some_groups()))["logp_T"]

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.core import ConfigError, Group, Response
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model, load_tokenizer, save_model
+from alignlab.core import AdapterKind, ConfigError, Group, Response
+from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, load_tokenizer, save_model
 from tests import tiny
 
-LORA = AdapterSettings(kind="lora", r=4, alpha=8)
+LORA = LoRA(r=4, alpha=8)
 Saved = Callable[..., Path]
 
 
-def load(path: Path, adapter: AdapterSettings | None = None, kind: str = "policy", **settings: Any) -> PackedModel:
+def load(path: Path, adapter: AdapterKind | None = None, kind: str = "policy", **settings: Any) -> PackedModel:
     return load_model(ModelSettings(path=str(path), **settings), adapter, kind)  # type: ignore[arg-type]
 
 
@@ -42,7 +42,7 @@ def logp(model: PackedModel) -> torch.Tensor:
 def test_full(saved: Saved) -> None:
     model = load(saved())
     assert trained(model) == every(model)
-    assert (model.layout, model.kind, model.notes) == ("flat", "policy", [])
+    assert (model.layout, model.kind, model.notes) == ("varlen", "policy", [])
     with torch.no_grad():
         expected = tiny.plain_log_probs(tiny.network(), tiny.some_groups())
     torch.testing.assert_close(logp(model), expected, atol=1e-5, rtol=0)
@@ -65,7 +65,7 @@ def test_a_new_adapter_alone_is_trained_and_changes_nothing_yet(saved: Saved) ->
 
 def test_adapter_settings_arrive(saved: Saved) -> None:
     for rslora, scale in ((False, 6 / 4), (True, 6 / math.sqrt(4))):
-        adapter = AdapterSettings(kind="lora", r=4, alpha=6, dropout=0.25, targets=["q_proj"], rslora=rslora)
+        adapter = LoRA(r=4, alpha=6, dropout=0.25, targets=["q_proj"], rslora=rslora)
         model = load(saved(), adapter)
         assert {n.split(".")[-4] for n in trained(model)} == {"q_proj"}
         layer = model.base.model.layers[0].self_attn.q_proj
@@ -76,7 +76,7 @@ def test_adapter_settings_arrive(saved: Saved) -> None:
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(("kind", "labels"), [("score", 1), ("step", 3)])
-def test_a_new_head_is_trained_too(saved: Saved, kind: str, labels: int, adapter: AdapterSettings | None) -> None:
+def test_a_new_head_is_trained_too(saved: Saved, kind: str, labels: int, adapter: AdapterKind | None) -> None:
     settings = ModelSettings(path=str(saved()))
 
     def made(seed: int) -> PackedModel:
@@ -174,7 +174,7 @@ def adapter_folder(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize(("adapter", "trainable"), [(None, True), (None, False), (LORA, True), (LORA, False)], ids=str)
 def test_a_saved_adapter_is_merged_or_trained_further(
-    adapter_folder: Path, adapter: AdapterSettings | None, trainable: bool
+    adapter_folder: Path, adapter: AdapterKind | None, trainable: bool
 ) -> None:
     model = load_model(ModelSettings(path=str(adapter_folder)), adapter, trainable=trainable)
     expected = torch.tensor(json.loads((adapter_folder / "expected.json").read_text()))
@@ -257,7 +257,7 @@ def test_dropout_is_off_in_training_unless_asked_for(saved: Saved, name: str) ->
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_no_gradient(saved: Saved, adapter: AdapterSettings | None) -> None:
+def test_gradient_checkpointing_changes_no_gradient(saved: Saved, adapter: AdapterKind | None) -> None:
     found = []
     for checkpointing in (False, True):
         model = load(saved(), adapter, gradient_checkpointing=checkpointing).train()
@@ -307,7 +307,7 @@ def test_padding_is_not_the_end_token_where_it_can_be_helped(
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_a_classifier_keeps_the_pad_token_of_its_config(tmp_path: Path, adapter: AdapterSettings | None) -> None:
+def test_a_classifier_keeps_the_pad_token_of_its_config(tmp_path: Path, adapter: AdapterKind | None) -> None:
     """Loaded by others, an adapter's base has the config it has: they would look for the score elsewhere."""
     folder = tiny.save(tmp_path, special={"pad_token": "</s>"}, pad_token_id=tiny.EOS)
     model = load(folder, adapter, kind="score")
@@ -388,7 +388,7 @@ def test_a_step_model_with_other_labels(saved: Saved) -> None:
 
 @pytest.mark.parametrize("targets", [["query"], "quer.*"])
 def test_targets_that_are_not_there(saved: Saved, targets: Any) -> None:
-    adapter = AdapterSettings(kind="lora", targets=targets)
+    adapter = LoRA(targets=targets)
     with pytest.raises(ConfigError, match=r"^adapter\.targets=.*quer[^\n]*$"):
         load(saved(), adapter)
 
@@ -399,7 +399,7 @@ def test_a_classifier_starts_from_the_trunk_of_a_language_model_s_adapter(
 ) -> None:
     """Its hidden states are those of the policy with its adapter, not of the bare base."""
     base = ModelSettings(path=str(saved()))
-    policy = load_model(base, AdapterSettings(kind="lora", r=4))
+    policy = load_model(base, LoRA(r=4))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -415,4 +415,4 @@ def test_a_classifier_starts_from_the_trunk_of_a_language_model_s_adapter(
     assert not torch.allclose(hidden(load_model(base)), hidden(policy), atol=1e-2)
     torch.testing.assert_close(hidden(model), hidden(policy), atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="save_model=merged"):
-        load_model(start, AdapterSettings(kind="lora"), kind)  # type: ignore[arg-type]
+        load_model(start, LoRA(), kind)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ WRONG = {
 def test_exact_where_it_is(name: str, std: float) -> None:
     model = tiny.model(name, std=std)
     probe(model)
-    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "flat"), False, [])
+    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, [])
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -61,7 +61,7 @@ def test_a_wrong_mask_is_caught(name: str, std: float, wrong: str, monkeypatch: 
 def test_heads_are_probed_too(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name, kind, std=BY_DEFAULT)
     probe(model)
-    assert (model.layout, model.notes) == (BEST.get(name, "flat"), [])
+    assert (model.layout, model.notes) == (BEST.get(name, "varlen"), [])
     monkeypatch.setattr(Rows, "attention", causal)
     probe(model)
     assert model.layout == "plain"
@@ -85,7 +85,7 @@ def test_wrong_positions_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_windows_longer_than_the_trial_are_tried_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name, sliding_window=4096)
     probe(model)
-    assert model.layout == ("packed" if name == "gemma2" else "flat")
+    assert model.layout == ("packed" if name == "gemma2" else "varlen")
     assert model.config.sliding_window == 4096
     monkeypatch.setattr(Rows, "attention", lambda rows, window=None: RIGHT(rows, None))
     probe(model)
@@ -125,7 +125,7 @@ def test_a_head_that_is_more_than_linear_gets_the_model_s_own_logits(monkeypatch
         expected = tiny.plain_log_probs(model.network, groups)
         assert float((model(model.lay_out(groups))["logp_T"] - expected).abs().max()) > 0.1
     probe(model)
-    assert (model.whole_logits, model.layout) == (True, "flat")
+    assert (model.whole_logits, model.layout) == (True, "varlen")
     assert "own forward computes the logits" in model.notes[0]
     torch.testing.assert_close(torch.cat(model.outputs(groups)["logp"]), expected, atol=1e-5, rtol=0)
 
@@ -136,7 +136,7 @@ def test_a_head_that_is_more_than_linear_gets_the_model_s_own_logits(monkeypatch
 def test_in_other_precisions(name: str, std: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name, std=std).to(dtype)
     probe(model)
-    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "flat"), False, [])
+    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, [])
     monkeypatch.setattr(Rows, "attention", causal)
     probe(model)
     assert model.layout == "plain"
@@ -147,7 +147,7 @@ def test_within_few_positions(positions: int) -> None:
     model = tiny.model("gpt2", n_positions=positions)
     assert model.max_length == positions
     probe(model)
-    assert model.layout == "flat"
+    assert model.layout == "varlen"
 
 
 WRONG_PIECES = {
@@ -198,4 +198,4 @@ def test_a_trained_model_is_packed(stories: object) -> None:
         network = AutoModelForCausalLM.from_pretrained(stories, dtype=dtype)
         model = PackedModel(network, tiny.tokenizer()).eval()
         probe(model)
-        assert (model.layout, model.notes) == ("flat", [])
+        assert (model.layout, model.notes) == ("varlen", [])

@@ -120,7 +120,7 @@ def test_int8_weights_are_the_nearest_of_255_to_each_row(tmp_path: Path) -> None
 @pytest.mark.parametrize("quantization", KINDS)
 def test_packed_rows_equal_plain_ones(saved: Callable[..., Path], quantization: str, kind: str) -> None:
     model = load(base(saved), quantization, kind)
-    assert (model.layout, model.notes, model.dtype) == ("flat", [], torch.float32)
+    assert (model.layout, model.notes, model.dtype) == ("varlen", [], torch.float32)
     learn(model, tiny.some_groups())
     packed = flat(model)
     model.layout = "plain"
@@ -185,7 +185,7 @@ def test_products_in_bfloat16_are_judged_as_such(saved: Callable[..., Path]) -> 
     exact = load(base(saved, std=0.1), "nf4")
     model = load(base(saved, std=0.1), held("nf4", compute_dtype="bfloat16"))
     assert (model.dtype, model.base.dtype) == (torch.bfloat16, torch.float32)
-    assert (model.layout, model.notes) == ("flat", [])
+    assert (model.layout, model.notes) == ("varlen", [])
     assert 1e-4 < float((flat(model) - flat(exact)).abs().max()) < 0.2
     for each in (model, exact, load(base(saved, std=0.1), "int8")):
         assert decoding_mode(each) == Mode(cached=True, padded=True)

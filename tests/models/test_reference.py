@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, Reference, load_model, save_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, Reference, load_model, save_model
 from tests import tiny
 
-LORA = AdapterSettings(kind="lora", r=4, alpha=8)
+LORA = LoRA(r=4, alpha=8)
 
 
 def logp(model: PackedModel) -> Tensor:
@@ -157,7 +157,7 @@ def kinds(request: pytest.FixtureRequest, base: ModelSettings) -> Callable[[], t
     if request.param == "trained adapter":
         settings = request.getfixturevalue("trained_adapter")
     if request.param == "full":
-        adapter = AdapterSettings()
+        adapter = FullFineTuning()
 
     def make() -> tuple[PackedModel, Reference]:
         model = load_model(settings, adapter)

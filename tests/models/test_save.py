@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.core import Group
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model, save_model
+from alignlab.core import AdapterKind, Group
+from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, save_model
 from tests import tiny
 
 RELOAD = Path(__file__).with_name("plain_reload.py")
-LORA = AdapterSettings(kind="lora", r=4, alpha=8)
+LORA = LoRA(r=4, alpha=8)
 READS = {"policy": "logp", "score": "score", "step": "step"}
 
 
@@ -42,7 +42,7 @@ class Case:
     kind: str
     base: str
     """Architecture of the base; "stories" is a real model."""
-    adapter: AdapterSettings | None = None
+    adapter: AdapterKind | None = None
     merge: bool = False
     loaders: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from alignlab.models import AdapterSettings, ModelSettings, load_model, save_model
+from alignlab.models import LoRA, ModelSettings, load_model, save_model
 from tests import tiny
 from tests.models.test_save import LORA
 
@@ -15,7 +15,7 @@ from tests.models.test_save import LORA
 def test_dropout_is_this_run_s_the_rest_is_the_saved_adapter_s(saved: Callable[..., Path], tmp_path: Path) -> None:
     save_model(load_model(ModelSettings(path=str(saved())), LORA), tmp_path / "model")
     settings = ModelSettings(path=str(tmp_path / "model"))
-    asked = AdapterSettings(kind="lora", r=8, alpha=8, dropout=0.3, targets=["q_proj"])
+    asked = LoRA(r=8, alpha=8, dropout=0.3, targets=["q_proj"])
     model = load_model(settings, asked)
     (note,) = model.notes
     assert "adapter.r=4 (not 8)" in note and "alpha" not in note and "adapter.targets=" in note

@@ -12,7 +12,7 @@ from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.algorithms.sft import SFT
 from alignlab.core import Algorithm
-from alignlab.models import AdapterSettings, ModelSettings
+from alignlab.models import FullFineTuning, LoRA, ModelSettings
 from alignlab.planning.shapes import BUILT_IN, Shapes, extrapolate, read_config
 from alignlab.planning.trace import Workload, trace_generation, trace_passes
 from alignlab.rollout import LocalRollout
@@ -29,7 +29,7 @@ def shapes(
     config = tiny.network(name).config
     model = ModelSettings(path=".", **{k: v for k, v in changes.items() if k in ModelSettings.model_fields})
     rest = {k: v for k, v in changes.items() if k not in ModelSettings.model_fields}
-    adapter = AdapterSettings(kind=kind, r=RANK)  # type: ignore[arg-type]
+    adapter = LoRA(r=RANK) if kind == "lora" else FullFineTuning()
     return Shapes(config, model, adapter, few_bits, algorithm or SFT(), torch.float32, **rest)
 
 
@@ -39,7 +39,7 @@ def test_llama_s_parameters(name: str, billions: float) -> None:
     settings = ModelSettings(path=f"llama-{name}")
     config, _ = read_config(settings)
     few = [
-        Shapes(config, settings, AdapterSettings(), "none", SFT(), torch.bfloat16, layers=n).inventory() for n in (2, 4)
+        Shapes(config, settings, FullFineTuning(), "none", SFT(), torch.bfloat16, layers=n).inventory() for n in (2, 4)
     ]
     found = extrapolate(*few, (2, 4), config.num_hidden_layers)
     assert found.parameters / 1e9 == pytest.approx(billions, abs=0.1)

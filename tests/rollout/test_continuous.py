@@ -262,13 +262,13 @@ def test_nothing_is_lost_where_memory_runs_out(
 
 
 def test_an_adapter_is_multiplied_out_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    from alignlab.models import AdapterSettings, ModelSettings, load_model
+    from alignlab.models import LoRA, ModelSettings, load_model
     from alignlab.models.lora import FusedLinear
     from tests.rollout.tiny import network, tokenizer
 
     network("llama").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    packed = load_model(ModelSettings(path=str(tmp_path)), adapter=AdapterSettings(kind="lora", r=4))
+    packed = load_model(ModelSettings(path=str(tmp_path)), adapter=LoRA(r=4))
     for name, parameter in packed.network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -300,7 +300,7 @@ def test_networks_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_that_ignores_plans_is_found_out() -> None:
-    """Its own attention would see every token of a flat row."""
+    """Its own attention would see every token of a varlen row."""
     packed = model("llama")
     forward = packed.base.forward
     packed.base.forward = lambda input_ids, position_ids=None, logits_to_keep=0, **_: forward(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from alignlab.core import AlignlabError, ConfigError, NonFiniteError, PrefetchingSampler, RolloutContext, Sampler
 from alignlab.core.children import free_port
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, load_model
 from alignlab.rollout import RolloutSettings, StepSearch, VllmSettings
 from alignlab.rollout.sampling import stream_key
 from alignlab.rollout.vllm.client import Client, ServerLost
@@ -171,7 +171,7 @@ def change(network: Any) -> None:
 
 def test_adapters_are_loaded_under_one_name(fake: FakeVllm, tmp_path: Path) -> None:
     letters.save(tmp_path / "base")
-    policy = load_model(ModelSettings(path=str(tmp_path / "base")), AdapterSettings(kind="lora", r=4))
+    policy = load_model(ModelSettings(path=str(tmp_path / "base")), LoRA(r=4))
     run = run_of(fake, policy, tmp_path / "run")
     held: list[dict[str, torch.Tensor]] = []
 
@@ -234,7 +234,7 @@ def test_a_server_that_cannot_take_weights(
     fake: FakeVllm, tmp_path: Path, adapter: Any, path: str, answer: tuple[int, str], said: str
 ) -> None:
     letters.save(tmp_path / "base")
-    policy = load_model(ModelSettings(path=str(tmp_path / "base")), AdapterSettings(kind=adapter))
+    policy = load_model(ModelSettings(path=str(tmp_path / "base")), LoRA() if adapter == "lora" else FullFineTuning())
     fake.refuse[path] = answer
     with run_of(fake, policy, tmp_path / "run") as run, pytest.raises(ConfigError, match=said):
         run.push(policy)

@@ -16,7 +16,7 @@ import torch
 
 from alignlab.core import AlignlabError, Group, RolloutContext
 from alignlab.core.children import free_port
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, load_model
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.rollout.vllm.engine import VllmSampler
@@ -70,7 +70,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 def policy_of(folder: Path, adapter: str) -> tuple[PackedModel, ModelSettings]:
     settings = ModelSettings(path=str(folder / "base"))
-    return load_model(settings, AdapterSettings(kind=adapter, r=4)), settings  # type: ignore[arg-type]
+    return load_model(settings, LoRA(r=4) if adapter == "lora" else FullFineTuning()), settings
 
 
 def prompts() -> list[Group]:

@@ -12,8 +12,8 @@ import torch
 
 from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Response, Scorer
 from alignlab.data.steps import Steps
-from alignlab.models import AdapterSettings, ModelSettings, load_model, save_model
-from alignlab.models.load import load_tokenizer
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, load_model, save_model
+from alignlab.models.base import load_tokenizer
 from alignlab.scoring import ProcessRewardScorer, StepCheckScorer
 from alignlab.scoring.process_reward import count_labels, solution_score, spread
 from tests import tiny
@@ -120,7 +120,7 @@ def test_a_model_of_one_or_three_labels(saved: Callable[..., Path], tmp_path: Pa
 def test_a_trained_one_reloads_everywhere(saved: Callable[..., Path], tmp_path: Path, adapter: str) -> None:
     """Trained with a head of its own, saved, read by the scorer and by plain transformers and peft alike."""
     base = saved("llama")
-    settings = AdapterSettings(kind="none" if adapter == "none" else "lora")
+    settings = FullFineTuning() if adapter == "none" else LoRA()
     model = load_model(ModelSettings(path=str(base)), settings, "step", labels=2, seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from alignlab.core import AlignlabError, ConfigError, Interrupted, NonFiniteError
 from alignlab.models import attention, packed_model
@@ -65,17 +64,17 @@ def test_packing_does_not_matter(folder: Path, algorithm: str, straight: dict) -
 def test_rows_without_padding_do_not_matter(
     folder: Path, algorithm: str, straight: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention by pieces and a last layer where it is read; groups as small as these go through a mask otherwise."""
-    narrowed: list[bool] = []
+    """Attention by pieces; groups as small as these go through a mask otherwise."""
+    planned: list[Rows] = []
 
-    def plan_of(rows: Rows, wanted: Tensor | None = None) -> AttentionPlan:
-        narrowed.append(wanted is not None)
-        return attention.plan_of(rows, wanted)
+    def plan_of(rows: Rows) -> AttentionPlan:
+        planned.append(rows)
+        return attention.plan_of(rows)
 
     monkeypatch.setattr(packed_model, "worthwhile", lambda groups, device: True)
     monkeypatch.setattr(packed_model, "plan_of", plan_of)
     runs.train(folder, algorithm, f"{algorithm}-flat")
-    assert any(narrowed)
+    assert planned
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-flat")) < ROUNDING
 
 

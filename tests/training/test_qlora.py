@@ -16,7 +16,7 @@ from alignlab.benchmarks.stories import StoriesBenchmark
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, Group, Interrupted
 from alignlab.models import (
-    AdapterSettings,
+    LoRA,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
@@ -88,7 +88,7 @@ def test_the_adapter_learns_the_base_stays_and_both_come_back(
     assert head.dtype == torch.float32
 
     settings = ModelSettings(path=str(folder / "base"))
-    nf4, lora = QuantizationSettings(kind="nf4"), AdapterSettings(kind="lora", r=4)
+    nf4, lora = QuantizationSettings(kind="nf4"), LoRA(r=4)
     fresh = load_model(settings, lora, model.kind, labels=len(head), quantization=nf4)
     before, after = base_weights(fresh), base_weights(model)
     assert any(v.dtype == torch.uint8 for v in before.values())

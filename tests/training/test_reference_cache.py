@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from alignlab.core import Group, Response
-from alignlab.models import AdapterSettings, ModelSettings, Reference, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, Reference, load_model
 from alignlab.training import collect
 from alignlab.training.reference_cache import ReferenceCache, identity, keys
 from tests import tiny
@@ -153,7 +153,7 @@ def test_another_reference_has_another_file(tmp_path: Path) -> None:
 
 
 def reference(path: Path, adapter: str = "none", **more: Any) -> Reference:
-    model = load_model(ModelSettings(path=str(path), **more), AdapterSettings(kind=adapter))  # type: ignore[arg-type]
+    model = load_model(ModelSettings(path=str(path), **more), LoRA() if adapter == "lora" else FullFineTuning())
     return Reference(model, fresh_adapter=adapter == "lora" and not (path / "adapter_config.json").exists())
 
 
@@ -168,7 +168,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network.get_output_embeddings().weight[-1, -1] += 1e-6
     network.save_pretrained(folder / "nudged")
     load_model(ModelSettings(path=str(folder / "base"))).tokenizer.save_pretrained(folder / "nudged")
-    trained = load_model(ModelSettings(path=str(folder / "base")), AdapterSettings(kind="lora", r=4, alpha=8), seed=3)
+    trained = load_model(ModelSettings(path=str(folder / "base")), LoRA(r=4, alpha=8), seed=3)
     for parameter in trained.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -107,13 +107,13 @@ import alignlab.algorithms
 from alignlab.algorithms.ppo import PPO
 from alignlab.core import Algorithm, Batch, Group, Outputs, Response
 from alignlab.data import DataSettings, load
-from alignlab.models import AdapterSettings, ModelSettings, Reference, add_value_head, load_model, save_model
+from alignlab.models import LoRA, ModelSettings, Reference, add_value_head, load_model, save_model
 from alignlab.rollout import LocalRollout
 from tests import tiny
 from tests.algorithms.common import Known, group
 
 Saved = Callable[..., Path]
-LORA = AdapterSettings(kind="lora", r=4, alpha=8)
+LORA = LoRA(r=4, alpha=8)
 
 
 def test_the_list_is_right() -> None:

@@ -10,11 +10,11 @@ import torch
 import yaml
 from pydantic import Field
 
-from alignlab.build import section
-from alignlab.core import ConfigError
+from alignlab.build import build_type, section
+from alignlab.core import AdapterKind, ConfigError
 from alignlab.core.settings import Settings
 from alignlab.models import (
-    AdapterSettings,
+    FullFineTuning,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
@@ -66,7 +66,7 @@ def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
     config = yaml.safe_load((run / "config.yaml").read_text())
     algorithm = build_algorithm(config["algorithm"])
     settings = section(ModelSettings, config["model"], "model")
-    adapter = section(AdapterSettings, config["adapter"], "adapter")
+    adapter = build_type(AdapterKind, config["adapter"], "adapter")
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
     seed = section(TrainingSettings, config["training"], "training").seed
     whole = trained is None and not (run / "model" / "adapter_config.json").exists()
@@ -74,7 +74,7 @@ def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
         settings = settings.model_copy(update={"path": str(run / "model"), "freeze": [], "freeze_layers": 0})
     model = load_model(
         settings,
-        adapter.model_copy(update={"kind": "none"}) if whole else adapter,
+        FullFineTuning() if whole else adapter,
         algorithm.model,
         labels=algorithm.labels,
         quantization=None if whole else quantization,

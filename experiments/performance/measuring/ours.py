@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alignlab.core import Algorithm, Group, ModelKind, Response, RolloutEngine, Scorer
-from alignlab.models import AdapterSettings, ModelSettings, PackedModel, QuantizationSettings, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.training.callbacks import Callback
 from alignlab.training.order import Shuffled
 from alignlab.training.settings import SourceSettings, TrainingSettings
@@ -40,7 +40,7 @@ def load(scale: Scale, options: Options, kind: ModelKind = "policy", shape: Shap
     settings = {"path": str(model_folder(scale.folder, shape or scale.model, scale.dtype)), "dtype": scale.dtype}
     model = load_model(
         ModelSettings(**(settings | dict(options.get("model", {})))),
-        AdapterSettings(kind=adapter, r=LORA["r"], alpha=LORA["alpha"]),
+        LoRA(r=LORA["r"], alpha=LORA["alpha"]) if adapter == "lora" else FullFineTuning(),
         kind,
         quantization=QuantizationSettings(**options.get("quantization", {})),
         device=scale.device,
