@@ -25,7 +25,7 @@ from alignlab.training.run_folder import REFERENCE_CACHE
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
-STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", REFERENCE_CACHE)
+STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", "plots", REFERENCE_CACHE)
 """Names within a comparison's folder that no further model may take."""
 
 
