@@ -26,6 +26,9 @@ from alignlab.core.interfaces import (
     DataOrder,
     Environment,
     ExactSampler,
+    HasBaseModel,
+    HasReward,
+    MeasuresBestOf,
     NeedsPolicy,
     NeedsSampler,
     PrefetchingSampler,
@@ -36,6 +39,7 @@ from alignlab.core.interfaces import (
     Schedule,
     Scorer,
     Tracker,
+    TrainingBenchmark,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +68,10 @@ __all__ = [
     "Environment",
     "ExactSampler",
     "Group",
+    "HasBaseModel",
+    "HasReward",
     "Interrupted",
+    "MeasuresBestOf",
     "Metrics",
     "ModelKind",
     "NeedsPolicy",
@@ -84,6 +91,7 @@ __all__ = [
     "Scorer",
     "StartAgain",
     "Tracker",
+    "TrainingBenchmark",
     "Unit",
     "aggregate",
     "did_you_mean",
