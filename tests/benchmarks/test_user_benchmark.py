@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_numbers_of_numpy_and_torch_are_numbers(place: Path) -> None:
     found = evaluate(place)
     assert (found["reward"], found["kl"], found["accuracy"]) == (0.5, 0.25, None)
     assert found["reward_per_prompt"] == [0.25, 0.75]
+
+
+def test_the_readmes_example_works_as_it_stands(place: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    found = re.search(r"```python\n# my_benchmark.py\n(.*?)```", readme, re.DOTALL)
+    assert found is not None
+    prompts = 'PROMPTS = ["Once upon a time", "The weather today"]'
+    assert prompts in found[1]
+    (place / "my_benchmark.py").write_text(found[1].replace(prompts, 'PROMPTS = ["the the", "the fox"]'))  # five words
+    measured = evaluate(place)
+    assert measured["benchmark"] == "mentions" and len(measured["reward_per_prompt"]) == 2
+    assert measured.keys() >= {"reward", "kl", "win_rate", "response_length", "finished"}
 
 
 def test_the_base_class_needs_a_name_and_evaluate_alone(tmp_path: Path) -> None:
