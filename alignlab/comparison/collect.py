@@ -38,8 +38,8 @@ def collect(out: Path) -> board.Leaderboard:
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
         figures = {k: v for k, v in evaluation.items() if k not in NOT_FIGURES}
         costs = {k: result.get(k, 0) for k in COSTS}
-        unmeasured = dict.fromkeys(board.REQUIRED)
-        rows.append({"algorithm": algorithm, "seed": int(seed), **unmeasured, **figures, **costs})
+        row = {"algorithm": algorithm, "seed": int(seed), **figures, **costs}
+        rows.append(row | {name: None for name in board.REQUIRED if name not in row})
         frontier = evaluation.get("frontier", frontier)
         for sample in evaluation.get("samples", []):
             samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
