@@ -80,13 +80,24 @@ def build_type(kind: Any, values: Any, key: str, **given: Any) -> Any:
     Raises:
         ConfigError: it lacks something, with what that is.
     """
-    made = build(values, key, **given)
+    return check_type(kind, build(values, key, **given), f"{key}._target_={values['_target_']}")
+
+
+def check_type(kind: Any, made: Any, where: str) -> Any:
+    """The object, which must be what a Protocol asks for.
+
+    Args:
+        where: the setting that named it, as on the command line.
+
+    Raises:
+        ConfigError: it lacks something, with what that is.
+    """
     if isinstance(made, kind):
         return made
-    wanted = getattr(kind, "__protocol_attrs__", None) or {n for n in vars(kind) if not n.startswith("_")}
+    wanted = getattr(kind, "__protocol_attrs__", None) or {n for n in dir(kind) if not n.startswith("_")}
     missing = sorted(name for name in wanted if not hasattr(made, name))
     what = f"it has no {', '.join(missing)}" if missing else f"it is a {type(made).__name__}"
-    raise ConfigError(f"{key}._target_={values['_target_']}: not a {kind.__name__}: {what}")
+    raise ConfigError(f"{where}: not a {kind.__name__}: {what}")
 
 
 def locate(name: Any, key: str) -> Any:

@@ -19,8 +19,8 @@ import torch
 
 from alignlab.benchmarks.exact.benchmark import ExactBenchmark
 from alignlab.benchmarks.exact.enumeration import completion_log_probs
-from alignlab.benchmarks.exact.evaluation import figures
 from alignlab.benchmarks.exact.language import WORDS
+from alignlab.benchmarks.exact.metrics import policy_metrics
 from alignlab.benchmarks.exact.process import demonstration_log_probs
 from alignlab.benchmarks.exact.steps import labelled_steps
 from alignlab.config import compose, config_folder, resolve
@@ -60,7 +60,7 @@ class Place:
     def figures(self, policy: PackedModel, beta: float = 0.1) -> dict[str, float]:
         world = self.benchmark.world
         logp, ref = (completion_log_probs(m.network, world) for m in (policy, self.base))
-        return figures(logp, ref, world.reward_XY, beta)
+        return policy_metrics(logp, ref, world.reward_XY, beta)
 
     def everything(self) -> list[Group]:
         """Every completion of every prompt, as groups with one response each, row by row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 import yaml
 from pydantic import Field
 
-from alignlab.benchmarks.base import Benchmark, Subject
-from alignlab.config import build, section
-from alignlab.core import ConfigError, NeedsPolicy, Scorer, require
+from alignlab.benchmarks.base import Subject
+from alignlab.build import build_type, section
+from alignlab.core import AlignlabError, Benchmark, ConfigError, MeasuresBestOf, NeedsPolicy, Scorer, require
 from alignlab.core.files import write_json
 from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
@@ -39,24 +39,24 @@ class EvaluateSettings(Settings):
     seed: int = 0
 
 
-def build_benchmark(values: dict[str, Any]) -> Benchmark:
-    """The benchmark that `_target_` names."""
-    benchmark = build(values, "benchmark")
-    if not isinstance(benchmark, Benchmark):
-        raise ConfigError(
-            f"benchmark._target_={values['_target_']}: not a subclass of alignlab.benchmarks.base.Benchmark"
-        )
-    return benchmark
+def build_benchmark(values: dict[str, Any]) -> Any:
+    """The benchmark that `_target_` names: any class with the methods of `core.Benchmark`.
+
+    Raises:
+        ConfigError: there is none, or it lacks a method, with which.
+    """
+    return build_type(Benchmark, values, "benchmark")
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Measure the model of the run `run` (a run's folder or a model) and write `evaluation.json` there, or in `out`.
 
-    The reference is `reference`, or else the model that the run started from. Where `tracker` asks for it the figures
-    go to wandb too: to the summary of the run that was trained in that folder, or to a run of their own.
+    The reference is `reference`, or else the model that the run started from. Where there is a `tracker` it gets
+    the metrics too: in the summary of the run that was trained in that folder, or in a run of their own.
 
     Raises:
         ConfigError: there is no model, or no reference can be told, or best-of-N sampling cannot be measured.
+        AlignlabError: the benchmark returns something else than metrics.
     """
     wanted = section(EvaluateSettings, {k: config[k] for k in EvaluateSettings.model_fields}, "")
     tracker = dict(config.get("tracker") or {})
@@ -101,7 +101,13 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     )
     if isinstance(proxy, NeedsPolicy):
         proxy.bind(subject.policy, subject.policy.tokenizer)
-    found = {"benchmark": benchmark.name, "samples_per_answer": wanted.best_of, **benchmark.evaluate(subject)}
+    measured = benchmark.evaluate(subject)
+    if not isinstance(measured, Mapping):
+        raise AlignlabError(
+            f"benchmark '{benchmark.name}': evaluate returned {measured!r}; it must return metrics by name"
+        )
+    found = {"benchmark": benchmark.name, "samples_per_answer": wanted.best_of}
+    found |= {str(name): _as_json(value, f"benchmark '{benchmark.name}': {name}") for name, value in measured.items()}
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
@@ -126,7 +132,7 @@ def check_best_of(key: str, n: int, benchmark: Benchmark, reward_model: object, 
     """Raise ConfigError where the best of n samples, asked for by the setting `key`, cannot be measured."""
     if n == 1:
         return
-    measures = benchmark.supports_best_of
+    measures = isinstance(benchmark, MeasuresBestOf) and benchmark.supports_best_of
     require(measures, key, n, f"the benchmark '{benchmark.name}' does not measure best-of-N sampling")
     require(reward_model is not None, key, n, "a reward model picks the best, and there is none: give reward_model")
     require(temperature > 0, "rollout.temperature", temperature, f"best_of={n} needs samples that differ: above 0")
@@ -171,8 +177,22 @@ def _config_of(run: Path) -> dict[str, Any]:
         return {}
 
 
+def _as_json(value: Any, where: str) -> Any:
+    """The value with numbers, lists and dicts of Python instead of those of NumPy or torch."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise AlignlabError(
+        f"{where}: evaluate returned a {type(value).__name__}; it must be a number, a text or a list of them"
+    )
+
+
 def _without_nan(value: Any) -> Any:
-    """JSON has no word for NaN: null."""
+    """JSON has no NaN: null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

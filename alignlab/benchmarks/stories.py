@@ -13,8 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from alignlab.benchmarks.base import Benchmark, Subject
-from alignlab.benchmarks.sampled import measure
+from alignlab.benchmarks.base import Benchmark, Subject, measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.models import PackedModel
@@ -45,6 +44,7 @@ class StoriesBenchmark(Benchmark):
     """
 
     name = "stories"
+    files = ("demonstrations", "prompts")
     supports_best_of = True
 
     def __init__(

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from alignlab.comparison import leaderboard as board
 from alignlab.comparison.graph import DONE, NODES, PLAN, is_result
+from alignlab.comparison.report import leaderboard as board
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
 from alignlab.training.callbacks.trackers import how_to_sync
@@ -25,7 +25,7 @@ NOT_FIGURES = ("benchmark", "frontier", "samples")
 
 
 def collect(out: Path) -> board.Leaderboard:
-    """Read every finished run of the comparison in `out`; write the leaderboard and `report.html` there."""
+    """Read every finished run of the comparison in `out`; write the leaderboard, `report.html` and `plots/` there."""
     config = _yaml(out / "config.yaml")
     rows, provenance = [], []
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
@@ -38,7 +38,8 @@ def collect(out: Path) -> board.Leaderboard:
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
         figures = {k: v for k, v in evaluation.items() if k not in NOT_FIGURES}
         costs = {k: result.get(k, 0) for k in COSTS}
-        rows.append({"algorithm": algorithm, "seed": int(seed), **figures, **costs})
+        row = {"algorithm": algorithm, "seed": int(seed), **figures, **costs}
+        rows.append(row | {name: None for name in board.REQUIRED if name not in row})
         frontier = evaluation.get("frontier", frontier)
         for sample in evaluation.get("samples", []):
             samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from alignlab.benchmarks.base import Benchmark
-from alignlab.core import Scorer
+from alignlab.core import HasReward, Scorer
 
 
-def gold(benchmark: Benchmark) -> Scorer:
+def gold(benchmark: HasReward) -> Scorer:
     """The benchmark's own reward: `{_target_: alignlab.comparison.pairs.gold, benchmark: {_target_: …}}`."""
     return benchmark.gold()

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.benchmarks.base import Benchmark
 from alignlab.benchmarks.evaluate import check_best_of
+from alignlab.build import check_type
 from alignlab.comparison.graph import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
 from alignlab.config import compose, resolve
-from alignlab.core import ConfigError
+from alignlab.core import ConfigError, HasBaseModel, HasReward, TrainingBenchmark
 from alignlab.training.callbacks.trackers import named
 from alignlab.training.run import check
 from alignlab.training.run_folder import REFERENCE_CACHE
@@ -25,7 +25,7 @@ from alignlab.training.run_folder import REFERENCE_CACHE
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
-STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", REFERENCE_CACHE)
+STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", "plots", REFERENCE_CACHE)
 """Names within a comparison's folder that no further model may take."""
 
 
@@ -38,7 +38,11 @@ class Place:
 
 
 def plan(
-    config: dict[str, Any], settings: ComparisonSettings, benchmark: Benchmark, out: Path, own: Path | None = None
+    config: dict[str, Any],
+    settings: ComparisonSettings,
+    benchmark: TrainingBenchmark,
+    out: Path,
+    own: Path | None = None,
 ) -> list[Node]:
     """The comparison's nodes, parents first. Every run's config is composed and checked here, before anything runs.
 
@@ -48,7 +52,8 @@ def plan(
     Raises:
         ConfigError: a word of a run is wrong, or something that it needs is not made.
     """
-    base = config["model"]["path"] or benchmark.base_path()
+    check_type(TrainingBenchmark, benchmark, f"benchmark._target_={config['benchmark']['_target_']}")
+    base = config["model"]["path"] or (benchmark.base_path() if isinstance(benchmark, HasBaseModel) else None)
     if not base:
         raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
     return _Plan(config, settings, benchmark, out, own, str(base)).nodes
@@ -61,7 +66,7 @@ class _Plan:
         self,
         config: dict[str, Any],
         settings: ComparisonSettings,
-        benchmark: Benchmark,
+        benchmark: TrainingBenchmark,
         out: Path,
         own: Path | None,
         base: str,
@@ -85,7 +90,7 @@ class _Plan:
             "base": self.start,
             "data": Place(str(out / "data"), [data]),
             "out": Place(str(out), self.stages),  # whatever will be in it
-            "gold": Place(quoted(self._gold())),
+            **({"gold": Place(quoted(self._gold()))} if isinstance(benchmark, HasReward) else {}),
             **{name: Place(str(out / f"data/{name}.jsonl"), [data]) for name in benchmark.files},
         }
         self._shared_stages()
@@ -168,6 +173,10 @@ class _Plan:
         """Pairs for the reward model and for DPO, labelled as a noisy annotator would."""
         if "prompts" not in self.places:
             raise ConfigError(f"comparison.pairs: the benchmark '{self.benchmark.name}' has no prompts: give null")
+        if "gold" not in self.places:
+            raise ConfigError(
+                f"comparison.pairs: the benchmark '{self.benchmark.name}' has no reward to label them by: give null"
+            )
         used = [self.places["prompts"], self.start]
         prompts, start = (quoted(place.text) for place in used)
         composed = resolve(compose("sample", ["data=prompts", f"data.path={prompts}", f"model.path={start}"]))

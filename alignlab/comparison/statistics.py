@@ -15,7 +15,7 @@ measured on. Both belong in an interval (Bouthillier et al. 2021, arXiv:2103.030
   its resampling of seeds replaced by Student's error, for the reason above. Without spread between seeds it is the
   bootstrap over prompts, without spread between prompts it is Student's interval; in between it is somewhat wide, as
   noise that is neither of the seed nor of the prompt counts in both parts.
-* **One seed.** Only the prompts' part is left. It says how sure the figure of *this trained model* is, and nothing of
+* **One seed.** Only the prompts' part is left. It says how sure the value of *this trained model* is, and nothing of
   how another seed would have fared. With one seed and no per-prompt values there is no interval and no test.
 
 Agarwal et al. 2021 (arXiv:2108.13264) argue for intervals instead of point estimates where runs are few, as done here;
@@ -51,12 +51,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measured:
     """One metric of one algorithm.
 
     Attributes:
-        values: seed → the run's figure.
-        errors_B: seed → what resampling the prompts does to that figure, from `prompt_errors`, shape (DRAWS,). For all
+        values: seed → the run's value.
+        errors_B: seed → what resampling the prompts does to that value, from `prompt_errors`, shape (DRAWS,). For all
             seeds or, where there are no per-prompt values, for none.
     """
 
@@ -126,38 +126,38 @@ def prompt_errors(value_RQ: Array, draws: int = DRAWS, seed: int = 0) -> Array:
     return error_RB * stretch
 
 
-def estimate(figure: Figure) -> Estimate:
+def estimate(measured: Measured) -> Estimate:
     """Mean over seeds with its 95 % interval (see the top of this file for what the interval holds)."""
-    seeds = sorted(figure.values)
-    value_S = np.array([figure.values[s] for s in seeds])
-    error_B = _mean([figure.errors_B[s] for s in seeds]) if figure.errors_B else None
+    seeds = sorted(measured.values)
+    value_S = np.array([measured.values[s] for s in seeds])
+    error_B = _mean([measured.errors_B[s] for s in seeds]) if measured.errors_B else None
     return _infer(value_S, error_B)[0]
 
 
-def compare(a: str, figure_a: Figure, b: str, figure_b: Figure) -> Comparison:
+def compare(a: str, measured_a: Measured, b: str, measured_b: Measured) -> Comparison:
     """Paired comparison: a minus b for each common seed (and prompt, where both have per-prompt values).
 
     With seeds only it is the paired t-test; with prompts only the paired bootstrap; with both see the top of this
     file. Interval and p-value agree: the interval holds 0 exactly where p >= 0.05, up to the draws' resolution.
     """
-    seeds = sorted(figure_a.values.keys() & figure_b.values.keys())
+    seeds = sorted(measured_a.values.keys() & measured_b.values.keys())
     if not seeds:
         return Comparison(a, b, None, None)
-    value_S = np.array([figure_a.values[s] - figure_b.values[s] for s in seeds])
+    value_S = np.array([measured_a.values[s] - measured_b.values[s] for s in seeds])
     error_B = None
-    if figure_a.errors_B and figure_b.errors_B:
-        error_B = _mean([figure_a.errors_B[s] - figure_b.errors_B[s] for s in seeds])
+    if measured_a.errors_B and measured_b.errors_B:
+        error_B = _mean([measured_a.errors_B[s] - measured_b.errors_B[s] for s in seeds])
     difference, p = _infer(value_S, error_B)
     return Comparison(a, b, difference, p, seeds=len(seeds))
 
 
-def compare_all(figures: Mapping[str, Figure]) -> list[Comparison]:
+def compare_all(measured: Mapping[str, Measured]) -> list[Comparison]:
     """Every pair once, in the order given, with Holm's correction over all of them.
 
-    All pairs, not just best against rest: the best was picked by looking at the same figures, and only the correction
+    All pairs, not just best against rest: the best was picked by looking at the same values, and only the correction
     over all pairs keeps the error rate whichever of them is picked.
     """
-    pairs = [compare(a, figures[a], b, figures[b]) for a, b in combinations(figures, 2)]
+    pairs = [compare(a, measured[a], b, measured[b]) for a, b in combinations(measured, 2)]
     return [replace(pair, p_holm=p) for pair, p in zip(pairs, holm([pair.p for pair in pairs]), strict=True)]
 
 

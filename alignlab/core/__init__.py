@@ -30,6 +30,9 @@ from alignlab.core.interfaces import (
     DataOrder,
     Environment,
     ExactSampler,
+    HasBaseModel,
+    HasReward,
+    MeasuresBestOf,
     NeedsPolicy,
     NeedsSampler,
     Parser,
@@ -41,6 +44,7 @@ from alignlab.core.interfaces import (
     Schedule,
     Scorer,
     Tracker,
+    TrainingBenchmark,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +75,10 @@ __all__ = [
     "ExactSampler",
     "Example",
     "Group",
+    "HasBaseModel",
+    "HasReward",
     "Interrupted",
+    "MeasuresBestOf",
     "Metrics",
     "ModelKind",
     "NeedsPolicy",
@@ -92,6 +99,7 @@ __all__ = [
     "Scorer",
     "StartAgain",
     "Tracker",
+    "TrainingBenchmark",
     "Unit",
     "aggregate",
     "did_you_mean",

@@ -335,8 +335,12 @@ class Parser(Protocol):
         ...
 
 
+@runtime_checkable
 class Benchmark(Protocol):
-    """What policies are measured on. Config: `benchmark`. `benchmarks.Benchmark` is a base class."""
+    """What policies are measured on. Config: `benchmark`. Enough for `alignlab evaluate`.
+
+    `alignlab.benchmarks.Benchmark` is a base class with defaults for all that follows; nothing needs to inherit it.
+    """
 
     @property
     def name(self) -> str:
@@ -344,9 +348,66 @@ class Benchmark(Protocol):
         ...
 
     def evaluate(self, subject: Any) -> Mapping[str, Any]:
-        """Metrics by name; `reward` and `kl` (nats per response, to the reference) among them.
+        """Metrics of a policy: numbers by name.
+
+        Some names have a meaning: `reward`; `kl`, in nats per response, to the reference; `win_rate`, against the
+        reference. One that is not measured is None or left out. With `NAME_per_prompt`, a list of the same metric for
+        each held-out prompt, intervals are over prompts too. For the report: `samples`, a list of {"prompt",
+        "answer"}; `frontier`, a list of [kl, highest reward]; `note`, a sentence that stands below the table.
 
         Args:
-            subject: the policy, its reference, and how to sample: `benchmarks.Subject`.
+            subject: the policy, its reference, and how to sample: `alignlab.benchmarks.Subject`.
         """
+        ...
+
+
+@runtime_checkable
+class TrainingBenchmark(Benchmark, Protocol):
+    """A benchmark for comparisons: it also writes what policies are trained on."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that `write_data` writes, without `.jsonl`; may be empty. In a comparison's overrides,
+        `{prompts}` stands for the path of `prompts.jsonl`, and so on."""
+        ...
+
+    def write_data(self, folder: Path, model: str) -> None:
+        """Write the `files` into a folder, such as `demonstrations.jsonl` of {"prompt", "completion"} and
+        `prompts.jsonl` of {"prompt"}.
+
+        Args:
+            model: the base model's path, for its tokenizer.
+        """
+        ...
+
+
+@runtime_checkable
+class HasReward(Protocol):
+    """A benchmark whose reward can also label pairs and score samples: `{gold}` in a comparison's overrides."""
+
+    def gold(self) -> Scorer:
+        """The true reward; fills `reward`."""
+        ...
+
+
+@runtime_checkable
+class HasBaseModel(Protocol):
+    """A benchmark that brings along the model that all runs start from."""
+
+    def base_path(self) -> str | None:
+        """The model's folder, made or not; None where the user names a model."""
+        ...
+
+    def base_model(self) -> str | None:
+        """The same folder, after the model in it was made if need be."""
+        ...
+
+
+@runtime_checkable
+class MeasuresBestOf(Protocol):
+    """A benchmark that may measure the best of N samples, by `subject.answers` or else by `subject.best_of`."""
+
+    @property
+    def supports_best_of(self) -> bool:
+        """Whether it does."""
         ...

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alignlab.benchmarks.evaluate import build_benchmark
-from alignlab.benchmarks.exact import ExactWorld, completion_log_probs, figures
+from alignlab.benchmarks.exact import ExactWorld, completion_log_probs, policy_metrics
 from alignlab.benchmarks.exact.enumeration import chain
 
 
@@ -73,7 +73,7 @@ def main(folder: Path, samples: int = 8) -> None:
     ref = next_token(ref_logp_XY, world)
     own = (samples - 1) / samples
     for name, kind, c in (("rloo", "soft", 1.0), ("dr_grpo_k2", "k2", own), ("dr_grpo", "k3", own)):
-        found = figures(at_rest(ref, world.reward_XY, world, kind, beta, c), ref_logp_XY, world.reward_XY, beta)
+        found = policy_metrics(at_rest(ref, world.reward_XY, world, kind, beta, c), ref_logp_XY, world.reward_XY, beta)
         shown = ("objective_score", "frontier_efficiency", "reward", "kl")
         print(f"{name:12}", "  ".join(f"{k} {found[k]:.3f}" for k in shown))
 

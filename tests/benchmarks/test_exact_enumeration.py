@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alignlab.benchmarks.exact.enumeration import chain, completion_log_probs
-from alignlab.benchmarks.exact.evaluation import evaluate_exact, figures
 from alignlab.benchmarks.exact.language import ExactWorld, ExactWorldSettings
+from alignlab.benchmarks.exact.metrics import policy_metrics
 from alignlab.core import AlignlabError, ConfigError
 
 
@@ -102,12 +102,12 @@ def test_chain_by_hand():
     torch.testing.assert_close(chain(steps).exp(), torch.tensor([expected]).double())
 
 
-def test_figures_of_the_optimum_and_of_the_reference():
+def test_metrics_of_the_optimum_and_of_the_reference():
     """Two outcomes, equally likely, rewards 0 and 1, beta 1: the optimum is (1, e) / (1 + e)."""
     reference, reward = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.0, 1.0]]).double()
     p = math.e / (1 + math.e)
     kl = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
-    best = figures(torch.tensor([[1 - p, p]]).double().log(), reference, reward, beta=1.0)
+    best = policy_metrics(torch.tensor([[1 - p, p]]).double().log(), reference, reward, beta=1.0)
     assert best == pytest.approx(
         {
             "reward": p,
@@ -123,15 +123,16 @@ def test_figures_of_the_optimum_and_of_the_reference():
             "optimum_kl": kl,
         }
     )
-    idle = figures(reference, reference, reward, beta=1.0)
+    idle = policy_metrics(reference, reference, reward, beta=1.0)
     assert (idle["reward"], idle["kl"], idle["win_rate"], idle["objective_score"]) == pytest.approx((0.5, 0, 0.5, 0))
     assert math.isnan(idle["frontier_efficiency"])
 
 
-def test_evaluate_exact_agrees_with_its_parts():
+def test_metrics_agree_with_log_probs_computed_one_by_one():
     world = ExactWorld(ExactWorldSettings(words=3, max_tokens=3, prompts=2))
     policy, reference = tiny_llama(4, seed=1), tiny_llama(4, seed=2)
-    result = evaluate_exact(policy, reference, world, beta=0.1, temperature=0.9)
+    logp_XY, ref_logp_XY = (completion_log_probs(model, world, 0.9) for model in (policy, reference))
+    result = policy_metrics(logp_XY, ref_logp_XY, world.reward_XY, beta=0.1)
     p, q = (torch.tensor([[one_by_one(m, world, x, y, 0.9) for y in range(world.Y)] for x in range(2)]) for m in
             (policy, reference))  # fmt: skip
     assert result["reward"] == pytest.approx((p.exp() * world.reward_XY).sum(-1).mean().item(), abs=1e-5)

@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-from alignlab.benchmarks.exact.language import END, ExactWorld, ExactWorldSettings
-from alignlab.benchmarks.exact.scorer import ExactReward
+from alignlab.benchmarks.exact.language import END, ExactReward, ExactWorld, ExactWorldSettings
 from alignlab.core import ConfigError, DataError, Group, Response, Scorer
 
 

@@ -9,7 +9,7 @@ from scipy import stats
 from alignlab.comparison.statistics import (
     Comparison,
     Estimate,
-    Figure,
+    Measured,
     compare,
     compare_all,
     estimate,
@@ -18,49 +18,49 @@ from alignlab.comparison.statistics import (
 )
 
 
-def figure(*values: float) -> Figure:
-    return Figure(dict(enumerate(values)))
+def measured(*values: float) -> Measured:
+    return Measured(dict(enumerate(values)))
 
 
-def with_prompts(value_SQ: np.ndarray, draws: int = 10_000, seed: int = 0) -> Figure:
+def with_prompts(value_SQ: np.ndarray, draws: int = 10_000, seed: int = 0) -> Measured:
     errors = prompt_errors(value_SQ, draws, seed)
-    return Figure(dict(enumerate(value_SQ.mean(1))), dict(enumerate(errors)))
+    return Measured(dict(enumerate(value_SQ.mean(1))), dict(enumerate(errors)))
 
 
 class TestSeedsOnly:
     def test_students_interval_by_hand(self):
         # mean 2, s = 1, t(0.975, 2) = 4.302653 (any table), half-width 4.302653 / sqrt(3) = 2.484138
-        found = estimate(figure(1.0, 2.0, 3.0))
+        found = estimate(measured(1.0, 2.0, 3.0))
         assert found.mean == 2
         assert found.low == pytest.approx(2 - 2.484138, abs=1e-6)
         assert found.high == pytest.approx(2 + 2.484138, abs=1e-6)
 
     def test_one_seed_has_no_interval_and_no_test(self):
-        assert estimate(figure(0.7)) == Estimate(0.7, None, None)
-        found = compare("a", figure(0.7), "b", figure(0.2))
+        assert estimate(measured(0.7)) == Estimate(0.7, None, None)
+        found = compare("a", measured(0.7), "b", measured(0.2))
         assert found.difference == Estimate(pytest.approx(0.5), None, None)
         assert found.p is None and found.significant is None
 
     def test_no_spread(self):
-        assert estimate(figure(0.5, 0.5, 0.5)) == Estimate(0.5, 0.5, 0.5)
-        assert compare("a", figure(0.5, 0.5), "b", figure(0.5, 0.5)).p == 1
-        assert compare("a", figure(0.75, 0.75), "b", figure(0.5, 0.5)).p == 0
+        assert estimate(measured(0.5, 0.5, 0.5)) == Estimate(0.5, 0.5, 0.5)
+        assert compare("a", measured(0.5, 0.5), "b", measured(0.5, 0.5)).p == 1
+        assert compare("a", measured(0.75, 0.75), "b", measured(0.5, 0.5)).p == 0
 
     def test_comparison_is_the_paired_t_test(self):
         rng = np.random.default_rng(0)
         a, b = rng.normal(1.0, 1, 6), rng.normal(0, 1, 6)
-        found = compare("a", figure(*a), "b", figure(*b))
+        found = compare("a", measured(*a), "b", measured(*b))
         assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
         assert found.difference is not None
         assert found.difference.mean == pytest.approx((a - b).mean())
 
     def test_only_common_seeds_count(self):
-        a = Figure({0: 1.0, 1: 2.0, 2: 100.0})
-        b = Figure({1: 1.5, 0: 1.0, 7: -100.0})
+        a = Measured({0: 1.0, 1: 2.0, 2: 100.0})
+        b = Measured({1: 1.5, 0: 1.0, 7: -100.0})
         found = compare("a", a, "b", b)
         assert found.seeds == 2
         assert found.difference is not None and found.difference.mean == pytest.approx(0.25)  # (0 + 0.5) / 2
-        assert compare("a", Figure({0: 1.0}), "b", Figure({1: 1.0})) == Comparison("a", "b", None, None, seeds=0)
+        assert compare("a", Measured({0: 1.0}), "b", Measured({1: 1.0})) == Comparison("a", "b", None, None, seeds=0)
 
     def test_flipped(self):
         found = Comparison("a", "b", Estimate(0.5, 0.25, 1.0), 0.01, 0.02, 3).flipped()
@@ -90,7 +90,7 @@ class TestPrompts:
     def test_without_spread_over_prompts_it_is_students_interval(self):
         value_S = np.array([1.0, 2.0, 4.0])
         found = estimate(with_prompts(np.repeat(value_S[:, None], 20, axis=1)))
-        expected = estimate(figure(*value_S))
+        expected = estimate(measured(*value_S))
         assert expected.low is not None and expected.high is not None
         assert found.low == pytest.approx(expected.low, rel=5e-3)
         assert found.high == pytest.approx(expected.high, rel=5e-3)
@@ -120,7 +120,7 @@ class TestPrompts:
         prompt_Q = rng.normal(size=50)
         a, b = (prompt_Q + shift + rng.normal(size=50) * 0.02 for shift in (0.1, 0.0))
         errors = prompt_errors(np.stack([a, b]))
-        one, two = Figure({0: a.mean()}, {0: errors[0]}), Figure({0: b.mean()}, {0: errors[1]})
+        one, two = Measured({0: a.mean()}, {0: errors[0]}), Measured({0: b.mean()}, {0: errors[1]})
         found = compare("a", one, "b", two).difference
         assert found is not None and found.low is not None and found.high is not None
         assert 0.08 < found.low < 0.1 < found.high < 0.12
@@ -158,7 +158,7 @@ class TestPrompts:
                 outside += found.p < 0.05
         assert 0 < outside < 60
 
-    def test_the_same_input_gives_the_same_figures(self):
+    def test_the_same_input_gives_the_same_numbers(self):
         value_SQ = np.random.default_rng(11).normal(size=(3, 20))
         assert estimate(with_prompts(value_SQ)) == estimate(with_prompts(value_SQ))
 
@@ -186,7 +186,7 @@ class TestCoverage:
 
     def test_seeds_only(self):
         rng = np.random.default_rng(13)
-        found = [estimate(figure(*rng.normal(size=3))) for _ in range(self.EXPERIMENTS)]
+        found = [estimate(measured(*rng.normal(size=3))) for _ in range(self.EXPERIMENTS)]
         held = sum(e.low is not None and e.high is not None and e.low <= 0 <= e.high for e in found)
         assert held / self.EXPERIMENTS == pytest.approx(0.95, abs=self.TOLERANCE)
 
@@ -212,7 +212,7 @@ class TestCoverage:
         for i in range(self.EXPERIMENTS):
             common = rng.normal(size=40)  # prompts, shared by both
             errors = prompt_errors(pair := common + rng.normal(size=(2, 40)), 1000, seed=i)
-            a, b = (Figure({0: pair[k].mean()}, {0: errors[k]}) for k in (0, 1))
+            a, b = (Measured({0: pair[k].mean()}, {0: errors[k]}) for k in (0, 1))
             p = compare("a", a, "b", b).p
             assert p is not None
             alarms += p < 0.05
@@ -233,7 +233,7 @@ class TestHolm:
         assert holm([0.6, 0.7]) == [1.0, 1.0]
 
     def test_all_pairs_are_corrected_together(self):
-        a, b, c = figure(1.0, 1.1, 1.2), figure(0.9, 1.3, 1.1), figure(0.0, 0.2, 0.1)
+        a, b, c = measured(1.0, 1.1, 1.2), measured(0.9, 1.3, 1.1), measured(0.0, 0.2, 0.1)
         found = compare_all({"a": a, "b": b, "c": c})
         assert [(pair.a, pair.b) for pair in found] == [("a", "b"), ("a", "c"), ("b", "c")]
         raw = [stats.ttest_rel(*pair).pvalue for pair in (([1, 1.1, 1.2], [0.9, 1.3, 1.1]),

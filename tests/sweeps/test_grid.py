@@ -282,17 +282,10 @@ def test_the_page_has_a_panel_for_each_setting_and_a_point_for_each_run(home: Pa
     page = (home / "drawn/sweep.html").read_text()
     panels = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(panels) == 2
-    points = [re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4.5"', panel) for panel in panels]
-    assert [len(p) for p in points] == [6, 6]
-    xs = sorted({float(x) for x, _ in points[0]})
-    assert len(xs) == 3
-    assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2, abs=0.2)  # a logarithmic axis
-    assert [text in panels[0] for text in (">0.001<", ">0.01<", ">0.1<")] == [True] * 3
-    assert [text in panels[1] for text in (">linear<", ">constant<")] == [True] * 2
-    ys = {run["value"]: None for run in sweeps.told(home / "drawn")["runs"]}
-    assert len({y for _, y in points[0]}) == len({round(v, 4) for v in ys})
-    best = sweeps.told(home / "drawn")["best"]
-    assert all(panel.count('r="8"') == 1 for panel in panels)  # the best one's ring
-    ringed = re.search(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="8"', panels[0])
-    title = re.search(rf'<circle cx="{ringed[1]}" cy="{ringed[2]}" r="4.5"/><title>([^:]*):', panels[0])  # type: ignore[index]
-    assert title is not None and title[1] == best
+    for panel in panels:
+        assert panel.count("<title>") == 6  # tests/sweeps/test_page.py says where they stand
+    for run in sweeps.told(home / "drawn")["runs"]:
+        assert (
+            panels[0].count(f"<title>{run['name']}: {run['values']['optimizer.lr']}, loss {run['value']:.6g}</title>")
+            == 1
+        )

@@ -12,10 +12,8 @@ from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.benchmarks.exact import metrics
 from alignlab.benchmarks.exact.base_model import BaseModelSettings, base_folder, base_model
 from alignlab.benchmarks.exact.enumeration import completion_log_probs
-from alignlab.benchmarks.exact.evaluation import figures
-from alignlab.benchmarks.exact.language import ExactWorld, ExactWorldSettings
+from alignlab.benchmarks.exact.language import ExactReward, ExactWorld, ExactWorldSettings
 from alignlab.benchmarks.exact.process import demonstrations, sample
-from alignlab.benchmarks.exact.scorer import ExactReward
 from alignlab.benchmarks.exact.steps import labelled_steps
 from alignlab.config import section
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer, require
@@ -32,7 +30,7 @@ SCORED = 4096
 
 
 class ExactBenchmark(Benchmark):
-    """Enumerable, so that every figure but the proxy's is computed, not estimated.
+    """Enumerable: every metric but `proxy_reward` is computed, not estimated.
 
     Args:
         beta: the objective's price of a nat of KL, in units of reward, > 0.
@@ -96,7 +94,7 @@ class ExactBenchmark(Benchmark):
             proxy_reward = metrics.expectation(logp_XY, proxy_XY)
         elif subject.proxy is not None:
             proxy_reward = self._proxy_reward(logp_XY, subject.proxy, subject.seed)
-        found: dict[str, Any] = figures(logp_XY, ref_logp_XY, self.world.reward_XY, self.beta)
+        found: dict[str, Any] = metrics.policy_metrics(logp_XY, ref_logp_XY, self.world.reward_XY, self.beta)
         if proxy_reward is not None:
             found["proxy_reward"] = proxy_reward
         top = metrics.kl_divergence(metrics.greedy(ref_logp_XY, self.world.reward_XY), ref_logp_XY)

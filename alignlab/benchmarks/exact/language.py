@@ -11,6 +11,7 @@ token therefore serves as padding too, as it does for most models that were made
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignlab.core.errors import DataError, require
+from alignlab.core.group import Group
 from alignlab.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -237,3 +239,31 @@ class ExactWorld:
         """The reward of every completion of every prompt, float64, shape (X, Y)."""
         everywhere = [self.reward(torch.full((self.Y,), x), self.words_YL) for x in range(self.X)]
         return torch.stack(everywhere)
+
+
+class ExactReward:
+    """Fills `reward` with the true reward, in [0, 1], from the token ids of prompt and response.
+
+    Raises DataError where a prompt or a response is none of the language's.
+    """
+
+    fills: tuple[str, ...] = ("reward",)
+
+    def __init__(self, world: ExactWorld) -> None:
+        self.world = world
+
+    def score(self, groups: Sequence[Group]) -> None:
+        """Set `response.columns["reward"]` for every response of every group."""
+        prompts, rows, responses = [], [], []
+        for group in groups:
+            x = self.world.prompt_index(group.prompt_ids, group.origin)
+            for response in group.responses:
+                words = self.world.words_of(response.token_ids, group.origin)
+                prompts.append(x)
+                rows.append(words + [self.world.end_id] * (self.world.L - len(words)))
+                responses.append(response)
+        if not responses:
+            return
+        reward_N = self.world.reward(torch.tensor(prompts), torch.tensor(rows))
+        for response, reward in zip(responses, reward_N.tolist(), strict=True):
+            response.columns["reward"] = reward

@@ -18,6 +18,29 @@ NO_KL = 1e-8
 """Below this KL, in nats, a policy counts as the reference itself: rounding of float32 logits."""
 
 
+def policy_metrics(logp_XY: Tensor, ref_logp_XY: Tensor, reward_XY: Tensor, beta: float) -> dict[str, float]:
+    """All metrics of a policy, by name.
+
+    `reward`, `kl` and `entropy` (nats per response) and `win_rate` (against the reference) of the policy; `objective`
+    J, `objective_score`, `frontier_efficiency` (nan where the policy is the reference); for comparison
+    `reference_reward`, `reference_entropy`, and `optimum_reward` and `optimum_kl` of the best policy at this `beta`.
+    """
+    best = optimum(ref_logp_XY, reward_XY, beta)
+    return {
+        "reward": expectation(logp_XY, reward_XY),
+        "kl": kl_divergence(logp_XY, ref_logp_XY),
+        "entropy": entropy(logp_XY),
+        "win_rate": win_rate(logp_XY, ref_logp_XY, reward_XY),
+        "objective": objective(logp_XY, ref_logp_XY, reward_XY, beta),
+        "objective_score": objective_score(logp_XY, ref_logp_XY, reward_XY, beta),
+        "frontier_efficiency": frontier_efficiency(logp_XY, ref_logp_XY, reward_XY),
+        "reference_reward": expectation(ref_logp_XY, reward_XY),
+        "reference_entropy": entropy(ref_logp_XY),
+        "optimum_reward": expectation(best, reward_XY),
+        "optimum_kl": kl_divergence(best, ref_logp_XY),
+    }
+
+
 def expectation(logp_XY: Tensor, value_XY: Tensor) -> float:
     """E_x E_{y~π}[value]; the expected reward, where the value is the reward. Impossible completions count nothing."""
     p_XY = logp_XY.exp()

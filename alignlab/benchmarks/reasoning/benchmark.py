@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignlab.benchmarks.base import Benchmark, Subject
+from alignlab.benchmarks.base import Benchmark, Subject, mean, measure
 from alignlab.benchmarks.reasoning.base_model import BaseModelSettings, base_folder, base_model
 from alignlab.benchmarks.reasoning.problems import (
     SEPARATOR,
@@ -16,7 +16,6 @@ from alignlab.benchmarks.reasoning.problems import (
     check_steps,
     is_right,
 )
-from alignlab.benchmarks.sampled import mean, measure
 from alignlab.build import section
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import write_jsonl

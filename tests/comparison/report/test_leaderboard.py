@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from alignlab.comparison.leaderboard import REQUIRED, build, load
-from alignlab.comparison.metrics import METRICS, format_interval, format_number, metric
+from alignlab.comparison.report.leaderboard import REQUIRED, build, load
+from alignlab.comparison.report.metrics import METRICS, format_interval, format_number, metric
+from alignlab.comparison.report.tables import budget_text, limits_text, to_csv, to_markdown
+from alignlab.comparison.report.verdict import format_p, verdict
 from alignlab.comparison.statistics import Estimate
-from alignlab.comparison.tables import to_csv, to_markdown
-from alignlab.comparison.verdict import format_p, verdict
 from alignlab.core import AlignlabError, ConfigError
-from tests.comparison.board_rows import row, three_algorithms
+from tests.comparison.report.board_rows import row, three_algorithms
 
 BUDGET = {"seconds": 60.0, "steps": None, "generated_tokens": 1_000_000}
 
@@ -39,11 +39,11 @@ class TestRows:
         assert dpo["reward_high"] == pytest.approx(0.8 + 0.049683, abs=1e-6)
         assert dpo["seeds"] == [0, 1, 2]
 
-    def test_every_row_has_every_figure_with_its_bounds(self):
+    def test_every_row_has_every_metric_with_its_bounds(self):
         found = board()
         for r in found.rows:
-            for figure in REQUIRED:
-                assert {figure, f"{figure}_low", f"{figure}_high"} <= r.keys()
+            for name in REQUIRED:
+                assert {name, f"{name}_low", f"{name}_high"} <= r.keys()
         assert by_name(found)["ppo"]["distinct_2"] is None
         assert by_name(found)["ppo"]["distinct_2_low"] is None
 
@@ -53,7 +53,7 @@ class TestRows:
         assert found.runs[0]["frontier_efficiency"] is None
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-    def test_a_figure_missing_in_some_seeds_says_so(self, bad):
+    def test_a_metric_missing_in_some_seeds_says_so(self, bad):
         rows = [row("dpo", 0, reward=0.5), row("dpo", 1, reward=bad), row("dpo", 2, reward=0.7)]
         found = board(rows).rows[0]
         assert found["reward"] == pytest.approx(0.6)
@@ -62,7 +62,7 @@ class TestRows:
         # 0.5 0.7: half-width 12.706205 · 0.141421 / sqrt(2) = 1.270620
         assert "| **0.600** ±1.271 (2 of 3 seeds) |" in to_markdown(board(rows))
 
-    def test_intervals_stay_within_the_bounds_of_the_figure(self):
+    def test_intervals_stay_within_the_bounds_of_the_metric(self):
         rows = [row("dpo", seed, win_rate=value, kl=kl) for seed, (value, kl) in enumerate([(0.9, 0.1), (0.99, 0.01)])]
         found = board(rows).rows[0]
         assert found["win_rate_high"] == 1 and found["kl_low"] == 0
@@ -111,8 +111,8 @@ class TestPerPrompt:
         with pytest.raises(AlignlabError, match="'reward_per_prompt' has 3 values in one run and 4 in another"):
             board(rows)
 
-    def test_a_list_whose_mean_is_another_figure(self):
-        with pytest.raises(AlignlabError, match=r"'dpo', seed 3: the mean .* is 0.7 .* figure is 0.5"):
+    def test_a_list_whose_mean_is_another_value(self):
+        with pytest.raises(AlignlabError, match=r"'dpo', seed 3: the mean .* is 0.7 .* run's value is 0.5"):
             board([row("dpo", 3, reward=0.5, reward_per_prompt=[0.7, 0.7])])
 
     def test_a_list_for_some_seeds_only(self):
@@ -146,7 +146,7 @@ class TestOrder:
     def test_ties_go_by_name(self):
         assert [r["algorithm"] for r in board([row("b", 0), row("a", 0)]).rows] == ["a", "b"]
 
-    def test_unknown_figure(self):
+    def test_unknown_metric(self):
         with pytest.raises(ConfigError, match=r"sort_by=rewrad: .*did you mean 'reward'"):
             board(sort_by="rewrad")
 
@@ -313,7 +313,18 @@ class TestFiles:
         assert first[:3] == ["1", "d\0po", "3"] and first[column].startswith("1.50 ±")
         assert first[head.index("reward ↑")] == "**0.800** ±0.050"
         assert second[0] == "2 ≈" and second[head.index("distinct-2 ↑")] == "–"
-        assert "Budget: seconds 60.0 · generated tokens 1,000,000\n" in text
+        assert "Budget of each run: 60.0 seconds, 1,000,000 generated tokens.\n" in text
+
+    def test_budget_is_said_in_sentences(self):
+        """What is null or 0 is left out; what was made once stands apart from what each run was allowed."""
+        shared = {"sft": {"trained_tokens": 51_588, "generated_tokens": 0, "seconds": 2.25}, "reward_model": {}}
+        found = build([row("a", 0)], "exact", {"steps": 300, "trained_tokens": None, "shared": shared})
+        assert limits_text(found) == "300 steps"
+        assert budget_text(found) == (
+            "Budget of each run: 300 steps. Made once, before these runs, and used by all of them: "
+            "sft (51,588 trained tokens, 2.25 seconds), reward model."
+        )
+        assert "Budget" not in to_markdown(build([row("a", 0)], "exact", {}))
 
     def test_notes(self, tmp_path):
         rows = [{**r, **({"note": "a bound"} if r["algorithm"] == "dpo" else {})} for r in three_algorithms()]
@@ -323,7 +334,7 @@ class TestFiles:
         assert to_markdown(found).rstrip().endswith("cannot be tested. dpo: a bound.")
         found.write(tmp_path)
         assert load(tmp_path / "leaderboard.json") == found
-        assert "note" not in found.figures
+        assert "note" not in found.metrics
 
     def test_constants_are_no_columns(self):
         found = board([row("a", 0, reference_reward=0.3)])
@@ -358,7 +369,7 @@ class TestFiles:
         assert "reward" in heading and "KL" in lines[lines.index(heading) - 1] + heading
         assert "[0.00," in out.getvalue()  # a lopsided interval's bounds stand below each other
 
-    def test_figures_that_no_seed_changes(self):
+    def test_metrics_that_no_seed_changes(self):
         text = " ".join(verdict(board([row(n, s, reward=r) for n, r in (("a", 0.5), ("b", 0.25)) for s in (0, 1)])))
         assert "0.500 with every seed (2 seeds)" in text and "+0.250 with every seed" in text
 
@@ -396,5 +407,5 @@ class TestNumbers:
     def test_headings(self):
         assert metric("reward").heading == "reward ↑"
         assert metric("peak_memory_mb").heading == "peak memory (MB) ↓"
-        assert metric("my_own_figure").heading == "my own figure"
+        assert metric("my_own_metric").heading == "my own metric"
         assert all(known.cost == (known.better < 0) for name, known in METRICS.items() if name != "perplexity")

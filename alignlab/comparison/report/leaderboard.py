@@ -1,11 +1,11 @@
-"""The leaderboard: per-run figures in, one row per algorithm out, best first, with 95 % intervals and tests.
+"""The leaderboard: metrics of runs in, one row per algorithm out, best first, with 95 % intervals and tests.
 
     board = build(rows, benchmark="exact", budget={"generated_tokens": 1_000_000})
     board.print()
     board.write("runs/demo")  # leaderboard.json, leaderboard.csv, leaderboard.md
 
-A row of the input is a run: `algorithm`, `seed`, the figures of `REQUIRED` and any further numeric ones. A figure that
-could not be measured is None or NaN. `<figure>_per_prompt` holds the same figure for each prompt of the benchmark, in
+A row of the input is a run: `algorithm`, `seed`, the metrics of `REQUIRED` and any further numeric ones. A metric that
+could not be measured is None or NaN. `<metric>_per_prompt` holds the same metric for each prompt of the benchmark, in
 the benchmark's order, for intervals over prompts; leave it out where the prompts are all there are (the exact
 benchmark) rather than a sample of those one cares for.
 """
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignlab.comparison.metrics import metric, ordered
-from alignlab.comparison.statistics import Comparison, Estimate, Figure, compare_all, estimate, prompt_errors
+from alignlab.comparison.report.metrics import metric, ordered
+from alignlab.comparison.statistics import Comparison, Estimate, Measured, compare_all, estimate, prompt_errors
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.files import write_text
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REQUIRED = ("reward", "kl", "win_rate", "seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
-"""Figures that every row has (None or NaN where not measured), besides `algorithm` and `seed`."""
+"""Metrics that every row has (None or NaN where not measured), besides `algorithm` and `seed`."""
 
 PROVENANCE = ("folder", "config_hash")
 """Text that a row may carry along; shown in the report."""
 
 NOTE = "note"
-"""What must be said of a run's figures; stands below every table."""
+"""What must be said of a run's metrics; stands below every table."""
 
 PER_PROMPT = "_per_prompt"
 
@@ -50,15 +50,15 @@ class Leaderboard:
     Attributes:
         benchmark: name of what was measured on.
         budget: what every algorithm was allowed, by name.
-        sort_by: the figure that ranks.
-        rows: one per algorithm: `algorithm`, `rank` (from 1; None without the ranking figure), `seeds`,
-            `indistinguishable_from_best` (None where it cannot be tested), and for each figure its mean over seeds,
+        sort_by: the metric that ranks.
+        rows: one per algorithm: `algorithm`, `rank` (from 1; None without the ranking metric), `seeds`,
+            `indistinguishable_from_best` (None where it cannot be tested), and for each metric its mean over seeds,
             `_low` and `_high` (None where there is none), and `_seeds`, how many seeds it is a mean over, where they
             are fewer than the row's; `note` where a run has one.
         runs: one per algorithm and seed, as given, with None for what is not finite.
-        figures: names of all figures, in the order of their columns.
-        comparisons: every pair of algorithms on the ranking figure.
-        prompts: figure → number of prompts its intervals were bootstrapped over; absent where there are none.
+        metrics: names of all metrics, in the order of their columns.
+        comparisons: every pair of algorithms on the ranking metric.
+        prompts: metric → number of prompts its intervals were bootstrapped over; absent where there are none.
     """
 
     benchmark: str
@@ -66,26 +66,26 @@ class Leaderboard:
     sort_by: str
     rows: list[dict[str, Any]]
     runs: list[dict[str, Any]]
-    figures: list[str]
+    metrics: list[str]
     comparisons: list[Comparison] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
-        """The figures that tables show."""
-        return [figure for figure in self.figures if not metric(figure).hidden]
+        """The metrics that tables show."""
+        return [name for name in self.metrics if not metric(name).hidden]
 
     def to_dict(self) -> dict[str, Any]:
         """`{"benchmark", "budget", "rows"}`, all of it JSON."""
         return {"benchmark": self.benchmark, "budget": self.budget, "rows": self.rows}
 
-    def estimate(self, row: Mapping[str, Any], figure: str) -> Estimate | None:
-        """One figure of one of `rows`, or None where it is missing."""
-        mean = row.get(figure)
-        return None if mean is None else Estimate(mean, row[f"{figure}_low"], row[f"{figure}_high"])
+    def estimate(self, row: Mapping[str, Any], name: str) -> Estimate | None:
+        """One metric of one of `rows`, or None where it is missing."""
+        mean = row.get(name)
+        return None if mean is None else Estimate(mean, row[f"{name}_low"], row[f"{name}_high"])
 
     def between(self, a: str, b: str) -> Comparison:
-        """Algorithm a against algorithm b on the ranking figure."""
+        """Algorithm a against algorithm b on the ranking metric."""
         for pair in self.comparisons:
             if (pair.a, pair.b) == (a, b):
                 return pair
@@ -93,13 +93,13 @@ class Leaderboard:
                 return pair.flipped()
         return Comparison(a, b, None, None)
 
-    def best(self, figure: str) -> set[str]:
-        """The algorithms whose mean is best; empty for costs and figures without a better direction."""
-        known = metric(figure)
-        values = {row["algorithm"]: row[figure] * known.better for row in self.rows if row[figure] is not None}
+    def best(self, name: str) -> set[str]:
+        """The algorithms whose mean is best; empty for costs and metrics without a better direction."""
+        known = metric(name)
+        values = {row["algorithm"]: row[name] * known.better for row in self.rows if row[name] is not None}
         if known.cost or not known.better or not values:
             return set()
-        return {name for name, value in values.items() if value == max(values.values())}
+        return {algorithm for algorithm, value in values.items() if value == max(values.values())}
 
     def to_json(self) -> str:
         """The text of `leaderboard.json`: `to_dict()`, then `sort_by`, `comparisons` and `runs`; one row a line."""
@@ -114,7 +114,7 @@ class Leaderboard:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `leaderboard.json`, `.csv` and `.md` into a folder, each whole or not at all."""
-        from alignlab.comparison.tables import to_csv, to_markdown
+        from alignlab.comparison.report.tables import to_csv, to_markdown
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         for suffix, text in (("json", self.to_json()), ("csv", to_csv(self)), ("md", to_markdown(self))):
@@ -122,7 +122,7 @@ class Leaderboard:
 
     def print(self, console: Console | None = None) -> None:
         """Print the table and the verdict."""
-        from alignlab.comparison.tables import print_leaderboard
+        from alignlab.comparison.report.tables import print_leaderboard
 
         print_leaderboard(self, console)
 
@@ -136,11 +136,11 @@ def build(
         rows: one per algorithm and seed (see the top of this file).
         benchmark: name of what was measured on.
         budget: what every algorithm was allowed; kept and shown as it is.
-        sort_by: the figure that ranks; `objective_score` where there is one, else `reward`.
+        sort_by: the metric that ranks; `objective_score` where there is one, else `reward`.
 
     Raises:
         AlignlabError: a row lacks a key, holds something that is no number, or appears twice.
-        ConfigError: no row has the figure `sort_by`.
+        ConfigError: no row has the metric `sort_by`.
     """
     runs = [_checked(row, index) for index, row in enumerate(rows)]
     if not runs:
@@ -155,22 +155,22 @@ def build(
     if sort_by is None:
         sort_by = "objective_score" if "objective_score" in names else "reward"
     elif sort_by not in names:
-        raise ConfigError(f"sort_by={sort_by}: no run has this figure{did_you_mean(sort_by, names)}")
+        raise ConfigError(f"sort_by={sort_by}: no run has this metric{did_you_mean(sort_by, names)}")
 
     rows_out: list[dict[str, Any]] = [
         {"algorithm": algorithm, "rank": None, "seeds": sorted(seeds), "indistinguishable_from_best": None}
         for algorithm, seeds in by_algorithm.items()
     ]
     prompts: dict[str, int] = {}
-    ranking: dict[str, Figure] = {}
+    ranking: dict[str, Measured] = {}
     for name in names:
-        figures, prompts_used = _figures(by_algorithm, name)
+        measured, prompts_used = _measured(by_algorithm, name)
         if prompts_used:
             prompts[name] = prompts_used
         if name == sort_by:
-            ranking = figures
+            ranking = measured
         for row in rows_out:
-            row.update(_aggregate(name, figures.get(row["algorithm"]), len(row["seeds"])))
+            row.update(_aggregate(name, measured.get(row["algorithm"]), len(row["seeds"])))
     for row in rows_out:
         notes = dict.fromkeys(run[NOTE] for run in by_algorithm[row["algorithm"]].values() if run.get(NOTE))
         row.update({NOTE: "; ".join(notes)} if notes else {})
@@ -203,7 +203,7 @@ def load(path: str | os.PathLike[str]) -> Leaderboard:
 
 
 def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The row with plain numbers, None for what is not finite; an error for what cannot be a figure."""
+    """The row with plain numbers, None for what is not finite; an error for what cannot be a metric."""
     where = f"row {index} (algorithm {row.get('algorithm')!r}, seed {row.get('seed')!r})"
     lacking = [key for key in ("algorithm", "seed", *REQUIRED) if key not in row]
     if lacking:
@@ -241,8 +241,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _figures(by_algorithm: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> tuple[dict[str, Figure], int]:
-    """One figure of every algorithm that has it, and the number of prompts that its errors were bootstrapped over."""
+def _measured(
+    by_algorithm: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str
+) -> tuple[dict[str, Measured], int]:
+    """One metric of every algorithm that has it, and the number of prompts that its errors were bootstrapped over."""
     values = {
         algorithm: {seed: float(run[name]) for seed, run in seeds.items() if run.get(name) is not None}
         for algorithm, seeds in by_algorithm.items()
@@ -257,11 +259,11 @@ def _figures(by_algorithm: Mapping[str, Mapping[int, Mapping[str, Any]]], name: 
             raise AlignlabError(f"algorithm '{algorithm}' has '{key}' for some seeds but not for {missing}")
         lists |= {(algorithm, seed): by_algorithm[algorithm][seed][key] for seed in sorted(with_list)}
     errors, prompts = _prompt_errors(lists, values, key)
-    figures = {
-        algorithm: Figure(seeds, {seed: errors[algorithm, seed] for seed in seeds if (algorithm, seed) in errors})
+    measured = {
+        algorithm: Measured(seeds, {seed: errors[algorithm, seed] for seed in seeds if (algorithm, seed) in errors})
         for algorithm, seeds in values.items()
     }
-    return figures, prompts
+    return measured, prompts
 
 
 def _prompt_errors(
@@ -279,12 +281,12 @@ def _prompt_errors(
     value_RQ = np.array([[np.nan if v is None else v for v in lists[run]] for run in lists], dtype=np.float64)
     for (algorithm, seed), value_Q in zip(lists, value_RQ, strict=True):
         present_Q = value_Q[np.isfinite(value_Q)]
-        figure = values[algorithm][seed]
+        value = values[algorithm][seed]
         scale = max(1.0, float(np.abs(present_Q).max(initial=0.0)))
-        if not len(present_Q) or abs(present_Q.mean() - figure) > 1e-3 * scale:
+        if not len(present_Q) or abs(present_Q.mean() - value) > 1e-3 * scale:
             mean = float(present_Q.mean()) if len(present_Q) else None
             raise AlignlabError(
-                f"algorithm '{algorithm}', seed {seed}: the mean of '{key}' is {mean} but the figure is {figure}"
+                f"algorithm '{algorithm}', seed {seed}: the mean of '{key}' is {mean} but the run's value is {value}"
             )
     common_RQ = value_RQ[:, np.isfinite(value_RQ).all(0)]
     if common_RQ.shape[1] < 2:
@@ -292,16 +294,16 @@ def _prompt_errors(
     return dict(zip(lists, prompt_errors(common_RQ), strict=True)), common_RQ.shape[1]
 
 
-def _aggregate(name: str, figure: Figure | None, seeds: int) -> dict[str, Any]:
-    """The keys of one figure in an aggregated row."""
-    if figure is None:
+def _aggregate(name: str, measured: Measured | None, seeds: int) -> dict[str, Any]:
+    """The keys of one metric in an aggregated row."""
+    if measured is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    found, known = estimate(figure), metric(name)
+    found, known = estimate(measured), metric(name)
     low = None if found.low is None else min(found.mean, max(found.low, known.low))
     high = None if found.high is None else max(found.mean, min(found.high, known.high))
     row: dict[str, Any] = {name: found.mean, f"{name}_low": low, f"{name}_high": high}
-    if len(figure.values) < seeds:
-        row[f"{name}_seeds"] = len(figure.values)
+    if len(measured.values) < seeds:
+        row[f"{name}_seeds"] = len(measured.values)
     return row
 
 

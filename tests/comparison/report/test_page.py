@@ -1,21 +1,19 @@
-"""The report: well-formed, self-contained, safe with any text, the same for the same input; and its plots' geometry."""
+"""The report: well-formed, self-contained, safe with any text, the same for the same input."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
 
-from alignlab.comparison import plots
-from alignlab.comparison.leaderboard import build
-from alignlab.comparison.report import render, write_report
-from alignlab.comparison.statistics import Estimate
+from alignlab.comparison.report.leaderboard import build
+from alignlab.comparison.report.page import render, write_report
 from alignlab.core import AlignlabError
-from tests.comparison.board_rows import row, three_algorithms
+from tests.comparison.report.board_rows import row, three_algorithms
 
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 FRONTIER = [[0.0, 0.3], [1.0, 0.7], [2.0, 0.85], [8.0, 0.9]]
 CURVES = {
     "reward": {
@@ -58,21 +56,13 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def shape(svg: str) -> str:
-    """What marker there is, wherever it stands."""
-    circle, polygon = re.search(r"<circle", svg), re.search(r'<polygon points="([^"]*)"', svg)
-    if circle or not polygon:
-        return "circle"
-    points = [tuple(map(float, p.split(","))) for p in polygon[1].split(" ")]
-    return str([(round(x - points[0][0]), round(y - points[0][1])) for x, y in points])
-
-
 def board(rows=None, **settings):
     return build(rows or three_algorithms(), "exact", {"seconds": 60}, **settings)
 
 
-def full(found=None) -> str:
-    return render(found or board(), FRONTIER, CURVES, SAMPLES, [{"algorithm": "dpo", "seed": 0, "folder": "runs/a"}])
+@cache
+def full() -> str:
+    return render(board(), FRONTIER, CURVES, SAMPLES, [{"algorithm": "dpo", "seed": 0, "folder": "runs/a"}])
 
 
 class TestPage:
@@ -89,16 +79,21 @@ class TestPage:
         assert not re.search(r"(?i)(https?:)?//[a-z0-9.-]+\.[a-z]", html)
         page = Page(html)
         for tag, attributes in page.tags:
-            assert tag not in {"link", "img", "iframe", "object", "embed", "base", "image", "use"}
-            assert not {"src", "href", "xlink:href", "srcset", "background"} & attributes.keys(), tag
-        assert "url(" not in html and "@import" not in html
+            assert tag not in {"link", "img", "iframe", "object", "embed", "base", "image"}
+            assert not {"src", "xlink:href", "srcset", "background"} & attributes.keys(), tag
+            assert tag == "use" or "href" not in attributes, tag
+        ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+        assert len(set(ids)) == len(ids)  # the plots' own shapes, of which each has a name of its own
+        references = re.findall(r'href="([^"]*)|url\(([^)]*)', html)
+        assert {part for pair in references for part in pair if part} == {f"#{name}" for name in ids}
+        assert "@import" not in html
         policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
         assert policy is not None and policy.startswith("default-src 'none'")
 
     def test_text_of_users_is_escaped(self):
         html = full()
         assert len(Page(html).all("script")) == 1  # its own
-        assert "&lt;script&gt;alert(&#x27;p&#x27;)&lt;/script&gt;" in html
+        assert "&lt;script&gt;alert(&#39;p&#39;)&lt;/script&gt;" in html
         assert "a &amp; b" in html
 
     def test_names_are_escaped_everywhere(self):
@@ -114,16 +109,32 @@ class TestPage:
         assert not any("onerror" in attributes for _, attributes in page.tags)
 
     def test_same_input_same_bytes(self, tmp_path):
-        write_report(tmp_path / "a" / "report.html", board(), FRONTIER, CURVES, SAMPLES)
-        write_report(tmp_path / "b.html", board(), FRONTIER, CURVES, SAMPLES)
-        assert (tmp_path / "a" / "report.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+        for name in ("a", "b"):
+            write_report(tmp_path / name / "report.html", board(), FRONTIER, CURVES, SAMPLES)
+        files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
+        assert [str(p) for p in files if p.suffix == ".pdf"] == [
+            f"plots/{name}.pdf" for name in ("ranking", "reward-kl", "reward")
+        ]
+        for path in files:
+            assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+
+    def test_plots_are_written_for_papers_and_those_of_before_are_removed(self, tmp_path):
+        (tmp_path / "plots").mkdir()
+        for name in ("kl.pdf", "kl.png", "mine.txt"):
+            (tmp_path / "plots" / name).touch()
+        write_report(tmp_path / "report.html", board(), FRONTIER, CURVES)
+        written = {path.name: path.read_bytes()[:8] for path in (tmp_path / "plots").iterdir()}
+        assert written.pop("mine.txt") == b""  # the user's
+        assert {name.rpartition(".")[0] for name in written} == {"ranking", "reward", "reward-kl"}
+        for name, start in written.items():
+            assert start == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else start.startswith(b"%PDF-"), name
 
     def test_what_is_not_given_is_not_there(self):
         html = render(board())
         Page(html)
         for heading in ("Learning curves", "Answers side by side"):
             assert heading not in html
-        assert 'class="frontier"' not in html
+        assert "R*(KL)" not in html
 
     def test_one_algorithm_one_seed_and_nothing_measured(self):
         empty = row("a", 0, reward=None, kl=None, win_rate=None, seconds=None)
@@ -156,6 +167,10 @@ class TestPage:
         assert ("html", {"lang": "en"}) in page.tags
         assert any(a.get("name") == "viewport" for a in page.all("meta"))
         assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
+        scrolled = [a for tag, a in page.tags if a.get("class") == "scroll"]
+        assert len(scrolled) == len(page.all("table"))
+        for region in scrolled:  # a table that is cut can be reached and scrolled by the keyboard
+            assert region["tabindex"] == "0" and region["role"] == "region" and region["aria-label"]
 
 
 class TestTables:
@@ -182,6 +197,8 @@ class TestTables:
         assert 'aria-sort="descending"><button type="button">reward' in head
         values = [re.findall(r'data-value="(.*?)"', line) for line in body.split("</tr>") if line.strip()]
         assert [len(line) for line in values] == [len(titles)] * 3
+        assert titles[:4] == ["#", "algorithm", "reward", "KL to reference"]  # what a phone shows without scrolling
+        assert "time" not in titles  # the costs have a table of their own
         assert [line[titles.index("algorithm")] for line in values] == ["dpo", "ppo", "sft"]
         assert [float(line[titles.index("reward")]) for line in values] == pytest.approx([0.8, 0.79, 0.3])
         assert values[2][titles.index("frontier efficiency")] == ""
@@ -201,80 +218,48 @@ class TestTables:
         assert "a has the lowest perplexity" in html
 
 
-class TestPlots:
-    def test_ticks(self):
-        assert plots.ticks(0, 1) == [(pytest.approx(0.2 * i), f"{0.2 * i:.1f}") for i in range(6)]
-        assert [text for _, text in plots.ticks(0, 30_000)] == ["0k", "10k", "20k", "30k"]
-        assert [text for _, text in plots.ticks(-0.013, 0.012)] == ["-0.010", "-0.005", "0.000", "0.005", "0.010"]
+class TestBudget:
+    def test_what_is_shared_is_a_table(self):
+        shared = {"sft": {"trained_tokens": 51_588, "generated_tokens": 0, "seconds": 2.25}, "pairs": {"seconds": 4.03}}
+        html = render(build(three_algorithms(), "exact", {"steps": 300, "seconds": None, "shared": shared}))
+        assert "<dt>Budget of each run</dt><dd>300 steps</dd>" in html
+        table = html[html.index('aria-label="What all runs share"') :]
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)]
+        assert [re.sub("<.*", "", text) for text in rows[0]] == ["part", "trained on", "time"]
+        assert rows[1:3] == [["sft", "51.6k", "2.25"], ["pairs", "–", "4.03"]]
 
-    def test_axes_map_data_to_the_frame(self):
-        axes = plots.Axes(0, 10, -1, 1, right=10, left=50, width=460, height=320, top=10, bottom=40)
-        assert (axes.x(0), axes.x(5), axes.x(10)) == (50, 250, 450)
-        assert (axes.y(1), axes.y(0), axes.y(-1)) == (10, 145, 280)
+    @pytest.mark.parametrize("budget", [{}, {"shared": 3}, {"shared": {"sft": "once"}}, {"nested": {"a": [1]}}])
+    def test_whatever_a_budget_holds(self, budget):
+        Page(render(build(three_algorithms(), "exact", budget)))
 
-    def test_the_frontier_is_cut_where_the_plot_ends(self):
-        assert plots._cut([(0, 0), (1, 2), (3, 4)], 2) == [(0, 0), (1, 2), (2, 3)]
-        assert plots._cut([(0, 0), (1, 2)], 5) == [(0, 0), (1, 2)]
 
-    def test_points_lie_where_they_should(self):
-        svg = plots.reward_kl(
-            [("a", Estimate(0.0), Estimate(0.0)), ("b", Estimate(2.0), Estimate(1.0))], [[0, 0], [2, 1]]
+class TestCurves:
+    def test_losses_of_different_algorithms_share_no_axis(self):
+        curves = {"loss": {"rrhf": {0: [(0, 30.0), (9, 20.0)]}, "dpo": {0: [(0, 0.7), (9, 0.6)]}}}
+        html = render(board(), curves=curves)
+        page = Page(html)
+        labels = [svg["aria-label"] for svg in page.all("svg")][2:]
+        assert labels == [f"loss over training, {name}, steps 0 to 9" for name in ("dpo", "rrhf")]
+        assert "losses of different algorithms cannot be compared" in html
+        alone = render(board(), curves={"loss": {"dpo": curves["loss"]["dpo"]}})
+        assert "cannot be compared" not in alone and len(Page(alone).all("svg")) == 3
+
+    def test_a_constant_is_a_sentence_not_a_plot(self):
+        ratio = {"rloo": {0: [(0, 1.0), (9, 1.00000005)]}, "ppo": {0: [(0, 0.99999998)]}}
+        zero = {"rloo": {0: [(0, 0.0), (9, 0.0)]}}
+        html = render(board(), curves={"ratio": ratio, "clip_fraction": zero})
+        assert (
+            "Not drawn, as they stay the same: probability ratio to the sampling policy (1), clipped ratios (0)."
+            in html
         )
-        marks = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
-        square = re.search(r'<polygon points="([\d.]+),([\d.]+)', svg)
-        curve = re.search(r'class="frontier" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg)
-        assert square is not None and curve is not None
-        assert marks == [curve.groups()[:2]]  # the first algorithm is the frontier's first point
-        assert float(square[1]) + 4 == pytest.approx(float(curve[3]), abs=0.1)
-        assert float(square[2]) + 4 == pytest.approx(float(curve[4]), abs=0.1)
-
-    def test_names_do_not_cover_each_other(self):
-        points = [(f"algorithm{i}", Estimate(1 + i / 1000), Estimate(0.5)) for i in range(8)]
-        svg = plots.reward_kl([*points, ("far", Estimate(2.0), Estimate(1.0))])
-        boxes = [(float(x), float(y), len(t) * plots.LETTER) for x, y, t in re.findall(
-            r'class="halo" x="([\d.]+)" y="([\d.]+)">([^<]+)<', svg)]  # fmt: skip
-        assert len(boxes) == 9
-        for i, (x, y, width) in enumerate(boxes):
-            for other_x, other_y, other_width in boxes[:i]:
-                apart = abs(y - other_y) >= 11.9 or x >= other_x + other_width or other_x >= x + width
-                assert apart
-
-    def test_spread_keeps_names_apart_and_within(self):
-        found = plots._spread([10, 11, 12, 95, 99], 13, 0, 100)
-        assert all(b - a >= 13 for a, b in pairwise(found))
-        assert found[0] >= 10 and found[-1] <= 100
-
-    def test_thin_averages_within_bins(self):
-        points = [(float(x), float(x % 2)) for x in range(1000)] + [(1000.0, float("nan"))]
-        found = plots.thin(points, 0, 1000, bins=10)
-        assert [x for x, _ in found] == [50.0 + 100 * i for i in range(10)]
-        assert [y for _, y in found] == [0.5] * 10
-
-    def test_mean_curve_only_where_all_seeds_are(self):
-        assert plots.mean_curve([[(0, 1.0), (1, 2.0)], [(0, 3.0)]]) == [(0, 2.0)]
-
-    def test_learning_draws_each_seed_and_the_mean(self):
-        svg = plots.learning(["sft", "dpo", "ppo"], CURVES["reward"], "reward")
-        assert svg.count('class="seed"') == 2  # dpo's; ppo has one seed, which is its mean
-        assert svg.count('class="mean"') == 2
-        assert '<g class="s1">' in svg and '<g class="s2">' in svg  # the colours of their places on the leaderboard
-
-    def test_twenty_algorithms_are_told_apart(self):
-        """By colour and shape together; their curves by colour and dash; and each is named once, beside its marker."""
-        names = [f"algorithm_{i}" for i in range(20)]
-        svg = plots.learning(names, {n: {0: [(0, 0.1 * i), (9, 0.5)]} for i, n in enumerate(names)}, "reward")
-        series = re.findall(r'<g class="(s\d)"><title>(\w+): .*?</title>(.*?)</g>', svg)
-        assert [name for _, name, _ in series] == names
-        lines = {(colour, re.findall(r'class="mean( \w+)?"', body)[0]) for colour, _, body in series}
-        marks = {(colour, shape(body)) for colour, _, body in series}
-        assert len(lines) == len(marks) == 20
-        keys = re.findall(r'<g class="(s\d)">(<(?:circle|polygon)[^>]*>)</g><text class="halo"[^>]*>(\w+)<', svg)
-        assert {name: (colour, shape(body)) for colour, body, name in keys} == {
-            name: (colour, shape(body)) for colour, name, body in series
-        }
-        heights = sorted(float(y) for y in re.findall(r'class="halo" x="[\d.]+" y="([\d.]+)"', svg))
-        assert all(b - a >= 12.9 for a, b in pairwise(heights))
+        assert len(Page(html).all("svg")) == 2
+        changing = render(board(), curves={"ratio": {"ppo": {0: [(0, 1.0), (9, 1.01)]}}})
+        assert "Not drawn" not in changing and len(Page(changing).all("svg")) == 3
 
     def test_nothing_finite_no_plot(self):
-        assert plots.learning(["a"], {"a": {0: [(0, float("nan"))]}}, "reward") == ""
-        assert "Learning curves" not in render(board(), curves={"reward": {"dpo": {0: []}}})
+        for points in ([], [(0, float("nan"))]):
+            assert "Learning curves" not in render(board(), curves={"reward": {"dpo": {0: points}}})
+
+    def test_an_algorithm_without_a_row_is_drawn(self):
+        html = render(board(), curves={"reward": {"broken": {0: [(0, 0.1), (5, 0.2)]}}})
+        assert "<title>broken: reward 0.2 at step" in html

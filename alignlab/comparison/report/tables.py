@@ -7,25 +7,25 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from alignlab.comparison.leaderboard import Leaderboard
-from alignlab.comparison.metrics import MISSING, format_interval, format_number, metric
-from alignlab.comparison.verdict import method, verdict
+from alignlab.comparison.report.leaderboard import Leaderboard
+from alignlab.comparison.report.metrics import MISSING, format_interval, format_number, metric
+from alignlab.comparison.report.verdict import method, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 
-def cell(board: Leaderboard, row: Mapping[str, Any], figure: str) -> tuple[str, str]:
-    """One figure as text: the mean, and its interval with, where some seeds lack the figure, the count of those that
+def cell(board: Leaderboard, row: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """One metric as text: the mean, and its interval with, where some seeds lack it, the count of those that
     have it. `("0.953", "±0.012")`, `("–", "")`, `("0.412", "±0.020 (2 of 3 seeds)")`."""
-    found = board.estimate(row, figure)
+    found = board.estimate(row, name)
     if found is None:
         return MISSING, ""
-    decimals = metric(figure).decimals
+    decimals = metric(name).decimals
     interval = format_interval(found, decimals)
-    if f"{figure}_seeds" in row:
-        interval += f" ({row[f'{figure}_seeds']} of {len(row['seeds'])} seeds)"
+    if f"{name}_seeds" in row:
+        interval += f" ({row[f'{name}_seeds']} of {len(row['seeds'])} seeds)"
     return format_number(found.mean, decimals), interval.strip()
 
 
@@ -54,40 +54,51 @@ def to_markdown(board: Leaderboard) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
-    best = {figure: board.best(figure) for figure in board.columns}
+    best = {name: board.best(name) for name in board.columns}
     table = [
-        line(["#", "algorithm", "seeds", *(metric(figure).heading for figure in board.columns)]),
+        line(["#", "algorithm", "seeds", *(metric(name).heading for name in board.columns)]),
         line(["--:", ":--", *["--:"] * (1 + len(board.columns))]),
     ]
     for row in board.rows:
         cells = [place(row), row["algorithm"], str(len(row["seeds"]))]
-        for figure in board.columns:
-            mean, interval = cell(board, row, figure)
-            mean = f"**{mean}**" if row["algorithm"] in best[figure] else mean
+        for name in board.columns:
+            mean, interval = cell(board, row, name)
+            mean = f"**{mean}**" if row["algorithm"] in best[name] else mean
             cells.append(f"{mean} {interval}".strip())
         table.append(line(cells))
-    budget = f"Budget: {budget_text(board)}\n\n" if board.budget else ""
+    budget = f"{text}\n\n" if (text := budget_text(board)) else ""
     body = "\n".join(table)
     return f"# Leaderboard: {board.benchmark}\n\n{' '.join(verdict(board))}\n\n{budget}{body}\n\n{method(board)}\n"
 
 
+def limits_text(board: Leaderboard) -> str:
+    """What each run was allowed: `300 steps, 1,000,000 generated tokens`; what is not limited is left out."""
+    return _items({key: value for key, value in board.budget.items() if key != "shared"})
+
+
 def budget_text(board: Leaderboard) -> str:
-    """`generated tokens 1,000,000 · shared (sft (seconds 12))`; what is not set is left out."""
-    return _items(board.budget, " · ")
+    """What each run was allowed, and what was made once for all of them, in sentences."""
+    limits, shared = limits_text(board), board.budget.get("shared")
+    sentences = [f"Budget of each run: {limits}."] if limits else []
+    if isinstance(shared, Mapping) and shared:
+        sentences.append(f"Made once, before these runs, and used by all of them: {_items(shared)}.")
+    return " ".join(sentences)
 
 
-def _items(values: Mapping[str, Any], separator: str) -> str:
+def _items(values: Mapping[str, Any]) -> str:
+    """`300 steps, sft (51,588 trained tokens, 2.25 seconds)`; without what is null or 0."""
     texts = []
     for key, value in values.items():
+        name = key.replace("_", " ")
         if isinstance(value, Mapping):
-            text = f"({_items(value, ', ')})" if value else None
-        elif isinstance(value, float):
-            text = format_number(value, None) if value < 1e4 else f"{value:,.0f}"
-        else:
-            text = f"{value:,}" if type(value) is int else value
-        if text is not None:
-            texts.append(f"{key.replace('_', ' ')} {text}")
-    return separator.join(texts)
+            texts.append(f"{name} ({inner})" if (inner := _items(value)) else name)
+        elif type(value) is int and value:
+            texts.append(f"{value:,} {name}")
+        elif isinstance(value, float) and value:
+            texts.append(f"{format_number(value, None) if value < 1e4 else f'{value:,.0f}'} {name}")
+        elif value:
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
 def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
@@ -106,12 +117,12 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
         console.print(Text(sentence))
     console.print(table)
     console.print(Text(method(board), style="dim"))
-    if hidden := [metric(figure).title for figure in board.columns[len(shown) :]]:
+    if hidden := [metric(name).title for name in board.columns[len(shown) :]]:
         console.print(Text(f"Left out for want of room: {', '.join(hidden)}; the files have them.", style="dim"))
 
 
-def _table(board: Leaderboard, figures: list[str], gap: str) -> Table:
-    """The table of some figures, with `gap` between a mean and its interval and between the words of a heading."""
+def _table(board: Leaderboard, names: list[str], gap: str) -> Table:
+    """The table of some metrics, with `gap` between a mean and its interval and between the words of a heading."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -119,17 +130,17 @@ def _table(board: Leaderboard, figures: list[str], gap: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("#", "algorithm", "seeds"):
         table.add_column(heading, justify="left" if heading == "algorithm" else "right", no_wrap=True)
-    for figure in figures:
-        table.add_column(Text(metric(figure).short.replace(" ", gap)), justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(Text(metric(name).short.replace(" ", gap)), justify="right", no_wrap=True)
     for row in board.rows:
         cells = [Text(place(row)), Text(row["algorithm"]), Text(str(len(row["seeds"])))]
-        for figure in figures:
-            mean, interval = cell(board, row, figure)
-            if metric(figure).cost and figure != "kl":
+        for name in names:
+            mean, interval = cell(board, row, name)
+            if metric(name).cost and name != "kl":
                 interval = ""  # in the files; here it would take the room of what matters
             elif gap == "\n":
                 interval = interval.replace(",", ",\n")  # of a lopsided one, the bounds
-            text = Text(mean, style="bold" if row["algorithm"] in board.best(figure) else "")
+            text = Text(mean, style="bold" if row["algorithm"] in board.best(name) else "")
             cells.append(text.append(f"{gap}{interval}", style="not bold dim") if interval else text)
         table.add_row(*cells)
     return table

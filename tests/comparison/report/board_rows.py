@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def row(algorithm: str, seed: int, **figures: Any) -> dict[str, Any]:
-    """A run with all required figures; those given replace them."""
+def row(algorithm: str, seed: int, **metrics: Any) -> dict[str, Any]:
+    """A run with all required metrics; those given replace them."""
     required = {
         "reward": 0.5,
         "kl": 1.0,
@@ -16,7 +16,7 @@ def row(algorithm: str, seed: int, **figures: Any) -> dict[str, Any]:
         "trained_tokens": 2000,
         "peak_memory_mb": 300.0,
     }
-    return {"algorithm": algorithm, "seed": seed, **required, **figures}
+    return {"algorithm": algorithm, "seed": seed, **required, **metrics}
 
 
 def three_algorithms() -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""What a leaderboard's figures say, in plain sentences: which algorithm is best, and is that more than chance?"""
+"""What a leaderboard says, in plain sentences: which algorithm is best, and is that more than chance?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignlab.comparison.leaderboard import NOTE, Leaderboard
-from alignlab.comparison.metrics import format_number, metric
+from alignlab.comparison.report.leaderboard import NOTE, Leaderboard
+from alignlab.comparison.report.metrics import format_number, metric
 from alignlab.comparison.statistics import Comparison, Estimate
 
 
@@ -80,7 +80,7 @@ def format_p(p: float | None) -> str:
 
 
 def _nearest(pairs: Sequence[Comparison], board: Leaderboard) -> str:
-    """The first of the pairs in figures: ` (dpo: +0.012, 95 % interval 0.001 to 0.023, p = 0.03 after …)`."""
+    """The first of the pairs in numbers: ` (dpo: +0.012, 95 % interval 0.001 to 0.023, p = 0.03 after …)`."""
     pair, decimals = pairs[0], metric(board.sort_by).decimals
     assert pair.difference is not None  # a tested pair has one
     name = f"{pair.b}: " if len(pairs) > 1 else ""
