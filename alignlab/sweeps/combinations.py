@@ -6,18 +6,15 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignlab.comparison.collect import is_complete
 from alignlab.comparison.compare import nodes_of
 from alignlab.comparison.graph.node import Command, Node
 from alignlab.comparison.planning import quoted
-from alignlab.config import config_folder, explain, hydra_ready, resolve, sweep_words
+from alignlab.config import compose, config_folder, explain, resolve
 from alignlab.core import ConfigError
 from alignlab.training.run_folder import REFERENCE_CACHE
 
@@ -74,38 +71,37 @@ def node_of(command: str, name: str, folder: Path, config: dict[str, Any], own: 
 
 
 class Composer:
-    """Hydra with the sweep's config loaded. Made by `composer`.
+    """The overrides of a sweep, and the runs that they stand for.
+
+    Args:
+        given: overrides as on the command line.
+        own: a folder of the user's configs.
 
     Attributes:
-        master: the config of the sweep itself, with the section `hydra`.
-        loader: Hydra's; composes the runs' configs, here and in the launchers' processes.
         folder: the sweep's.
-        overrides: of the runs, parsed; some are sweeps.
+        overrides: the given ones, parsed; some are sweeps.
+        steady: those that are the same for all, but for `out`.
+
+    Raises:
+        ConfigError: an override is wrong.
     """
 
-    def __init__(self, command: str, given: list[str], own: Path | None) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.hydra_config import HydraConfig
+    def __init__(self, command: str, given: Sequence[str], own: Path | None) -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.types import RunMode
+        from hydra.errors import HydraException
 
-        self.command, self.given, self.own = command, given, own
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        self.loader = hydra.config_loader
-        with self._explained():
-            self.master: DictConfig = hydra.compose_config(
-                config_name=command, overrides=given, run_mode=RunMode.MULTIRUN, from_shell=False
-            )
-            task = OmegaConf.to_container(self.master.hydra.overrides.task, resolve=False)
-            self.overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(task)
-        HydraConfig.instance().set_config(self.master)
-        self.folder = Path(str(self.master.hydra.sweep.dir))
-
-    @property
-    def steady(self) -> list[str]:
-        """The overrides that are the same for all."""
-        return [o.input_line for o in self.overrides if not o.is_sweep_override()]
+        self.command, self.own = command, own
+        for override in given:
+            if override.startswith(("hydra/launcher", "hydra/sweeper", "hydra.sweep")):
+                raise ConfigError(f"{override}: alignlab sets this itself: see launcher=… and sweeper=…")
+        try:
+            self.overrides = OverridesParser.create().parse_overrides(list(given))
+        except HydraException as error:
+            raise explain(error, command, given, [config_folder()]) from error
+        steady = {o.input_line: o.get_key_element() for o in self.overrides if not o.is_sweep_override()}
+        naming = [o for o, key in steady.items() if key in ("out", "name", "experiment")]
+        self.folder = Path(str(compose(command, naming, own)["out"]))
+        self.steady = [o for o, key in steady.items() if key != "out"]
 
     def grid(self) -> Iterator[dict[str, str]]:
         """Every combination of the values that vary: by key, as written on the command line."""
@@ -122,19 +118,15 @@ class Composer:
         name = name or _name(values)
         folder = self.folder / name
         overrides = [*self.steady, *(f"{key}={value}" for key, value in values.items()), f"out={_plain(str(folder))}"]
-        config = self._compose(overrides)
+        config = self._config(overrides)
         if ours := [*self._tracking(config, name), *self._cache(config)]:
             overrides += ours
-            config = self._compose(overrides)
+            config = self._config(overrides)
         node = node_of(self.command, name, folder, config, self.own)
         return Combination(node, dict(values), overrides, config, trial)
 
-    def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
-        with self._explained():
-            config = self.loader.load_sweep_config(self.master, list(overrides))
-        with open_dict(config):
-            del config["hydra"]
-        return resolve(config)
+    def _config(self, overrides: Sequence[str]) -> dict[str, Any]:
+        return resolve(compose(self.command, overrides, self.own))
 
     def _tracking(self, config: dict[str, Any], name: str) -> list[str]:
         """What a tracker is to call a run, where the user does not say: a comparison names those it consists of."""
@@ -151,32 +143,6 @@ class Composer:
         if self.command != "train" or training.get("reference_cache") or config["source"]["kind"] != "data":
             return []
         return [f"training.reference_cache={_plain(str(self.folder / REFERENCE_CACHE))}"]
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        try:
-            yield
-        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-            folders = [config_folder(), *([self.own] if self.own else [])]
-            raise explain(error, self.command, self.given, folders) from error
-
-
-@contextmanager
-def composer(command: str, overrides: Sequence[str], own: Path | None) -> Iterator[Composer]:
-    """Hydra, ready for the sweep.
-
-    Raises:
-        ConfigError: an override is wrong.
-    """
-    for override in overrides:
-        if override.startswith(("hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir")):
-            raise ConfigError(f"{override}: alignlab sets this itself: see launcher=… and sweeper=…")
-    with hydra_ready():
-        yield Composer(command, sweep_words(overrides, own), own)
 
 
 def _plain(text: str) -> str:

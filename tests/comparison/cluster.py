@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Cluster:
         if len(batch.tasks) > 1:
             executor.parameters["map_count"] = len(batch.tasks)
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
-        self.given.append((batch.name, waits, text))
+        self.given.append((batch.label, waits, text))
         self.states |= {job + task: State("PENDING", "Dependency" if waits else "Priority", "0:00") for task in tasks}
         return [(job + task, f"out/slurm/{job}{task}_0_log.out") for task in tasks]
 
@@ -60,11 +61,9 @@ class Cluster:
         self.states |= {job: State("CANCELLED") for job in jobs}
 
     def graph(self) -> dict[str, str]:
-        """Batch → what it waits for, with names for the ids, as in "afterok:sft:pairs"."""
+        """Batch → what it waits for, with names for the ids, as in "afterok:sft:dpo_0"."""
         names = {str(100 + i): name for i, (name, _, _) in enumerate(self.given)}
-        return {
-            n: ":".join(names.get(w, w) for w in waits.replace(",", ":,:").split(":")) for n, waits, _ in self.given
-        }
+        return {name: re.sub(r"(?<=:)\d+", lambda found: names[found[0]], waits) for name, waits, _ in self.given}
 
     def forget(self) -> None:
         """Begin to read anew; ids go on."""

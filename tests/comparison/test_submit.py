@@ -31,8 +31,12 @@ GRAPH = {
     "rejection_sampling": "afterok:data:reward_model:sft",
     "dpo": "afterok:pairs:sft",  # not the reward model, which it does not use
     "sft.evaluate": "afterok:base:reward_model:sft",
-    "rejection_sampling.evaluate": "aftercorr:rejection_sampling:,:afterok:base:reward_model:sft",
-    "dpo.evaluate": "aftercorr:dpo:,:afterok:base:reward_model:sft",
+    # Each evaluation after its own training, whatever becomes of the other seeds.
+    **{
+        f"{name}-seed{seed}.evaluate": f"afterok:base:reward_model:{name}_{seed}:sft"
+        for name in ("rejection_sampling", "dpo")
+        for seed in (0, 1)
+    },
 }
 
 
@@ -41,13 +45,9 @@ def test_the_graph(submit: Callable[..., int], cluster: Cluster) -> None:
     assert submit() == 0
     found = cluster.graph()
     report = found.pop("report")
-    assert {k: _sorted(v) for k, v in found.items()} == {k: _sorted(v) for k, v in GRAPH.items()}
+    assert {k: sorted(v.split(":")) for k, v in found.items()} == {k: sorted(v.split(":")) for k, v in GRAPH.items()}
     assert report.split(":")[0] == "afterany"
     assert set(report.split(":")[1:]) == set(GRAPH)
-
-
-def _sorted(waits: str) -> list[list[str]]:
-    return sorted([kind, *sorted(names)] for kind, *names in (part.strip(":").split(":") for part in waits.split(",")))
 
 
 def test_what_is_done_or_in_the_queue_is_not_handed_over_again(submit: Callable[..., int], cluster: Cluster) -> None:
@@ -56,46 +56,48 @@ def test_what_is_done_or_in_the_queue_is_not_handed_over_again(submit: Callable[
     assert submit() == 0  # all in the queue
     assert len(cluster.given) == before
     done(*SHARED, "runs/dpo-seed0", "runs/sft-seed0", "runs/sft-seed1", "runs/rejection_sampling-seed0.train")
-    ids = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given)}
+    entries = json.loads(Path("out/submitted.json").read_text())["entries"]
+    ids = {name: entry["id"] for name, entry in entries.items()}
     for job in cluster.states:
         cluster.states[job] = State("COMPLETED")
-    cluster.states[f"{ids['dpo']}_1"] = State("FAILED")
-    cluster.states[f"{ids['dpo.evaluate']}_1"] = State("CANCELLED")
-    cluster.states[f"{ids['rejection_sampling']}_1"] = State("RUNNING")
-    cluster.states[f"{ids['rejection_sampling.evaluate']}_0"] = State("FAILED")
-    cluster.states[f"{ids['rejection_sampling.evaluate']}_1"] = State("PENDING", "Dependency")
+    cluster.states[ids["runs/dpo-seed1"]] = State("FAILED")
+    cluster.states[ids["runs/dpo-seed1.evaluate"]] = State("CANCELLED")
+    cluster.states[ids["runs/rejection_sampling-seed1"]] = State("RUNNING")
+    cluster.states[ids["runs/rejection_sampling-seed0.evaluate"]] = State("FAILED")
+    cluster.states[ids["runs/rejection_sampling-seed1.evaluate"]] = State("PENDING", "Dependency")
     cluster.states[ids["report"]] = State("PENDING", "Dependency")
     cluster.forget()
     assert submit() == 0
-    assert cluster.new == ["dpo", "rejection_sampling.evaluate", "dpo.evaluate", "report"]
-    texts = {name: text for name, _, text in cluster.given if name}
-    assert not any("--array" in text for text in texts.values())  # of each one is left
+    assert cluster.new == ["dpo-seed1", "rejection_sampling-seed0.evaluate", "dpo-seed1.evaluate", "report"]
+    assert not any("--array" in text for _, _, text in cluster.given)  # of each one is left
     graph = {name: waits for name, waits, _ in cluster.given if name}
     again = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given) if name}
-    assert graph["dpo"] == graph["rejection_sampling.evaluate"] == ""  # all that they read is there
-    assert graph["dpo.evaluate"] == f"afterok:{again['dpo']}"
+    assert graph["dpo-seed1"] == graph["rejection_sampling-seed0.evaluate"] == ""  # all that they read is there
+    assert graph["dpo-seed1.evaluate"] == f"afterok:{again['dpo-seed1']}"
     assert cluster.cancelled == [ids["report"]]  # it would have come too early
     assert set(graph["report"].removeprefix("afterany:").split(":")) == {
-        *(again[n] for n in ("dpo", "rejection_sampling.evaluate", "dpo.evaluate")),
-        *(ids[n] for n in ("rejection_sampling", "rejection_sampling.evaluate")),
+        *(again[n] for n in ("dpo-seed1", "rejection_sampling-seed0.evaluate", "dpo-seed1.evaluate")),
+        ids["runs/rejection_sampling-seed1"].partition("_")[0],
+        ids["runs/rejection_sampling-seed1.evaluate"],
     }
 
 
-def test_tasks_of_an_array_that_wait_for_different_jobs_are_apart(submit: Callable[..., int], cluster: Cluster) -> None:
-    """Slurm knows one dependency for a whole array: one for each of the training jobs, the old one and the new."""
+def test_an_evaluation_waits_for_its_own_training_wherever_that_is(
+    submit: Callable[..., int], cluster: Cluster
+) -> None:
+    """One seed's is at work since before, the other's is handed over again."""
     submit()
     done(*SHARED)
-    ids = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given)}
-    for name in ("dpo.evaluate", "dpo"):
-        for index in (0, 1):
-            cluster.states[f"{ids[name]}_{index}"] = State("CANCELLED")
-    cluster.states[f"{ids['dpo']}_0"] = State("RUNNING")
+    entries = json.loads(Path("out/submitted.json").read_text())["entries"]
+    for name in ("runs/dpo-seed1", "runs/dpo-seed0.evaluate", "runs/dpo-seed1.evaluate"):
+        cluster.states[entries[name]["id"]] = State("CANCELLED")
+    cluster.states[entries["runs/dpo-seed0"]["id"]] = State("RUNNING")
     cluster.forget()
     submit()
     again = {name: (str(100 + i), waits) for i, (name, waits, _) in enumerate(cluster.given) if name}
-    assert set(again) == {"dpo", "dpo.evaluate", "dpo.evaluate.2", "report"}
-    assert again["dpo.evaluate"][1] == f"afterok:{ids['dpo']}_0"
-    assert again["dpo.evaluate.2"][1] == f"afterok:{again['dpo'][0]}"
+    assert set(again) == {"dpo-seed1", "dpo-seed0.evaluate", "dpo-seed1.evaluate", "report"}
+    assert again["dpo-seed0.evaluate"][1] == f"afterok:{entries['runs/dpo-seed0']['id']}"
+    assert again["dpo-seed1.evaluate"][1] == f"afterok:{again['dpo-seed1'][0]}"
 
 
 def test_a_plan_changed_while_its_jobs_wait(
@@ -227,7 +229,7 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
     times = {name: next(w for w in t.splitlines() if "--time=" in w).partition("time=")[2] for name, t in texts.items()}
     assert times["rejection_sampling"] == "30"
     assert times["dpo"] == "60"
-    assert times["sft"] == times["dpo.evaluate"] == "240"
+    assert times["sft"] == times["dpo-seed0.evaluate"] == "240"
     assert {name for name, t in texts.items() if "--gpus-per-node=1\n" in t} == {
         *SHARED, "dpo", "rejection_sampling",
     }  # fmt: skip

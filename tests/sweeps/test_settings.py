@@ -13,7 +13,7 @@ from alignlab.comparison.graph.slurm import Slurm
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.sweeps import settings as sweep_settings
-from alignlab.sweeps.combinations import composer, node_of
+from alignlab.sweeps.combinations import Composer, node_of
 from alignlab.sweeps.settings import LocalSettings, OptunaSettings, chosen
 from tests.sweeps import helpers as sweeps
 from tests.training import runs
@@ -125,8 +125,8 @@ def test_tasks_of_a_job(tmp_path: Path) -> None:
 @pytest.fixture
 def combined(home: Path) -> Callable[..., list[Any]]:
     def make(*words: str) -> list[Any]:
-        with composer("train", [*runs.words_for(home, "sft", "named"), *words], None) as hydra:
-            return [hydra.combination(values) for values in hydra.grid()]
+        composer = Composer("train", [*runs.words_for(home, "sft", "named"), *words], None)
+        return [composer.combination(values) for values in composer.grid()]
 
     return make
 
@@ -140,6 +140,24 @@ def test_names_of_folders(combined: Callable[..., list[Any]], home: Path) -> Non
     long = combined(f"name={'x' * 300}a,{'x' * 300}b")
     assert len({c.name for c in long}) == 2
     assert all(len(c.name) < 256 for c in long)
+
+
+def test_the_folder_of_a_sweep() -> None:
+    assert Composer("train", ["model=a,b/c", "training.steps=3", "out=here"], None).folder == Path("here")
+    assert Composer("compare", ["benchmark.beta=0.1,0.2"], None).folder == Path("runs/demo")
+    assert Composer("train", ["algorithm=dpo,rloo", "algorithm.beta=1", "name=x"], None).folder == Path("runs/x")
+
+
+def test_paths_that_vary(combined: Callable[..., list[Any]]) -> None:
+    """As in `model=PATH`, and `out` is the sweep's: each run gets a folder of its own."""
+    found = combined("model=a,b/c")
+    assert [c.config["model"]["path"] for c in found] == ["a", "b/c"]
+    assert [c.name for c in found] == ["model=a", "model=b_c"]
+    assert [o for c in found for o in c.overrides if o.startswith("out=")] == [f"out={_out(c)}" for c in found]
+
+
+def _out(combination: Any) -> str:
+    return f"'{combination.folder}'" if "=" in str(combination.folder) else str(combination.folder)
 
 
 def test_runs_of_a_sweep_are_one_group_of_the_tracker(combined: Callable[..., list[Any]]) -> None:

@@ -105,6 +105,7 @@ class Batch:
     """Tasks that are handed over together: an array where there are several, else a job.
 
     Attributes:
+        name: of the job; that of several, where tasks that are alike wait for different ones.
         waits: name of a task → kind of Slurm's dependency on it.
         asked: its resources.
         per_node: tasks of Slurm's on each node.
@@ -115,6 +116,11 @@ class Batch:
     waits: dict[str, str]
     asked: SlurmSettings
     per_node: int
+
+    @property
+    def label(self) -> str:
+        """What tells it from others."""
+        return self.name if len(self.tasks) > 1 else self.tasks[0].name.removeprefix("runs/")
 
     def __str__(self) -> str:
         """The job in a line."""
@@ -127,7 +133,7 @@ class Batch:
         waits = f", after {', '.join(after)}" if after else ""
         if "afterany" in self.waits.values():
             waits = ", when all others have ended"
-        return f"{self.name}{what}{waits}: {needs}"
+        return f"{self.label}{what}{waits}: {needs}"
 
 
 class Slurm:
@@ -223,50 +229,20 @@ class Slurm:
     def batches(self) -> list[Batch]:
         """What is neither done nor in the queue, in order."""
         found: list[Batch] = []
-        arrays: dict[str, list[Task]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[Task]] = defaultdict(list)
         for name, task in self.tasks.items():
             if name != REPORT and not task.done and name not in self.active:
-                arrays[task.array].append(task)
-        for array, tasks in arrays.items():
-            alike: dict[tuple[Any, ...], list[Task]] = defaultdict(list)
-            for task in tasks:
-                asked = self.asked[task.name]
-                alike[(self._waits_alike(task, found), self._per_node(task, asked))].append(task)
-            parts = [part for together in alike.values() for part in self._corresponding(together, found)]
-            for number, part in enumerate(parts):
-                found.append(self._batch(array if number == 0 else f"{array}.{number + 1}", part, found))
+                # Slurm knows one dependency for a whole array.
+                waits = tuple(before for before in self.after(task) if not self.tasks[before].done)
+                alike[(task.array, waits, self._per_node(task, self.asked[name]))].append(task)
+        for (array, waits, per_node), tasks in alike.items():
+            found.append(Batch(array, tasks, dict.fromkeys(waits, "afterok"), self.asked[tasks[0].name], per_node))
         report = self.tasks.get(REPORT)
         left = [*self.active, *(t.name for b in found for t in b.tasks)]
         if report is not None and (found or not (REPORT in self.active or report.done)):
-            waits = {name: "afterany" for name in left if name != REPORT}
-            found.append(Batch(REPORT, [report], waits, self.asked[REPORT], 1))
+            others = {name: "afterany" for name in left if name != REPORT}
+            found.append(Batch(REPORT, [report], others, self.asked[REPORT], 1))
         return found
-
-    def _unfinished(self, task: Task) -> list[str]:
-        return [name for name in self.after(task) if not self.tasks[name].done]
-
-    def _waits_alike(self, task: Task, before: Sequence[Batch]) -> tuple[str, ...]:
-        """What tells tasks apart that wait for different jobs: those of an array have one dependency."""
-        own = task.node.name if task.evaluates and task.apart else ""
-        training = next((b.name for b in before if own in {t.name for t in b.tasks}), own)
-        shared = sorted(name for name in self._unfinished(task) if name != own)
-        return (*shared, training if own in self._unfinished(task) else "")
-
-    def _corresponding(self, tasks: list[Task], before: Sequence[Batch]) -> list[list[Task]]:
-        """Evaluations whose training is not done: together where they are one for each task of an array, in its order
-        (`aftercorr`); else each by itself."""
-        own = [task.node.name for task in tasks]
-        if not (tasks[0].evaluates and tasks[0].apart and own[0] in self._unfinished(tasks[0])):
-            return [tasks]
-        whole = any([t.name for t in batch.tasks] == own for batch in before)
-        return [tasks] if whole else [[task] for task in tasks]
-
-    def _batch(self, name: str, tasks: Sequence[Task], before: Sequence[Batch]) -> Batch:
-        waits = dict.fromkeys(self._unfinished(tasks[0]), "afterok")
-        if len(tasks) > 1 and tasks[0].node.name in waits and tasks[0].evaluates:
-            waits[tasks[0].node.name] = "aftercorr"
-        asked = self.asked[tasks[0].name]
-        return Batch(name, tasks, waits, asked, self._per_node(tasks[0], asked))
 
     # ------------------------------------------------------------------ submitit
 
@@ -305,7 +281,7 @@ class Slurm:
             executor.update_parameters(
                 **{key: value for key, value in given.items() if value is not None},
                 **({"gpus_per_node": asked.gpus_per_node} if asked.gpus_per_node else {}),
-                job_name=f"{self.title}:{batch.name.partition(EVALUATE + '.')[0]}",
+                job_name=f"{self.title}:{batch.name}",
                 nodes=asked.nodes,
                 ntasks_per_node=batch.per_node,
                 cpus_per_task=cores,
@@ -333,7 +309,7 @@ class Slurm:
     def show(self, batches: Sequence[Batch]) -> None:
         """Print the scripts and the graph."""
         for batch in batches:
-            print(f"==> {batch.name}: {', '.join(t.name for t in batch.tasks)}\n\n{self.script(batch)}")
+            print(f"==> {batch.label}: {', '.join(t.name for t in batch.tasks)}\n\n{self.script(batch)}")
         print("\n".join(["the graph:", *(f"  {batch}" for batch in batches)]))
 
     def probe(self, batches: Sequence[Batch]) -> None:
@@ -343,9 +319,9 @@ class Slurm:
             AlignlabError: it would not; nothing has been handed over.
         """
         commands.require()
-        for batch in batches:
+        for script, batch in {self.script(batch): batch for batch in batches}.items():
             with _said_of(batch):
-                commands.probe(self.script(batch))
+                commands.probe(script)
 
     def hand_over(self, batches: Sequence[Batch]) -> None:
         """Hand over what Slurm would take; note each job at once.
@@ -371,7 +347,7 @@ class Slurm:
             except AlignlabError as error:
                 so_far = f"; {len(given)} jobs were handed over and go on: {', '.join(given)}" if given else ""
                 raise AlignlabError(f"{error}{so_far}; the same command hands over the rest") from error
-            given.append(batch.name)
+            given.append(batch.label)
             for task, (job, log) in zip(batch.tasks, jobs, strict=True):
                 folder = str(task.node.folder.relative_to(self.out))
                 self.active[task.name] = self.ledger.entries[task.name] = Entry(job, task.node.key, folder, log)
@@ -380,11 +356,11 @@ class Slurm:
         print(self._counted())
 
     def _dependency(self, batch: Batch) -> str:
-        """As `sbatch --dependency` has it. Of a task alone, that whole jobs or single tasks of arrays have ended."""
+        """As `sbatch --dependency` has it."""
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for name, kind in sorted(batch.waits.items()):
             entry = self.active[name]
-            found[kind][entry.id if kind == "afterok" else entry.job] = None
+            found[kind][entry.id if kind == "afterok" else entry.job] = None  # `afterok:12_1`: a task of an array
         return ",".join(f"{kind}:{':'.join(ids)}" for kind, ids in found.items())
 
     def _counted(self) -> str:
@@ -423,4 +399,4 @@ def _said_of(batch: Batch) -> Iterator[None]:
     try:
         yield
     except AlignlabError as error:
-        raise AlignlabError(f"{error} (job {batch.name})") from error
+        raise AlignlabError(f"{error} (job {batch.label})") from error
