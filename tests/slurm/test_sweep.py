@@ -95,6 +95,7 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     # The last task of an array has the number of the whole array in SLURM_JOB_ID: it must not ask about the others.
     cancelled, by_usr2, by_term = (jobs(folder)[name] for name in names)
 
+    hold.write_text("1.5")  # 18 s a step: they are to be at work while the commands below begin
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(60) == 130
     assert sweep.stderr is not None
@@ -106,10 +107,10 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     assert slurm.run("alignlab", "status", str(folder)).stdout.count("running") >= 3  # and how far they are
 
     slurm.run("scancel", "--signal=TERM", by_term)  # while the others are at work
-    until(lambda: slurm.state(by_term) == "PENDING", 60, "it is queued again")
+    until(lambda: slurm.state(by_term) == "PENDING", 120, "it is queued again")
     slurm.run("scancel", "--signal=USR2", by_usr2)
     slurm.run("scancel", cancelled)
-    until(lambda: slurm.state(by_usr2) == slurm.state(by_term) == "PENDING", 60, "both are queued again")
+    until(lambda: slurm.state(by_usr2) == slurm.state(by_term) == "PENDING", 120, "both are queued again")
     saved = [len(steps(folder / name)) for name in names[1:]]
     assert all(0 < count < 6 for count in saved)
     hold.unlink()

@@ -35,6 +35,10 @@ from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.run_folder import RESULT
 
+DEAF = ("bash", "-c", 'trap "" TERM USR2; exec "$@"', "bash")
+"""A process that dies of a preemption's signal before it listens ends the job as failed; one that lives on is queued
+again by Slurm, at the end of the grace."""
+
 ALWAYS = 10**6
 """Times that a job may be queued again after its time limit: as often as it takes."""
 
@@ -275,7 +279,7 @@ class Slurm:
             executor = Executor(
                 self.logs,
                 max_num_timeout=ALWAYS,
-                python=shlex.join([*asked.prefix, asked.python or sys.executable]),
+                python=shlex.join([*DEAF, *asked.prefix, asked.python or sys.executable]),
             )
             given = {key: getattr(asked, key) for key in ("partition", "account", "qos", "constraint")}
             executor.update_parameters(
