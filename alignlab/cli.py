@@ -153,7 +153,7 @@ def _submit(words: list[str]) -> int:
     config = _config("submit", words)
     if config is None:
         return 0
-    from alignlab.comparison.submit import submit
+    from alignlab.comparison.compare import submit
 
     submit(config, _out(config), _own_folder(words)[1], dry_run)
     return 0
@@ -188,18 +188,13 @@ def _cancel(words: list[str]) -> int:
 
 
 def _node(words: list[str]) -> int:
-    """A part of a comparison, as the comparison or a batch job starts it; not for people."""
-    from alignlab.comparison.node import run
+    """A node of a graph of runs, as a comparison or a sweep starts it; not for people."""
+    from alignlab.comparison.graph.work import run
     from alignlab.core.errors import ConfigError
-    from alignlab.launch.start import Failed
 
     if not words:
         raise ConfigError("node: name the folder of a part of a comparison")
-    try:
-        run(Path(words[0]), words[1:])
-    except Failed as failure:  # has been told
-        return failure.status
-    return 0
+    return run(Path(words[0]), words[1:])
 
 
 def _plan(words: list[str]) -> int:

@@ -26,7 +26,6 @@ __all__ = [
     "read_saved",
     "resolve",
     "section",
-    "sweep_words",
 ]
 
 BY_PATH = ("model", "data")
@@ -131,12 +130,8 @@ def as_yaml(config: DictConfig) -> str:
         return OmegaConf.to_yaml(config)
 
 
-def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
-    """`model=PATH` → `model.path=PATH`, unless there is an option of that name; `~/` is the home folder.
-
-    Args:
-        sweep: commas part several paths.
-    """
+def _by_path(word: str, folders: Sequence[Path]) -> str:
+    """`model=PATH` → `model.path=PATH`, unless there is an option of that name; `~/` is the home folder."""
     if OPEN.match(word):
         return f"++{word}"
     key, _, value = word.partition("=")
@@ -146,7 +141,7 @@ def _by_path(word: str, folders: Sequence[Path], sweep: bool = False) -> str:
     if key not in BY_PATH or not value or any(exists(f / key / f"{value}.yaml") for f in folders):
         return word
     if "/" in value or exists(value) or key == "model":
-        plain = re.fullmatch(r"[\w./~,-]+" if sweep else r"[\w./~-]+", value) or value.startswith(("'", '"'))
+        plain = re.fullmatch(r"[\w./~-]+", value) or value.startswith(("'", '"'))
         return f"{key}.path={value}" if plain else f"{key}.path='{value}'"
     return word
 
@@ -243,34 +238,6 @@ def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
 
 def _full_key(error: Any) -> str:
     return str(getattr(error, "full_key", "") or "")
-
-
-def sweep_words(words: Sequence[str], own: Path | None) -> list[str]:
-    """Command-line words for Hydra's sweeps: paths spelt out, the user's folder on the search path, and the folder
-    `out` as the sweep's.
-
-    Raises:
-        ConfigError: a word cannot be parsed.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    folders = [config_folder(), *([own] if own else [])]
-    found = [w for word in words for w in _several(_by_path(word, folders, sweep=True))]
-    try:
-        OverridesParser.create().parse_overrides(found)
-    except HydraException as error:
-        raise explain(error, "", found, folders) from error
-    place = next((w.removeprefix("out=") for w in reversed(found) if w.startswith("out=")), "runs/${name}")
-    ours = {
-        "hydra.sweep.dir": place,
-        "hydra.output_subdir": "null",  # a run's folder says itself what its settings are
-        "hydra/job_logging": "none",
-        "hydra/hydra_logging": "none",
-    }
-    found = [w for w in found if not w.startswith("out=")]
-    found += [f"{k}={v}" for k, v in ours.items() if not any(w.startswith(f"{k}=") for w in found)]
-    return [*found, *([_search_path(own)] if own is not None else [])]
 
 
 def read_saved(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
-from alignlab.config import build, compose, locate, resolve, section, sweep_words
+from alignlab.config import build, compose, locate, resolve, section
 from alignlab.core import ConfigError
 from alignlab.core.settings import Settings
 
@@ -189,14 +189,6 @@ def test_composing_within_a_sweep(tmp_path: Path) -> None:
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert compose("train", ["model=x"])["model"]["path"] == "x"
         assert GlobalHydra.instance().is_initialized()
-
-
-def test_words_of_a_sweep() -> None:
-    words = sweep_words(["algorithm=dpo,sft", "model=a,b/c", "training.steps=3", "out=here"], None)
-    assert words[:3] == ["algorithm=dpo,sft", "model.path=a,b/c", "training.steps=3"]
-    assert "hydra.sweep.dir=here" in words
-    assert not any(w.startswith("out=") for w in words)  # each run gets a folder of its own
-    assert "hydra.sweep.dir=runs/${name}" in sweep_words(["algorithm=dpo,sft"], None)
 
 
 @pytest.mark.parametrize(

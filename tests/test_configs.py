@@ -21,7 +21,7 @@ from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.models import ModelSettings, QuantizationSettings
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.produce import ProduceSettings
-from alignlab.sweeps.settings import GridSettings, JoblibSettings, LocalSettings, OptunaSettings
+from alignlab.sweeps.settings import GridSettings, LocalSettings, OptunaSettings
 from alignlab.training.run import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 
@@ -31,7 +31,6 @@ FILES = sorted(FOLDER.glob("*/*.yaml"))
 
 SWEEPS: dict[str, type[Settings]] = {
     "launcher/local": LocalSettings,
-    "launcher/joblib": JoblibSettings,
     "launcher/slurm": SlurmSettings,
     "sweeper/grid": GridSettings,
     "sweeper/optuna": OptunaSettings,

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from alignlab.comparison.graph import DONE, NODES, PLAN, is_result
+from alignlab.comparison.graph.node import DONE, NODES, PLAN, is_result, planned
 from alignlab.comparison.report import leaderboard as board
 from alignlab.comparison.report import write_report
 from alignlab.core import AlignlabError
@@ -32,7 +32,7 @@ def collect(out: Path) -> board.Leaderboard:
     samples: dict[str, dict[str, str]] = {}
     frontier = None
     for folder in sorted((out / "runs").glob("*-seed*")):
-        if not is_result(out, folder):
+        if not is_result(out, f"runs/{folder.name}"):
             continue
         algorithm, seed = folder.name.rsplit("-seed", 1)
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
@@ -53,7 +53,7 @@ def collect(out: Path) -> board.Leaderboard:
     comparison = config["comparison"]
     budget = {k: v for k, v in comparison["budget"].items() if v is not None}
     stages = ("sft", "pairs", "reward_model", *comparison.get("models", {}))
-    shared = {n: _json(out / n / "result.json") for n in stages if is_result(out, out / n)}
+    shared = {n: _json(out / n / "result.json") for n in stages if is_result(out, n)}
     kept = ("trained_tokens", "generated_tokens", "seconds")
     budget["shared"] = {n: {k: r[k] for k in kept if k in r} for n, r in shared.items() if r}
     if all(row.get("samples_per_answer", 1) == 1 for row in rows):
@@ -78,8 +78,14 @@ def is_current(out: Path) -> bool:
     board = out / BOARD
     if not board.exists():
         return False
-    parts = [out / name / DONE for name in _json(out / NODES)]
+    parts = [out / name / DONE for name in planned(out)]
     return all(p.stat().st_mtime_ns <= board.stat().st_mtime_ns for p in (out / NODES, *parts) if p.exists())
+
+
+def is_complete(out: Path) -> bool:
+    """Whether every part of the comparison is done as it was last planned, and the leaderboard made of them."""
+    names = planned(out)
+    return bool(names) and is_current(out) and all(is_result(out, name) for name in names)
 
 
 def rebuild(out: Path) -> None:
@@ -88,6 +94,11 @@ def rebuild(out: Path) -> None:
     if _yaml(out / "config.yaml").get("tracker", {}).get("mode") == "offline":
         print(how_to_sync(out))
     print(f"{out}/leaderboard.json, .csv, .md and report.html")
+
+
+def run_node(config: dict[str, Any], folder: Path) -> None:
+    """The command `report` of a graph: `config["out"]` is the comparison's folder."""
+    rebuild(Path(config["out"]))
 
 
 def _name(config: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A comparison's parts: what each runs, and which others it waits for. All that can be wrong is found here.
 
-A word of an algorithm says by its placeholders what it needs: `{pairs}` stands for the path of the pairs, and whatever
-uses it waits for the part that makes them. Every training run starts from the SFT policy, where there is one.
+An algorithm's overrides say by their placeholders what it needs: `{pairs}` stands for the path of the pairs, and
+whatever uses it waits for the part that makes them. Every training run starts from the SFT policy, where there is one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 from alignlab.benchmarks.evaluate import check_best_of
 from alignlab.build import check_type
-from alignlab.comparison.graph import Command, Node
-from alignlab.comparison.settings import ComparisonSettings, Pairs, Words
+from alignlab.comparison.graph.ledger import LOGS, REPORT
+from alignlab.comparison.graph.node import Command, Node
+from alignlab.comparison.settings import ComparisonSettings, Overrides, Pairs
 from alignlab.config import compose, resolve
-from alignlab.core import ConfigError, HasBaseModel, HasReward, TrainingBenchmark
+from alignlab.core import ConfigError, HasBaseModel, HasReward, Scorer, TrainingBenchmark
 from alignlab.training.callbacks.trackers import named
 from alignlab.training.run import check
 from alignlab.training.run_folder import REFERENCE_CACHE
@@ -25,7 +26,7 @@ from alignlab.training.run_folder import REFERENCE_CACHE
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")
 """Sections of the comparison that hold for every training run."""
 
-STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", "plots", REFERENCE_CACHE)
+STAGES = ("base", "data", "sft", "pairs", "reward_model", "runs", "plots", REPORT, LOGS, REFERENCE_CACHE)
 """Names within a comparison's folder that no further model may take."""
 
 
@@ -50,7 +51,7 @@ def plan(
         own: a folder of the user's configs.
 
     Raises:
-        ConfigError: a word of a run is wrong, or something that it needs is not made.
+        ConfigError: an override of a run is wrong, or something that it needs is not made.
     """
     check_type(TrainingBenchmark, benchmark, f"benchmark._target_={config['benchmark']['_target_']}")
     base = config["model"]["path"] or (benchmark.base_path() if isinstance(benchmark, HasBaseModel) else None)
@@ -81,7 +82,7 @@ class _Plan:
         self.start = Place(base, self.stages[:])
         if not config["model"]["path"]:
             made = Command("base", {"benchmark": config["benchmark"], "path": base})
-            self.stages.append(self._add(Node("base", out / "base", [made])))
+            self.stages.append(self._add(Node("base", out / "base", [made], still_valid=Path(base).is_dir)))
             self.start = Place(base, self.stages[:])
         written = Command("data", {"benchmark": config["benchmark"], "model": base}, self.start.nodes)
         data = self._add(Node("data", out / "data", [written]))
@@ -116,10 +117,10 @@ class _Plan:
             self._stage("pairs", self._sampling(settings.pairs), "groups.jsonl")
         if settings.reward_model is not None:
             self._stage("reward_model", self._training("reward_model", settings.reward_model), "model")
-        for name, words in settings.models.items():
+        for name, overrides in settings.models.items():
             if name in self.places or name in STAGES:
                 raise ConfigError(f"comparison.models.{name}: this name stands for something else: choose another")
-            self._stage(name, self._training(name, words), "model")
+            self._stage(name, self._training(name, overrides), "model")
 
     def _stage(self, name: str, node: Node, result: str) -> None:
         """Add a node that is part of what all algorithms start from; `{name}` then stands for its result."""
@@ -135,22 +136,23 @@ class _Plan:
             temperature = self.config["rollout"].get("temperature", 1.0)
             check_best_of("comparison.best_of", n, self.benchmark, settings.reward_model, temperature)
             self._measure(f"runs/best_of_{n}-seed{seed}", seed, start, n)
-        for algorithm, words in settings.algorithms.items():
-            words = [*settings.budget.words(), *words, f"training.seed={seed}"]
-            self._add(self._training(f"runs/{algorithm}-seed{seed}", words, seed))
+        for algorithm, own in settings.algorithms.items():
+            overrides = [*settings.budget.overrides(), *own, f"training.seed={seed}"]
+            self._add(self._training(f"runs/{algorithm}-seed{seed}", overrides, seed))
 
     # ------------------------------------------------------------------ nodes
 
-    def _training(self, name: str, words: Words, evaluation: int | None = None) -> Node:
+    def _training(self, name: str, overrides: Overrides, evaluation: int | None = None) -> Node:
         """A training run, with its evaluation where a seed for it is given."""
         folder = self.out / name
         used = [self.start]
-        filled = [self._filled(word, name, used) for word in [*self.settings.common, *words]]
-        chosen = {word.partition("=")[0] for word in filled}  # a stage's `adapter=none` replaces the shared section
+        filled = [self._filled(override, name, used) for override in [*self.settings.common, *overrides]]
+        # A stage's `adapter=none` replaces the shared section.
+        chosen = {override.partition("=")[0] for override in filled}
         common = {k: self.config[k] for k in SHARED if k in self.config and k not in chosen}
         try:
             start = f"model.path={quoted(self.start.text)}"
-            composed = resolve(compose("train", [*as_words(common), *filled, start], self.own))
+            composed = resolve(compose("train", [*as_overrides(common), *filled, start], self.own))
             composed |= {"name": name, "out": str(folder)}
             composed["training"]["reference_cache"] = composed["training"]["reference_cache"] or self.cache
             check(composed)
@@ -160,14 +162,14 @@ class _Plan:
         commands = [Command("train", composed, self._in_order(used))]
         if evaluation is not None:
             commands.append(self._evaluation(folder, evaluation, composed["tracker"]))
-        return Node(name, folder, commands)
+        return Node(name, folder, commands, group=_group(name))
 
     def _measure(self, name: str, seed: int, policy: Place, best_of: int = 1) -> None:
         """A node that measures a policy as it is."""
         folder = self.out / name
         tracker = self._tracked(self.config["tracker"], name, "evaluate")
         evaluation = self._evaluation(folder, seed, tracker, policy, best_of)
-        self._add(Node(name, folder, [evaluation]))
+        self._add(Node(name, folder, [evaluation], group=_group(name)))
 
     def _sampling(self, pairs: Pairs) -> Node:
         """Pairs for the reward model and for DPO, labelled as a noisy annotator would."""
@@ -227,40 +229,51 @@ class _Plan:
         names = {node.name for place in used for node in place.nodes}
         return [node for node in self.nodes if node.name in names]
 
-    # ------------------------------------------------------------------ words
+    # ------------------------------------------------------------------ overrides
 
     def _gold(self) -> dict[str, Any]:
-        return {"_target_": "alignlab.comparison.pairs.gold", "benchmark": self.config["benchmark"]}
+        return {"_target_": "alignlab.comparison.planning.gold", "benchmark": self.config["benchmark"]}
 
-    def _filled(self, word: str, name: str, used: list[Place]) -> str:
-        """A word with `{sft}` and the like replaced, which are added to `used`; other braces, as of a dictionary, are
-        left alone."""
+    def _filled(self, override: str, name: str, used: list[Place]) -> str:
+        """An override with `{sft}` and the like replaced, which are added to `used`; other braces, as of a dictionary,
+        are left alone."""
 
         def text(found: re.Match[str]) -> str:
             place = self.places.get(found[1])
             if place is None:
                 known = ", ".join(self.places)
-                raise ConfigError(f"comparison: {name}: '{word}': {found[0]} stands for nothing here; known: {known}")
+                what = f"'{override}': {found[0]} stands for nothing here; known: {known}"
+                raise ConfigError(f"comparison: {name}: {what}")
             used.append(place)
             return place.text
 
-        filled = re.sub(r"(?<!\$)\{(\w+)\}", text, word)
+        filled = re.sub(r"(?<!\$)\{(\w+)\}", text, override)
         key, _, value = filled.partition("=")
         # The folder of a comparison in a sweep is called after settings: `beta=0.1,seed=2`.
         return (
             f"{key}={quoted(value)}"
-            if filled != word and re.fullmatch(r"[^'\"\[\]{}]*[=,][^'\"\[\]{}]*", value)
+            if filled != override and re.fullmatch(r"[^'\"\[\]{}]*[=,][^'\"\[\]{}]*", value)
             else filled
         )
 
 
-def as_words(sections: dict[str, Any], prefix: str = "") -> Words:
+def gold(benchmark: HasReward) -> Scorer:
+    """The benchmark's own reward: `{_target_: alignlab.comparison.planning.gold, benchmark: {_target_: …}}`."""
+    return benchmark.gold()
+
+
+def _group(name: str) -> str:
+    """Runs that differ in seed alone are a group, called after their algorithm."""
+    return name.removeprefix("runs/").rsplit("-seed", 1)[0] if name.startswith("runs/") else name
+
+
+def as_overrides(sections: dict[str, Any], prefix: str = "") -> Overrides:
     """Settings as overrides; what is null in the comparison is left to the run's own default."""
-    found: Words = []
+    found: Overrides = []
     for key, value in sections.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            found += as_words(value, f"{name}.")
+            found += as_overrides(value, f"{name}.")
         elif value is not None:
             found.append(f"++{name}={quoted(value)}")
     return found

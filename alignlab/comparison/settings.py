@@ -8,7 +8,7 @@ from pydantic import Field
 
 from alignlab.core.settings import Settings
 
-Words = list[str]
+Overrides = list[str]
 """Overrides as one writes them after `alignlab train`; `{sft}`, `{pairs}`, … stand for what earlier parts made."""
 
 Several = Annotated[int, Field(ge=2)]
@@ -22,7 +22,7 @@ class Budget(Settings):
     generated_tokens: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
 
-    def words(self) -> Words:
+    def overrides(self) -> Overrides:
         limits = {
             "steps": self.steps,
             "max_trained_tokens": self.trained_tokens,
@@ -48,13 +48,13 @@ class ComparisonSettings(Settings):
 
     seeds: list[int] = Field(min_length=1)
     budget: Budget
-    common: Words
-    sft: Words | None
+    common: Overrides
+    sft: Overrides | None
     pairs: Pairs | None
-    reward_model: Words | None
-    models: dict[Annotated[str, Field(pattern=r"^\w+$")], Words] = Field(default_factory=dict)
+    reward_model: Overrides | None
+    models: dict[Annotated[str, Field(pattern=r"^\w+$")], Overrides] = Field(default_factory=dict)
     best_of: Several | list[Several] | None = None
-    algorithms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], Words] = Field(min_length=1)
+    algorithms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], Overrides] = Field(min_length=1)
     workers: int = Field(ge=1)
     threads: int | None = Field(ge=1)
     sort_by: str | None

@@ -1,4 +1,4 @@
-"""How a comparison on a cluster goes: each part's state, why it waits, how far it is, where its log is; and its end."""
+"""How a graph on a cluster goes: each part's state, why it waits, how far it is, where its log is; and its end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.comparison.collect import is_current
-from alignlab.comparison.graph import NODES, PLAN, is_result, last_words
-from alignlab.comparison.jobs import EVALUATE, REPORT
-from alignlab.comparison.ledger import FILE, Entry, Ledger
+from alignlab.comparison.graph.ledger import EVALUATE, FILE, REPORT, Entry, Ledger
+from alignlab.comparison.graph.node import PLAN, is_result, last_words, planned, read
 from alignlab.core import AlignlabError
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import QUEUED, State
@@ -34,7 +33,7 @@ WHY = {
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part of a comparison stands.
+    """Where a part of a graph stands.
 
     Attributes:
         state: done, running, waiting, failed, cancelled, not run, or not submitted.
@@ -105,14 +104,11 @@ def _done(out: Path, name: str, entry: Entry | None) -> bool:
     """Whether a task's result is there, as it was last planned."""
     if name == REPORT:
         return is_current(out)
-    folder = out / name.removesuffix(EVALUATE)
-    if is_result(out, folder):
+    if is_result(out, name.removesuffix(EVALUATE)):
         return True
-    if name.endswith(EVALUATE) or not (folder / RESULT).exists():
-        return False
-    planned = json.loads((out / NODES).read_text()).get(name)
-    here = json.loads((folder / PLAN).read_text())
-    return bool(here["key"] == planned and any(command == "evaluate" for command, _ in here["commands"]))
+    here = read(out / name / PLAN)  # there is none of an evaluation apart
+    trained = bool(here) and here["key"] == planned(out).get(name) and (out / name / RESULT).exists()
+    return trained and any(command == "evaluate" for command, _ in here["commands"])
 
 
 def _progress(folder: Path) -> str:
@@ -159,7 +155,7 @@ def show(out: Path) -> int:
             screen.print(text, markup=False, highlight=False, soft_wrap=True)
     again = [p for p in found if p.state in (FAILED, CANCELLED, BLOCKED, OPEN)]
     if again:
-        screen.print("the same `alignlab submit` hands over again what is not done", markup=False)
+        screen.print("the same command hands over again what is not done", markup=False)
     elif counts.get(DONE) == len(found):
         screen.print(f"leaderboard: {out}/leaderboard.md, report: {out}/report.html", markup=False, soft_wrap=True)
     return 1 if any(p.state == FAILED for p in found) else 0
@@ -183,7 +179,7 @@ def cancel(out: Path) -> None:
     commands.cancel([entry.id for entry in active.values()])
     print(f"{out}: {len(active)} jobs cancelled{': ' if active else ''}{', '.join(active)}")
     if active:
-        print("what was done stays; the same `alignlab submit` goes on from there")
+        print("what was done stays; the same command goes on from there")
 
 
 def submitted(root: Path = Path("runs")) -> list[Path]:

@@ -1,16 +1,14 @@
 """Sweeps: `alignlab train -m …` and `alignlab compare -m …`.
 
-    words ─ settings.chosen ─→ launcher, sweeper and the words of the runs
-          ─ combinations.Composer ─→ Combination: a folder, what varies, its words, its config
-          ─ grid: all of them │ search.Search: Optuna's trials, a batch at a time
-          ─ launch.Launch ─→ leaves out what is finished or at work, hands the rest to Hydra's launcher
-                             (basic, joblib; submitit by slurm.launch), shows how many are done
-          ─ job.Job ─→ what a launcher calls, in whichever process: trains or compares, in the combination's folder
-          ─ results.gather ─→ sweep.json, sweep.csv, sweep.md, sweep.html and a table
+    overrides ─ settings.chosen ─→ launcher, sweeper and the overrides of the runs
+              ─ combinations.Composer ─→ Combination: what varies, its overrides, its config, its node
+              ─ grid: all of them │ search.Search: Optuna's trials, a batch at a time
+              ─ launch.Launch ─→ a graph of nodes that wait for nothing, and its executor: here, or Slurm
+              ─ results.gather ─→ sweep.json, sweep.csv, sweep.md, sweep.html and a table
 
-What a run has come to is on disk, in its own folder, and nowhere else (`state`): `result.json` or a leaderboard:
-finished; `pruned.json`: given up by a search; `failed.json`: why, and where its log is; none of these: unfinished. So
-a sweep may be killed at any moment, its runs may be anywhere, and the same command goes on with what is not finished.
-In the sweep's folder are `sweep.json` (what it consists of, written before anything is launched), `study.log` (a
-search's trials) and `jobs.json` (which Slurm job has which run, so that none is started twice).
+The graph (`comparison.graph`) knows what is done, half done and failed; what a run has measured is in its folder. In
+the sweep's folder are also `sweep.json` (what it consists of, written before anything is launched) and `study.log` (a
+search's trials). Hydra composes the runs' configs; its launchers are not used: basic runs them in one process, where
+what kills one kills all; joblib does not stop its processes; submitit waits for jobs in order, and gives up at the
+first that is lost.
 """

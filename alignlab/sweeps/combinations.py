@@ -1,4 +1,4 @@
-"""From the words of a sweep to its combinations: composed by Hydra, each with a folder of its own."""
+"""From the overrides of a sweep to its combinations: composed by Hydra, each a node of the sweep's graph."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
-
+from alignlab.comparison.collect import is_complete
+from alignlab.comparison.compare import nodes_of
+from alignlab.comparison.graph.node import Command, Node
 from alignlab.comparison.planning import quoted
-from alignlab.config import config_folder, explain, hydra_ready, resolve, sweep_words
+from alignlab.config import compose, config_folder, explain, resolve
 from alignlab.core import ConfigError
 from alignlab.training.run_folder import REFERENCE_CACHE
+
+GROUP = "sweep"
+"""A cluster runs them as one array."""
 
 LONGEST = 200
 """Bytes that the name of a combination's folder may have; file systems end at 255."""
@@ -27,55 +30,78 @@ class Combination:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder within the sweep's.
-        folder: where it works.
+        node: its name is that of its folder within the sweep's.
         values: what varies, by key, as written on the command line.
-        words: all that `alignlab COMMAND` must be given to do the same.
+        overrides: all that `alignlab COMMAND` must be given to do the same.
         config: resolved.
         trial: its number within a search's study.
     """
 
-    name: str
-    folder: Path
+    node: Node
     values: dict[str, str]
-    words: list[str]
+    overrides: list[str]
     config: dict[str, Any]
     trial: int | None = None
 
-
-class Composer:
-    """Hydra with the sweep's config loaded. Made by `composer`.
-
-    Attributes:
-        master: the config of the sweep itself, with the section `hydra`.
-        loader: Hydra's; composes the runs' configs, here and in the launchers' processes.
-        folder: the sweep's.
-        overrides: the words of the runs, parsed; some are sweeps.
-    """
-
-    def __init__(self, command: str, words: list[str], own: Path | None) -> None:
-        from hydra.core.global_hydra import GlobalHydra
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.types import RunMode
-
-        self.command, self.words, self.own = command, words, own
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        self.loader = hydra.config_loader
-        with self._explained():
-            self.master: DictConfig = hydra.compose_config(
-                config_name=command, overrides=words, run_mode=RunMode.MULTIRUN, from_shell=False
-            )
-            task = OmegaConf.to_container(self.master.hydra.overrides.task, resolve=False)
-            self.overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(task)
-        HydraConfig.instance().set_config(self.master)
-        self.folder = Path(str(self.master.hydra.sweep.dir))
+    @property
+    def name(self) -> str:
+        return self.node.name
 
     @property
-    def steady(self) -> list[str]:
-        """The words that are the same for all."""
-        return [o.input_line for o in self.overrides if not o.is_sweep_override()]
+    def folder(self) -> Path:
+        return self.node.folder
+
+
+def node_of(command: str, name: str, folder: Path, config: dict[str, Any], own: Path | None) -> Node:
+    """The node of a run: its folder may hold another run, which is left as it is.
+
+    Args:
+        own: a folder of the user's configs.
+    """
+    if command == "train":
+        anew = config["training"]["resume"] == "never"
+        done = [Command(command, config)]
+        return Node(name, folder, done, group=GROUP, keeps_folder=True, still_valid=lambda: not anew)
+
+    def parts_are_done() -> bool:
+        return is_complete(folder) and all(part.done for part in nodes_of(config, folder, own)[1])
+
+    given = {"config": config, "own": str(own.resolve()) if own else None}
+    return Node(name, folder, [Command(command, given)], group=GROUP, keeps_folder=True, still_valid=parts_are_done)
+
+
+class Composer:
+    """The overrides of a sweep, and the runs that they stand for.
+
+    Args:
+        given: overrides as on the command line.
+        own: a folder of the user's configs.
+
+    Attributes:
+        folder: the sweep's.
+        overrides: the given ones, parsed; some are sweeps.
+        steady: those that are the same for all, but for `out`.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+
+    def __init__(self, command: str, given: Sequence[str], own: Path | None) -> None:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+
+        self.command, self.own = command, own
+        for override in given:
+            if override.startswith(("hydra/launcher", "hydra/sweeper", "hydra.sweep")):
+                raise ConfigError(f"{override}: alignlab sets this itself: see launcher=… and sweeper=…")
+        try:
+            self.overrides = OverridesParser.create().parse_overrides(list(given))
+        except HydraException as error:
+            raise explain(error, command, given, [config_folder()]) from error
+        steady = {o.input_line: o.get_key_element() for o in self.overrides if not o.is_sweep_override()}
+        naming = [o for o, key in steady.items() if key in ("out", "name", "experiment")]
+        self.folder = Path(str(compose(command, naming, own)["out"]))
+        self.steady = [o for o, key in steady.items() if key != "out"]
 
     def grid(self) -> Iterator[dict[str, str]]:
         """Every combination of the values that vary: by key, as written on the command line."""
@@ -91,19 +117,16 @@ class Composer:
         """The run with these values, in the folder `name`, by default called after them."""
         name = name or _name(values)
         folder = self.folder / name
-        words = [*self.steady, *(f"{key}={value}" for key, value in values.items()), f"out={_plain(str(folder))}"]
-        config = self._compose(words)
+        overrides = [*self.steady, *(f"{key}={value}" for key, value in values.items()), f"out={_plain(str(folder))}"]
+        config = self._config(overrides)
         if ours := [*self._tracking(config, name), *self._cache(config)]:
-            words += ours
-            config = self._compose(words)
-        return Combination(name, folder, dict(values), words, config, trial)
+            overrides += ours
+            config = self._config(overrides)
+        node = node_of(self.command, name, folder, config, self.own)
+        return Combination(node, dict(values), overrides, config, trial)
 
-    def _compose(self, words: Sequence[str]) -> dict[str, Any]:
-        with self._explained():
-            config = self.loader.load_sweep_config(self.master, list(words))
-        with open_dict(config):
-            del config["hydra"]
-        return resolve(config)
+    def _config(self, overrides: Sequence[str]) -> dict[str, Any]:
+        return resolve(compose(self.command, overrides, self.own))
 
     def _tracking(self, config: dict[str, Any], name: str) -> list[str]:
         """What a tracker is to call a run, where the user does not say: a comparison names those it consists of."""
@@ -120,35 +143,6 @@ class Composer:
         if self.command != "train" or training.get("reference_cache") or config["source"]["kind"] != "data":
             return []
         return [f"training.reference_cache={_plain(str(self.folder / REFERENCE_CACHE))}"]
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        try:
-            yield
-        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-            folders = [config_folder(), *([self.own] if self.own else [])]
-            raise explain(error, self.command, self.words, folders) from error
-
-
-@contextmanager
-def composer(command: str, words: Sequence[str], own: Path | None, more: Sequence[str] = ()) -> Iterator[Composer]:
-    """Hydra, ready for the sweep.
-
-    Args:
-        more: words for Hydra itself, that choose and set its launcher.
-
-    Raises:
-        ConfigError: a word is wrong.
-    """
-    for word in words:
-        if word.startswith(("hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir")):
-            raise ConfigError(f"{word}: alignlab sets this itself: see launcher=… and sweeper=…")
-    with hydra_ready():
-        yield Composer(command, [*sweep_words(words, own), *more], own)
 
 
 def _plain(text: str) -> str:

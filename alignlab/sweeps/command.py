@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from alignlab.comparison.graph.node import Node
 from alignlab.comparison.metrics import format_number
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.progress import progress
 from alignlab.sweeps import results
-from alignlab.sweeps.combinations import Composer, composer
-from alignlab.sweeps.job import Stopped
-from alignlab.sweeps.launch import Launch, hydra_words
+from alignlab.sweeps.combinations import Composer
+from alignlab.sweeps.launch import Launch
 from alignlab.sweeps.settings import OptunaSettings, chosen
-from alignlab.sweeps.state import figures
 
 
-def sweep(command: str, words: Sequence[str], own: Path | None) -> int:
+def sweep(command: str, overrides: Sequence[str], own: Path | None) -> int:
     """Run every combination, or a search; print what they have come to.
 
     Args:
@@ -27,45 +27,39 @@ def sweep(command: str, words: Sequence[str], own: Path | None) -> int:
         0, or 1 where a run failed; the others have gone on.
 
     Raises:
-        ConfigError: a word is wrong.
+        ConfigError: an override is wrong.
         Interrupted: asked to stop; the same command goes on.
     """
-    launcher, sweeper, words = chosen(words, own)
-    with composer(command, words, own, hydra_words(launcher)) as hydra:
-        metric = sweeper.metric
+    launcher, sweeper, overrides = chosen(overrides, own)
+    runs = Composer(command, overrides, own)
+    metric = sweeper.metric
 
-        def describe(folder: Path) -> str:
-            found = figures(command, folder)
-            try:
-                name = results.chosen_metric([found], metric)
-            except AlignlabError as error:  # the others may have it; at the end it counts
-                return f"note: {error}"
-            return f"{name} {format_number(found[name], 4)}" if name else "nothing was measured"
-
-        launch = Launch(hydra, launcher, describe)
+    def describe(node: Node) -> str:
+        found = results.metrics_of(command, node.folder)
         try:
-            if isinstance(sweeper, OptunaSettings):
-                from alignlab.sweeps.search import Search
+            name = results.chosen_metric([found], metric)
+        except AlignlabError as error:  # the others may have it; at the end it counts
+            return f"note: {error}"
+        measured = f"{name} {format_number(found[name], 4)}" if name else "nothing was measured"
+        return f"{results.state_of(command, node.folder, node.key).state}: {measured}"
 
-                search = Search(hydra, sweeper)
-                metric = search.metric
-                search.run(launch)
-            else:
-                every = list(hydra.grid())
-                combinations = [hydra.combination(v) for v in progress(every, "composing the runs", len(every))]
-                results.note(hydra.folder, command, own, sweeper, combinations)
-                launch(combinations)
-        except Stopped as stopped:
-            _gather(hydra)
-            raise stopped.stop from stopped
-        found = results.gather(hydra.folder)
+    launch = Launch(runs, launcher, describe)
+    try:
+        if isinstance(sweeper, OptunaSettings):
+            from alignlab.sweeps.search import Search
+
+            search = Search(runs, sweeper)
+            metric = search.metric
+            search.run(launch)
+        else:
+            every = list(runs.grid())
+            combinations = [runs.combination(v) for v in progress(every, "composing the runs", len(every))]
+            results.note(runs.folder, command, own, sweeper, combinations)
+            launch(combinations)
+    except Interrupted:
+        with suppress(AlignlabError):  # there may be nothing yet; that it was stopped is what is to be told
+            results.gather(runs.folder)
+        raise
+    found = results.gather(runs.folder)
     results.show(found)
     return 0 if all(run.state in ("finished", "pruned") for run in found.runs) else 1
-
-
-def _gather(hydra: Composer) -> None:
-    """Of a sweep that was stopped: what there is goes to its files."""
-    try:
-        results.gather(hydra.folder)
-    except AlignlabError:  # there may be nothing yet; that it was stopped is what is to be told
-        return

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.comparison.collect import BOARD, is_complete
+from alignlab.comparison.graph.node import Outcome, outcome, planned, read, write_plan
 from alignlab.comparison.metrics import METRICS, MISSING, format_number
 from alignlab.core import AlignlabError, did_you_mean
 from alignlab.core.files import write_json, write_text
 from alignlab.core.storage import storage_errors
 from alignlab.sweeps.combinations import Combination
 from alignlab.sweeps.settings import Sweeper
-from alignlab.sweeps.state import figures, read, standing
-from alignlab.training.callbacks.pruning import Direction
+from alignlab.training.callbacks.pruning import PRUNED, Direction
+from alignlab.training.run_folder import RESULT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +32,9 @@ FILE = "sweep.json"
 STATES = ("finished", "pruned", "failed", "unfinished")
 USUAL = ("objective_score", "reward", "eval/loss", "loss")
 """What runs are compared by where nothing is said: the first of these that there is."""
+
+NO_METRICS = ("step", "time")
+"""Numbers in metrics.jsonl that say where a line belongs."""
 
 SHOWN = 30
 """Rows that the terminal shows."""
@@ -40,16 +47,16 @@ class Run:
     Attributes:
         name: of its folder within the sweep's.
         values: what varies, by key, as written on the command line.
-        words: what `alignlab COMMAND` must be given to do the same.
-        value: the metric's.
+        overrides: what `alignlab COMMAND` must be given to do the same.
+        value: that of the metric which the runs are compared by.
     """
 
     name: str
     values: dict[str, str]
-    words: list[str]
+    overrides: list[str]
     state: str = "unfinished"
     value: float | None = None
-    figures: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
     reason: str = ""
     log: str = ""
 
@@ -93,7 +100,7 @@ class Results:
     def reproduce(self, run: Run) -> str:
         """The command that does a run by itself."""
         options = [] if self.own is None else ["--config-dir", self.own]
-        return " ".join(_quoted(word) for word in ("alignlab", self.command, *options, *run.words))
+        return " ".join(_quoted(word) for word in ("alignlab", self.command, *options, *run.overrides))
 
 
 def _quoted(word: str) -> str:
@@ -119,9 +126,10 @@ def note(
                 "own": str(own) if own else None,
                 "sweeper": sweeper.model_dump(),
                 "log": list(log),
-                "runs": [{"name": c.name, "values": c.values, "words": c.words} for c in combinations],
+                "runs": [{"name": c.name, "values": c.values, "overrides": c.overrides} for c in combinations],
             },
         )
+        write_plan(folder, [c.node for c in combinations])
 
 
 def gather(folder: Path) -> Results:
@@ -134,23 +142,57 @@ def gather(folder: Path) -> Results:
     if not plan:
         raise AlignlabError(f"{folder / FILE}: is not there or damaged; is this the folder of a sweep?")
     command, sweeper = plan["command"], plan["sweeper"]
-    runs = []
-    for planned in plan["runs"]:
-        run = Run(planned["name"], planned["values"], planned["words"])
-        found = standing(command, folder / run.name)
+    runs, keys = [], planned(folder)
+    for each in plan["runs"]:
+        run = Run(each["name"], each["values"], each["overrides"])
+        found = state_of(command, folder / run.name, keys.get(run.name))
         run.state, run.reason, run.log = found.state, found.reason, found.log
-        run.figures = figures(command, folder / run.name)
+        run.metrics = metrics_of(command, folder / run.name)
         runs.append(run)
-    metric = chosen_metric([r.figures or {} for r in runs if r.state == "finished"], sweeper["metric"])
+    metric = chosen_metric([r.metrics or {} for r in runs if r.state == "finished"], sweeper["metric"])
     direction = sweeper["direction"] or direction_of(metric or "")
     for run in runs:
-        value = (run.figures or {}).get(metric or "")
+        value = (run.metrics or {}).get(metric or "")
         run.value = value if value is not None and math.isfinite(value) else None
     sign = 1 if direction == "minimize" else -1
     runs.sort(key=lambda r: (STATES.index(r.state), r.value is None, sign * (r.value or 0)))
     results = Results(folder, command, plan["own"], metric, direction, plan["log"], runs)
     _write(results, plan)
     return results
+
+
+def state_of(command: str, folder: Path, key: str | None) -> Outcome:
+    """What a run has come to: finished, pruned, failed or unfinished."""
+    found = outcome(folder, key)
+    if found.state != "done":
+        return found
+    if command == "compare" and not is_complete(folder):
+        return Outcome("unfinished")
+    return Outcome("pruned" if (folder / PRUNED).exists() else "finished")
+
+
+def metrics_of(command: str, folder: Path) -> dict[str, float]:
+    """Everything measured of a run: its evaluation, else the last line of metrics.jsonl that has it, else
+    evaluation.json; of a comparison, what stands in the first row of its leaderboard."""
+    if command == "compare":
+        return _numbers((read(folder / BOARD).get("rows") or [{}])[0])
+    found = _numbers(read(folder / "evaluation.json"))
+    try:
+        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        with suppress(ValueError):  # a line that is being written, or of a killed process
+            found |= _numbers(json.loads(line))
+    result = read(folder / RESULT) or read(folder / PRUNED)
+    found |= _numbers(result) | _numbers(result.get("evaluation"))
+    return {k: v for k, v in found.items() if k not in NO_METRICS} | _numbers({"steps": result.get("step")})
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict):
+        return {}
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def chosen_metric(measured: Sequence[Mapping[str, float]], wanted: str | None) -> str | None:
@@ -219,7 +261,7 @@ def shortest(keys: Sequence[str]) -> dict[str, str]:
 
 def cells(results: Results, run: Run) -> list[str]:
     """A row: name, what varies, the metric, state, seconds."""
-    found = run.figures or {}
+    found = run.metrics or {}
     seconds = format_number(found.get("seconds"), None)
     value = format_number(run.value, 4) if run.value is not None else MISSING
     return [run.name, *(short_value(run.values.get(k, MISSING)) for k in results.varied), value, run.state, seconds]
@@ -239,13 +281,13 @@ def headings(results: Results) -> list[str]:
 
 def to_csv(results: Results) -> str:
     """One line for each run, numbers in full: what varies, the state, and everything that was measured."""
-    known = dict.fromkeys(name for run in results.runs for name in run.figures or {})
+    known = dict.fromkeys(name for run in results.runs for name in run.metrics or {})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "state", *results.varied, *known, "reason"])
     for run in results.runs:
         values = [run.values.get(k, "") for k in results.varied]
-        measured = [(run.figures or {}).get(k, "") for k in known]
+        measured = [(run.metrics or {}).get(k, "") for k in known]
         writer.writerow([run.name, run.state, *values, *measured, run.reason])
     return out.getvalue()
 

@@ -16,9 +16,8 @@ from typing import Any
 
 from alignlab.core import ConfigError
 from alignlab.sweeps.combinations import Combination, Composer
-from alignlab.sweeps.results import USUAL, chosen_metric, direction_of, note
+from alignlab.sweeps.results import USUAL, chosen_metric, direction_of, metrics_of, note, state_of
 from alignlab.sweeps.settings import OptunaSettings
-from alignlab.sweeps.state import figures, is_over, standing
 from alignlab.training.callbacks.pruning import Trial, open_study
 from alignlab.training.run_folder import fingerprint
 
@@ -29,7 +28,7 @@ class Search:
     """The study in the sweep's folder, and what its trials are as runs.
 
     Args:
-        composer: Hydra, with the search space among its words.
+        composer: Hydra, with the search space among its overrides.
 
     Raises:
         ConfigError: there is nothing to search for or over, or the folder holds another search.
@@ -45,7 +44,7 @@ class Search:
         if composer.command == "train" and metric.startswith("eval/") and config["training"]["eval_every"] is None:
             raise ConfigError(f"sweeper.metric={metric}: there are no evaluations: give training.eval_every, in steps")
         if composer.command == "compare" and settings.pruner != "none":
-            raise ConfigError(f"sweeper.pruner={settings.pruner}: comparisons are not pruned: their figures come last")
+            raise ConfigError(f"sweeper.pruner={settings.pruner}: comparisons are not pruned: their metrics come last")
         direction = settings.direction or direction_of(metric)
         self.settings = settings.model_copy(update={"metric": metric, "direction": direction})
         self.metric = metric
@@ -125,14 +124,14 @@ class Search:
         """Tell the study what a trial has come to; whether it has come to anything."""
         import optuna
 
-        number, command = _number(combination), self.composer.command
-        found = standing(command, combination.folder)
-        if not is_over(command, combination, self.composer.own):
+        number, command, node = _number(combination), self.composer.command, combination.node
+        state = state_of(command, node.folder, node.key).state
+        if state not in ("finished", "pruned"):
             return False
-        if found.state == "pruned":
+        if state == "pruned":
             self.study.tell(number, state=optuna.trial.TrialState.PRUNED)
             return True
-        measured = figures(command, combination.folder)
+        measured = metrics_of(command, node.folder)
         chosen_metric([measured], self.metric)
         value = measured.get(self.metric)
         if value is None or math.isnan(value):
@@ -178,7 +177,7 @@ class Search:
 
 
 def distribution(override: Any) -> Any:
-    """Hydra's words for what varies as a distribution of Optuna's.
+    """What Hydra says varies, as a distribution of Optuna's.
 
     `a,b,c` and `choice(…)`: one of these. `range(a,b)`, `range(a,b,step)`: as Hydra counts, b left out.
     `interval(a,b)`: any number in it; `int(interval(a,b))`: whole ones, b included. `tag(log,…)`: on a logarithmic

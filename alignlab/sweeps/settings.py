@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,26 +18,14 @@ from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.callbacks.pruning import Direction, PrunerKind
 
 OURS = re.compile(r"[+~]{0,2}(launcher|sweeper)(?=[=.@]|$)")
-"""How a word begins that is of one of these groups."""
-
-PACKAGES = {
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "launcher=joblib"),
-    "slurm": ("hydra_plugins.hydra_submitit_launcher", "launcher=slurm"),
-    "optuna": ("optuna", "sweeper=optuna"),
-}
+"""How an override begins that is of one of these groups."""
 
 
 class LocalSettings(Settings):
-    """Group `launcher`, option `local`: one run after another, in this process."""
+    """Group `launcher`, option `local`: on this machine, each run in a process of its own."""
 
     kind: Literal["local"] = "local"
-
-
-class JoblibSettings(Settings):
-    """Group `launcher`, option `joblib`: several runs at a time on this machine."""
-
-    kind: Literal["joblib"] = "joblib"
-    n_jobs: int = Field(2, ge=-1)
+    n_jobs: int = Field(1, ge=-1)
 
     @field_validator("n_jobs")
     @classmethod
@@ -44,6 +33,10 @@ class JoblibSettings(Settings):
         if value == 0:
             raise ValueError("must be 1 or more, or -1 for as many as there are cores")
         return value
+
+    @property
+    def workers(self) -> int:
+        return self.n_jobs if self.n_jobs > 0 else os.cpu_count() or 1
 
 
 class GridSettings(Settings):
@@ -69,16 +62,16 @@ class OptunaSettings(Settings):
     warmup_steps: int = Field(0, ge=0)
 
 
-Launcher = LocalSettings | JoblibSettings | SlurmSettings
+Launcher = LocalSettings | SlurmSettings
 Sweeper = GridSettings | OptunaSettings
 KINDS: dict[str, dict[str, Any]] = {
-    "launcher": {"local": LocalSettings, "joblib": JoblibSettings, "slurm": SlurmSettings},
+    "launcher": {"local": LocalSettings, "slurm": SlurmSettings},
     "sweeper": {"grid": GridSettings, "optuna": OptunaSettings},
 }
 
 
-def chosen(words: Sequence[str], own: Path | None) -> tuple[Launcher, Sweeper, list[str]]:
-    """The launcher, the sweeper, and the words that are left for the runs.
+def chosen(overrides: Sequence[str], own: Path | None) -> tuple[Launcher, Sweeper, list[str]]:
+    """The launcher, the sweeper, and the overrides that are left for the runs.
 
     Args:
         own: a folder of the user's configs, which may hold launchers of their own.
@@ -86,40 +79,34 @@ def chosen(words: Sequence[str], own: Path | None) -> tuple[Launcher, Sweeper, l
     Raises:
         ConfigError: a setting is unknown or impossible, or the package that does it is not installed.
     """
-    ours = [w for w in words if OURS.match(w)]
-    for word in ours:
-        if re.match(r"(launcher|sweeper)=[^'\"\[{]*,", word):
-            raise ConfigError(f"{word}: a sweep has one {word.partition('=')[0]}")
-        if word.lstrip("+~").startswith("launcher.stages"):
-            raise ConfigError(f"{word}: is for `alignlab submit` alone: the runs of a sweep are all alike")
+    ours = [o for o in overrides if OURS.match(o)]
+    for override in ours:
+        if override == "launcher=joblib":
+            raise ConfigError(f"{override}: is now launcher=local, with launcher.n_jobs=N for several at a time")
+        if re.match(r"(launcher|sweeper)=[^'\"\[{]*,", override):
+            raise ConfigError(f"{override}: a sweep has one {override.partition('=')[0]}")
+        if override.lstrip("+~").startswith("launcher.stages"):
+            raise ConfigError(f"{override}: is for `alignlab submit` alone: the runs of a sweep are all alike")
     config = resolve(compose("sweep", ours, own))
     launcher, sweeper = (_section(config[group], group) for group in KINDS)
-    return launcher, sweeper, [w for w in words if not OURS.match(w)]
+    return launcher, sweeper, [o for o in overrides if not OURS.match(o)]
 
 
-def refuse(words: Sequence[str]) -> None:
+def refuse(overrides: Sequence[str]) -> None:
     """Without -m there is no sweep.
 
     Raises:
-        ConfigError: for a word of the groups.
+        ConfigError: for an override of the groups.
     """
-    for word in words:
-        if OURS.match(word):
-            raise ConfigError(f"{word}: is for sweeps: add -m; for a comparison as jobs of Slurm: alignlab submit")
+    for override in overrides:
+        if OURS.match(override):
+            raise ConfigError(f"{override}: is for sweeps: add -m; for a comparison as jobs of Slurm: alignlab submit")
 
 
 def _section(values: Any, group: str) -> Any:
     kind = values.get("kind") if isinstance(values, dict) else values
     if kind not in KINDS[group]:
         raise ConfigError(f"{group}.kind={kind}: is not known{did_you_mean(str(kind), KINDS[group])}")
-    if kind in PACKAGES and not _installed(PACKAGES[kind][0]):
-        package, word = PACKAGES[kind]
-        raise ConfigError(f"{word}: {package.split('.')[-1]} is not installed: pip install 'alignlab[sweep]'")
+    if kind == "optuna" and find_spec("optuna") is None:
+        raise ConfigError("sweeper=optuna: Optuna is not installed: pip install 'alignlab[sweep]'")
     return section(KINDS[group][kind], values, group)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it is part of
-        return False

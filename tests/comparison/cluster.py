@@ -1,12 +1,15 @@
-"""A stand-in for Slurm's commands, and a small comparison that is submitted to it."""
+"""A stand-in for Slurm, and a small comparison that is submitted to it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from alignlab.comparison.graph import finish
+from alignlab.comparison.graph.node import finish
+from alignlab.comparison.graph.slurm import Batch
 from alignlab.core import AlignlabError
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import State
@@ -18,7 +21,7 @@ class Cluster:
     """What Slurm would be asked, and what it answers.
 
     Attributes:
-        given: (name of the script, its --dependency, its text), in order.
+        given: (name of the batch, its --dependency, its script), in order.
         states: by id; a job that was submitted waits.
         refuses: a word of a script that it does not take → what it says.
     """
@@ -28,23 +31,26 @@ class Cluster:
         self.states: dict[str, State] = {}
         self.refuses: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.batches: list[Batch] = []
 
-    def probe(self, script: Path) -> None:
+    def probe(self, script: str) -> None:
         for word, said in self.refuses.items():
-            if word in script.read_text():
+            if word in script:
                 raise AlignlabError(commands.explain(said))
 
-    def submit(self, script: Path, options: Sequence[str] = ()) -> str:
+    def submit(self, executor: Any, batch: Batch) -> list[tuple[str, str]]:
+        self.batches.append(batch)
         job = str(100 + len(self.given))
-        waits = next((o.removeprefix("--dependency=") for o in options if o.startswith("--dependency=")), "")
-        assert bool(waits) == ("--kill-on-invalid-dep=yes" in options)
-        text = script.read_text()
-        self.given.append((script.stem, waits, text))
-        array = next((w for w in text.splitlines() if w.startswith("#SBATCH --array=")), "").partition("=")[2]
-        first, _, last = array.partition("%")[0].partition("-")
-        tasks = [f"_{i}" for i in range(int(first), int(last or first) + 1)] if array else [""]
+        extra = executor.parameters["additional_parameters"]
+        waits = extra.get("dependency", "")
+        assert bool(waits) == (extra.get("kill-on-invalid-dep") == "yes")
+        tasks = [f"_{i}" for i in range(len(batch.tasks))] if len(batch.tasks) > 1 else [""]
+        if len(batch.tasks) > 1:
+            executor.parameters["map_count"] = len(batch.tasks)
+        text = executor._make_submission_file_text(executor._submitit_command_str, "")
+        self.given.append((batch.label, waits, text))
         self.states |= {job + task: State("PENDING", "Dependency" if waits else "Priority", "0:00") for task in tasks}
-        return job
+        return [(job + task, f"out/slurm/{job}{task}_0_log.out") for task in tasks]
 
     def answer(self, jobs: Iterable[str]) -> dict[str, State]:
         wanted = set(jobs)
@@ -55,11 +61,9 @@ class Cluster:
         self.states |= {job: State("CANCELLED") for job in jobs}
 
     def graph(self) -> dict[str, str]:
-        """Script → what it waits for, with names for the ids, as in "afterok:sft:pairs"."""
+        """Batch → what it waits for, with names for the ids, as in "afterok:sft:dpo_0"."""
         names = {str(100 + i): name for i, (name, _, _) in enumerate(self.given)}
-        return {
-            n: ":".join(names.get(w, w) for w in waits.replace(",", ":,:").split(":")) for n, waits, _ in self.given
-        }
+        return {name: re.sub(r"(?<=:)\d+", lambda found: names[found[0]], waits) for name, waits, _ in self.given}
 
     def forget(self) -> None:
         """Begin to read anew; ids go on."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignlab.cli import main
-from alignlab.comparison import execute
+from alignlab.comparison.graph import local, slurm
 from alignlab.launch.slurm import commands
 from tests.comparison import small
 from tests.comparison.cluster import SMALL, Cluster
@@ -26,7 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNLAB_CACHE", str(folder / "cache"))
         there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-        patch.setattr(execute, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        patch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
         patch.chdir(folder)
         write(folder, "tiny", EXPERIMENT)
         yield folder
@@ -36,9 +36,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     found = Cluster()
     monkeypatch.setattr(commands, "probe", found.probe)
-    monkeypatch.setattr(commands, "submit", found.submit)
+    monkeypatch.setattr(commands, "require", lambda: None)
+    monkeypatch.setattr(slurm, "submit", found.submit)
     monkeypatch.setattr(commands, "cancel", found.cancel)
-    monkeypatch.setattr("alignlab.comparison.ledger.states", found.answer)
+    monkeypatch.setattr(commands, "states", found.answer)
     return found
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from alignlab.cli import main
-from alignlab.comparison import execute
-from alignlab.comparison.graph import Command, Node
+from alignlab.comparison.graph import local, node, work
+from alignlab.comparison.graph.node import Command, Node
 from alignlab.config import config_folder
 from tests import tiny
 from tests.comparison.small import (
@@ -232,12 +232,11 @@ def test_when_what_all_wait_for_fails_it_is_named(home: Path, capfd: pytest.Capt
 
 
 def test_a_killed_node_is_a_failure_with_its_signal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.comparison import node
-
-    monkeypatch.setattr(node, "run_command", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(work, "run_command", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     nodes = [Node("data", home / "killed/data", [Command("data", {})])]
-    failed = execute.execute(nodes, workers=1, threads=1)
-    assert failed == {"data": f"ended by signal 9 (log: {home}/killed/data/log.txt)"}
+    failed = local.execute(nodes, workers=1, threads=1)
+    assert failed == {"data": f"ended by SIGKILL (log: {home}/killed/data/log.txt)"}
+    assert node.outcome(nodes[0].folder, nodes[0].key).reason == "ended by SIGKILL"
 
 
 # ------------------------------------------------------------------ what is shipped

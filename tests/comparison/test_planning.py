@@ -11,7 +11,7 @@ import pytest
 
 from alignlab.benchmarks.base import Benchmark
 from alignlab.benchmarks.evaluate import EvaluateSettings, build_benchmark
-from alignlab.comparison.graph import Node
+from alignlab.comparison.graph.node import Node
 from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
 from alignlab.config import compose, resolve, section

@@ -62,10 +62,11 @@ def test_states_of_parts(submit: Callable[..., int], cluster: Cluster, capsys: p
     cluster.states |= {ids[name]: State("COMPLETED") for name in ("base", "data", "sft")}
     cluster.states[ids["pairs"]] = State("RUNNING", "", "0:42", "node7")
     cluster.states[ids["reward_model"]] = State("OUT_OF_MEMORY", "", "1:00", "node7")
-    Path("out/slurm/reward_model.log").write_text("slurmstepd: error: Detected 1 oom_kill event\n")
+    entries = json.loads(Path("out/submitted.json").read_text())["entries"]
+    Path(entries["reward_model"]["log"]).write_text("slurmstepd: error: Detected 1 oom_kill event\n")
     cluster.states[f"{ids['rejection_sampling']}_0"] = State("CANCELLED")
     cluster.states[f"{ids['dpo']}_0"] = State("FAILED", "", "0:03", "node1")
-    Path("out/slurm/dpo-0.log").write_text(
+    Path(entries["runs/dpo-seed0"]["log"]).write_text(
         "alignlab: pairs.jsonl:3: no key 'chosen'\nsrun: error: node1: task 0: Exited\n"
     )
     cluster.states[f"{ids['dpo']}_1"] = State("RUNNING", "", "0:05", "node2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 
 from alignlab.cli import main
 from alignlab.comparison import status
+from alignlab.comparison.graph.slurm import job_of
 from alignlab.launch.slurm.commands import State
 from tests.comparison import small
 from tests.comparison.cluster import SMALL, Cluster, done
@@ -29,8 +31,12 @@ GRAPH = {
     "rejection_sampling": "afterok:data:reward_model:sft",
     "dpo": "afterok:pairs:sft",  # not the reward model, which it does not use
     "sft.evaluate": "afterok:base:reward_model:sft",
-    "rejection_sampling.evaluate": "aftercorr:rejection_sampling:,:afterok:base:reward_model:sft",
-    "dpo.evaluate": "aftercorr:dpo:,:afterok:base:reward_model:sft",
+    # Each evaluation after its own training, whatever becomes of the other seeds.
+    **{
+        f"{name}-seed{seed}.evaluate": f"afterok:base:reward_model:{name}_{seed}:sft"
+        for name in ("rejection_sampling", "dpo")
+        for seed in (0, 1)
+    },
 }
 
 
@@ -39,13 +45,9 @@ def test_the_graph(submit: Callable[..., int], cluster: Cluster) -> None:
     assert submit() == 0
     found = cluster.graph()
     report = found.pop("report")
-    assert {k: _sorted(v) for k, v in found.items()} == {k: _sorted(v) for k, v in GRAPH.items()}
+    assert {k: sorted(v.split(":")) for k, v in found.items()} == {k: sorted(v.split(":")) for k, v in GRAPH.items()}
     assert report.split(":")[0] == "afterany"
     assert set(report.split(":")[1:]) == set(GRAPH)
-
-
-def _sorted(waits: str) -> list[list[str]]:
-    return sorted([kind, *sorted(names)] for kind, *names in (part.strip(":").split(":") for part in waits.split(",")))
 
 
 def test_what_is_done_or_in_the_queue_is_not_handed_over_again(submit: Callable[..., int], cluster: Cluster) -> None:
@@ -54,47 +56,48 @@ def test_what_is_done_or_in_the_queue_is_not_handed_over_again(submit: Callable[
     assert submit() == 0  # all in the queue
     assert len(cluster.given) == before
     done(*SHARED, "runs/dpo-seed0", "runs/sft-seed0", "runs/sft-seed1", "runs/rejection_sampling-seed0.train")
-    ids = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given)}
+    entries = json.loads(Path("out/submitted.json").read_text())["entries"]
+    ids = {name: entry["id"] for name, entry in entries.items()}
     for job in cluster.states:
         cluster.states[job] = State("COMPLETED")
-    cluster.states[f"{ids['dpo']}_1"] = State("FAILED")
-    cluster.states[f"{ids['dpo.evaluate']}_1"] = State("CANCELLED")
-    cluster.states[f"{ids['rejection_sampling']}_1"] = State("RUNNING")
-    cluster.states[f"{ids['rejection_sampling.evaluate']}_0"] = State("FAILED")
-    cluster.states[f"{ids['rejection_sampling.evaluate']}_1"] = State("PENDING", "Dependency")
+    cluster.states[ids["runs/dpo-seed1"]] = State("FAILED")
+    cluster.states[ids["runs/dpo-seed1.evaluate"]] = State("CANCELLED")
+    cluster.states[ids["runs/rejection_sampling-seed1"]] = State("RUNNING")
+    cluster.states[ids["runs/rejection_sampling-seed0.evaluate"]] = State("FAILED")
+    cluster.states[ids["runs/rejection_sampling-seed1.evaluate"]] = State("PENDING", "Dependency")
     cluster.states[ids["report"]] = State("PENDING", "Dependency")
     cluster.forget()
     assert submit() == 0
-    assert cluster.new == ["dpo", "rejection_sampling.evaluate", "dpo.evaluate", "report"]
-    texts = {name: text for name, _, text in cluster.given if name}
-    assert "#SBATCH --array=1\n" in texts["dpo"]  # the index is that of the seed, as before
-    assert "#SBATCH --array=0\n" in texts["rejection_sampling.evaluate"]
+    assert cluster.new == ["dpo-seed1", "rejection_sampling-seed0.evaluate", "dpo-seed1.evaluate", "report"]
+    assert not any("--array" in text for _, _, text in cluster.given)  # of each one is left
     graph = {name: waits for name, waits, _ in cluster.given if name}
     again = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given) if name}
-    assert graph["dpo"] == graph["rejection_sampling.evaluate"] == ""  # all that they read is there
-    assert graph["dpo.evaluate"] == f"aftercorr:{again['dpo']}"
+    assert graph["dpo-seed1"] == graph["rejection_sampling-seed0.evaluate"] == ""  # all that they read is there
+    assert graph["dpo-seed1.evaluate"] == f"afterok:{again['dpo-seed1']}"
     assert cluster.cancelled == [ids["report"]]  # it would have come too early
     assert set(graph["report"].removeprefix("afterany:").split(":")) == {
-        *(again[n] for n in ("dpo", "rejection_sampling.evaluate", "dpo.evaluate")),
-        *(ids[n] for n in ("rejection_sampling", "rejection_sampling.evaluate")),
+        *(again[n] for n in ("dpo-seed1", "rejection_sampling-seed0.evaluate", "dpo-seed1.evaluate")),
+        ids["runs/rejection_sampling-seed1"].partition("_")[0],
+        ids["runs/rejection_sampling-seed1.evaluate"],
     }
 
 
-def test_tasks_of_an_array_that_wait_for_different_jobs_are_apart(submit: Callable[..., int], cluster: Cluster) -> None:
-    """Slurm knows one dependency for a whole array: one for each of the training jobs, the old one and the new."""
+def test_an_evaluation_waits_for_its_own_training_wherever_that_is(
+    submit: Callable[..., int], cluster: Cluster
+) -> None:
+    """One seed's is at work since before, the other's is handed over again."""
     submit()
     done(*SHARED)
-    ids = {name: str(100 + i) for i, (name, _, _) in enumerate(cluster.given)}
-    for name in ("dpo.evaluate", "dpo"):
-        for index in (0, 1):
-            cluster.states[f"{ids[name]}_{index}"] = State("CANCELLED")
-    cluster.states[f"{ids['dpo']}_0"] = State("RUNNING")
+    entries = json.loads(Path("out/submitted.json").read_text())["entries"]
+    for name in ("runs/dpo-seed1", "runs/dpo-seed0.evaluate", "runs/dpo-seed1.evaluate"):
+        cluster.states[entries[name]["id"]] = State("CANCELLED")
+    cluster.states[entries["runs/dpo-seed0"]["id"]] = State("RUNNING")
     cluster.forget()
     submit()
     again = {name: (str(100 + i), waits) for i, (name, waits, _) in enumerate(cluster.given) if name}
-    assert set(again) == {"dpo", "dpo.evaluate", "dpo.evaluate.2", "report"}
-    assert again["dpo.evaluate"][1] == f"aftercorr:{ids['dpo']}"
-    assert again["dpo.evaluate.2"][1] == f"aftercorr:{again['dpo'][0]}"
+    assert set(again) == {"dpo-seed1", "dpo-seed0.evaluate", "dpo-seed1.evaluate", "report"}
+    assert again["dpo-seed0.evaluate"][1] == f"afterok:{entries['runs/dpo-seed0']['id']}"
+    assert again["dpo-seed1.evaluate"][1] == f"afterok:{again['dpo-seed1'][0]}"
 
 
 def test_a_plan_changed_while_its_jobs_wait(
@@ -193,9 +196,13 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit("--dry-run") == 0
     said = capsys.readouterr().out
-    assert "  dpo [0, 1], after pairs, sft: 1 GPU, 1 core, 2 GB, 240 min" in said.splitlines()
+    assert "  dpo × 2, after pairs, sft: 1 GPU, 1 core, 2 GB, 240 min" in said.splitlines()
+    assert "==> dpo: runs/dpo-seed0, runs/dpo-seed1" in said.splitlines()
     assert said.count("#!/bin/bash") == len(GRAPH) + 1
     assert not Path("out").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     assert submit() == 2
     assert "there is no Slurm here (sbatch is not on the PATH)" in capsys.readouterr().err
 
@@ -222,13 +229,13 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
     times = {name: next(w for w in t.splitlines() if "--time=" in w).partition("time=")[2] for name, t in texts.items()}
     assert times["rejection_sampling"] == "30"
     assert times["dpo"] == "60"
-    assert times["sft"] == times["dpo.evaluate"] == "240"
+    assert times["sft"] == times["dpo-seed0.evaluate"] == "240"
     assert {name for name, t in texts.items() if "--gpus-per-node=1\n" in t} == {
         *SHARED, "dpo", "rejection_sampling",
     }  # fmt: skip
     assert "--mem=1024M\n" in texts["report"] and "--mem=2048M\n" in texts["dpo"]
     for text in texts.values():
-        assert "#SBATCH --partition=big\n" in text and '#SBATCH --comment="to be read"\n' in text
+        assert "#SBATCH --partition=big\n" in text and "#SBATCH --comment='to be read'\n" in text
     assert "#SBATCH --array=0-1%1\n" in texts["dpo"]
 
 
@@ -257,31 +264,37 @@ def test_several_nodes_are_for_training_alone(submit: Callable[..., int], cluste
     submit("launcher.nodes=2", "launcher.gpus_per_node=2", "distributed=zero2")
     for name, _, text in cluster.given:
         trains = name in ("sft", "reward_model", "dpo", "rejection_sampling")
-        assert ("#SBATCH --nodes=2\n" in text) == ("torchrun" in text) == trains, name
-        assert ("PROCESSES_PER_NODE=2\n" in text) == trains
+        assert ("#SBATCH --nodes=2\n" in text) == ("#SBATCH --ntasks-per-node=2\n" in text) == trains, name
 
 
-def test_scripts_run_what_they_say(submit: Callable[..., int], cluster: Cluster, tmp_path: Path) -> None:
+def test_jobs_run_what_they_say(submit: Callable[..., int], cluster: Cluster, tmp_path: Path) -> None:
     """Each task of an array runs the node of its seed, whatever its path; logs are where status looks."""
-    home = tmp_path / "a 100% odd 'place'"
+    import submitit
+
+    home = tmp_path / "an odd 'place'"
     home.mkdir()
     os.chdir(home)
     small.write(home, "tiny", small.EXPERIMENT)
     assert main(["submit", "--config-dir", "configs", "experiment=tiny", "out=its out", *SMALL]) == 0
-    fake = tmp_path / "bin"
-    fake.mkdir()
-    (fake / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "${@: -4}" "$PREPARED" > "$SAID"\n')
-    (fake / "srun").chmod(0o755)
-    script = next(Path("its out/slurm").glob("dpo.sbatch"))
-    environment = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SAID": str(tmp_path / "said"), "PREPARED": "-"}
-    subprocess.run(["bash", str(script)], env=environment, check=True, timeout=60)
-    said = (tmp_path / "said").read_text().splitlines()
-    assert said == ["alignlab", "node", "its out/runs/dpo-seed1", "train", "-"]
-    entry = json.loads(Path("its out/submitted.json").read_text())["entries"]["runs/dpo-seed1"]
-    assert entry["log"] == "its out/slurm/dpo-1.log"
-    output = next(w for w in script.read_text().splitlines() if "--output" in w).partition("=")[2]
-    assert output == f'"{home}/its out/slurm/dpo-%a.log"'.replace("100%", "100%%")
+    batch = next(b for b in cluster.batches if b.name == "dpo")
+    (text,) = (text for name, _, text in cluster.given if name == "dpo")
+    output = next(line for line in text.splitlines() if "--output" in line and line.startswith("#")).partition("=")[2]
+    assert shlex.split(output) == [f"{home}/its out/slurm/%A_%a_0_log.out"]
+    # What submitit would have each of them run, taken through its pickle.
+    for task, seed in zip(batch.tasks, (0, 1), strict=True):
+        work = submitit.core.utils.DelayedSubmission(job_of(task))
+        work.dump(tmp_path / "work.pkl")
+        again = submitit.core.utils.DelayedSubmission.load(tmp_path / "work.pkl").function
+        assert (again.folder, again.commands) == (f"its out/runs/dpo-seed{seed}", ("train",))
+        assert again.checkpoint().function == again
+
+
+def test_a_folder_that_slurm_cannot_write_to(
+    submit: Callable[..., int], cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("out='100% odd'") == 2
+    assert "out=100% odd: Slurm does not write to a folder with % in its path" in capsys.readouterr().err
+    assert cluster.given == []
 
 
 def test_hooks_come_before_the_run(submit: Callable[..., int], cluster: Cluster) -> None:
@@ -291,11 +304,24 @@ def test_hooks_come_before_the_run(submit: Callable[..., int], cluster: Cluster)
     )
     for _, _, text in cluster.given:
         lines = text.splitlines()
-        places = [
-            lines.index(w) for w in (*hooks, "PREFIX=(apptainer exec 'a b.sif')", "PYTHON=python3.12", "# ---- run")
-        ]
+        (run,) = (line for line in lines if line.startswith("srun "))
+        assert " apptainer exec 'a b.sif' python3.12 -u -m submitit.core._submit " in run
+        places = [lines.index(w) for w in (*hooks, run)]
         assert places == sorted(places)
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_run_gets_its_cores(submit: Callable[..., int], cluster: Cluster) -> None:
+    """Since Slurm 22.05 srun does not take them over from sbatch; threads follow, where the user has not set them."""
+    submit("launcher.stages.sft.cpus_per_task=6")
+    (text,) = (text for name, _, text in cluster.given if name == "sft")
+    assert "#SBATCH --cpus-per-task=6\n" in text
+    lines = [line for line in text.splitlines() if line.startswith("export ")]
+    said = "\n".join([*lines, "echo $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK"])
+    for given, expected in (({}, "6 6"), ({"OMP_NUM_THREADS": "2"}, "2 6")):
+        environment = {"PATH": os.environ["PATH"], "SLURM_CPUS_PER_TASK": "6", **given}
+        found = subprocess.run(["bash", "-c", said], env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
 
 
 def test_settings_of_the_launcher_are_no_part_of_the_comparison(submit: Callable[..., int], cluster: Cluster) -> None:

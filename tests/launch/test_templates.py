@@ -40,7 +40,7 @@ def test_the_part_about_signals_is_the_same_in_all_three() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_body_needs_nothing_of_the_head_but_the_hooks(name: str) -> None:
-    """`alignlab submit` puts it below a head of its own."""
+    """Who changes the head need not read the rest."""
     body = text(name).split(RUN)[1]
     own = {"asked", "command", "first", "job", "preempted", "srun", "state", "status"}
     used = set(re.findall(r"\$\{?([A-Za-z_]\w*)", re.sub(r"#.*", "", body)))

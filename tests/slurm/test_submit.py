@@ -83,7 +83,7 @@ def test_the_leaderboard_is_that_of_one_machine(home: Home, slurm: Slurm) -> Non
         name, state, after = line.split("|")
         if name in {"tiny:pairs", "tiny:dpo", "tiny:dpo.evaluate"}:
             assert state == "PENDING" and "afterok" in after, line
-            assert ("aftercorr" in after) == (name == "tiny:dpo.evaluate"), line
+            assert ("_" in after) == (name == "tiny:dpo.evaluate"), line  # a task of an array
     sft = json.loads((home.folder / "jobs/submitted.json").read_text())["entries"]["sft"]["id"]
     slurm.wait(sft, "RUNNING")
     slurm.preempt(["node1", "node2"])
@@ -92,7 +92,8 @@ def test_the_leaderboard_is_that_of_one_machine(home: Home, slurm: Slurm) -> Non
     entries = json.loads((home.folder / "jobs/submitted.json").read_text())["entries"]
     for name, entry in entries.items():
         assert slurm.history(entry["id"].split("_")[0])[-1]["State"] == "COMPLETED", name
-        assert ("_" in entry["id"]) == name.startswith("runs/")
+        array = name.startswith("runs/") and not name.endswith(".evaluate")
+        assert ("_" in entry["id"]) == (array or ("seed" in name and "sft" in name)), name
     assert "16 done" in home.alignlab("status", "jobs")
     assert "nothing to hand over" in home.comparison("submit", "jobs", *SMALL)
     home.comparison("compare", "here")
@@ -122,7 +123,7 @@ def test_a_failed_part_and_the_same_command_again(home: Home) -> None:
     later.write_text("\n".join(json.dumps(record) for _ in range(16)))
     said = home.comparison("submit", "jobs", *words)
     assert [line.split()[2].strip(",:") for line in said.splitlines() if line.startswith("job ")] == [
-        *("dpo", "dpo.evaluate", "report"),
+        *("dpo", "dpo-seed0.evaluate", "dpo-seed1.evaluate", "report"),
     ]
     assert set(home.ended("jobs").values()) == {"done"}
     assert set(home.rows("jobs")) == {"rejection_sampling", "sft", "dpo"}

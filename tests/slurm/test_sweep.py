@@ -17,7 +17,7 @@ from tests.slurm.pace import HOLD
 from tests.sweeps import helpers as sweeps
 from tests.training import runs
 
-need("hydra_plugins.hydra_submitit_launcher")
+need("submitit")
 
 SMALL = ["launcher=slurm", "launcher.gpus_per_node=0", "launcher.cpus_per_task=1", "launcher.mem_gb=2"]
 SLOW = ["scoring.function.path=tests.slurm.pace.count_of_a", "training.progress=off", "training.steps=6"]
@@ -36,8 +36,13 @@ def words(home: Path, out: str, *more: str, algorithm: str = "sft") -> list[str]
 
 def jobs(folder: Path) -> dict[str, str]:
     """Run → Slurm job."""
-    path = folder / "jobs.json"
-    return {name: entry["job"] for name, entry in json.loads(path.read_text()).items()} if path.exists() else {}
+    path = folder / "submitted.json"
+    return {name: entry["id"] for name, entry in entries(folder).items()} if path.exists() else {}
+
+
+def entries(folder: Path) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = json.loads((folder / "submitted.json").read_text())["entries"]
+    return found
 
 
 def steps(folder: Path) -> list[int]:
@@ -57,7 +62,7 @@ def test_four_runs_on_two_nodes(slurm: Slurm, home: Path) -> None:
         assert float(row["loss"]) == sweeps.lines(folder / name)[-1]["loss"]
     assert "best: " in done.stdout
     (array,) = {job.partition("_")[0] for job in jobs(folder).values()}
-    assert f"Slurm job {array}: 4 runs; logs: {folder}/slurm/{array}*/*.out" in done.stderr
+    assert f"Slurm job {array}: 4 runs; logs: {folder}/slurm/{array}_*.out" in done.stderr
     # A run has ended when its result is there; its job, and the accounting, a moment later.
     until(lambda: [row["State"] for row in slurm.history(array)] == ["COMPLETED"] * 4, 30, "all have ended")
     history = slurm.history(array, "AllocTRES")
@@ -90,6 +95,7 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     # The last task of an array has the number of the whole array in SLURM_JOB_ID: it must not ask about the others.
     cancelled, by_usr2, by_term = (jobs(folder)[name] for name in names)
 
+    hold.write_text("1.5")  # 18 s a step: they are to be at work while the commands below begin
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(60) == 130
     assert sweep.stderr is not None
@@ -97,13 +103,14 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     assert f"Slurm job {array} goes on: scancel {array} stops it; the same command waits" in sweep.stderr.read()
     other = slurm.run(*words(home, "held", *common, algorithm="rloo"), check=False)
     assert other.returncode == 2
-    assert f"training.seed=0: Slurm job {cancelled} is at work on it" in other.stderr
+    assert f"3 parts of it are in the queue (training.seed=0: Slurm job {cancelled}, …)" in other.stderr
+    assert slurm.run("alignlab", "status", str(folder)).stdout.count("running") >= 3  # and how far they are
 
     slurm.run("scancel", "--signal=TERM", by_term)  # while the others are at work
-    until(lambda: slurm.state(by_term) == "PENDING", 60, "it is queued again")
+    until(lambda: slurm.state(by_term) == "PENDING", 120, "it is queued again")
     slurm.run("scancel", "--signal=USR2", by_usr2)
     slurm.run("scancel", cancelled)
-    until(lambda: slurm.state(by_usr2) == slurm.state(by_term) == "PENDING", 60, "both are queued again")
+    until(lambda: slurm.state(by_usr2) == slurm.state(by_term) == "PENDING", 120, "both are queued again")
     saved = [len(steps(folder / name)) for name in names[1:]]
     assert all(0 < count < 6 for count in saved)
     hold.unlink()
@@ -112,7 +119,7 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     assert sorted(jobs(folder)) == names
     assert [jobs(folder)[name] for name in names[1:]] == [by_usr2, by_term]  # not submitted a second time
     for name, job in zip(names[1:], (by_usr2, by_term), strict=True):
-        log = Path(json.loads((folder / "jobs.json").read_text())[name]["log"]).read_text()
+        log = Path(entries(folder)[name]["log"]).read_text()
         assert f"Requeued job {job}" in log
         assert steps(folder / name) == [1, 2, 3, 4, 5, 6]
         assert runs.identical(runs.weights(folder, name), runs.weights(home / "quick", name))
@@ -155,7 +162,7 @@ def test_what_a_user_sees_of_mistakes(slurm: Slurm, home: Path) -> None:
         (["launcher.partition=nosuch"], "alignlab: launcher.partition: invalid partition specified: nosuch; "),
         (["launcher.account=nobody"], "alignlab: launcher.account: "),
         (["launcher.gpus_per_node=9"], "alignlab: launcher."),
-        (["launcher.nodes=2"], "launcher.nodes=2: distributed=single runs on one node"),
+        (["launcher.nodes=2"], "launcher.nodes=2: training.seed=0 has distributed=single, one process"),
     ):
         done = slurm.run(*words(home, "mistaken", *SMALL, "training.seed=0,1", *more), check=False)
         assert done.returncode in (1, 2)

@@ -1,5 +1,23 @@
-"""Sweeps over runs and comparisons use what comparisons are tested with."""
+"""Sweeps over runs and comparisons use what comparisons are tested with; their runs are forked, not spawned."""
 
-from tests.comparison.conftest import cluster, home
+from __future__ import annotations
 
-__all__ = ["cluster", "home"]
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from alignlab.comparison.graph import local
+from tests.comparison.conftest import cluster
+from tests.training import forks
+
+__all__ = ["cluster"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        yield

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import sqlite3
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignlab.cli import main
+from alignlab.comparison.graph import local
 from alignlab.core import Algorithm
+from alignlab.training.signals import StopRequest
 from tests.sweeps import helpers as sweeps
-from tests.training import runs
+from tests.training import forks, runs
 
 GRID = ["optimizer.lr=0.02,0.05", "algorithm.beta=0.1,0.2"]
 NAMES = [f"algorithm.beta={beta},optimizer.lr={lr}" for beta in (0.1, 0.2) for lr in (0.02, 0.05)]
@@ -79,7 +85,7 @@ def test_the_best_is_named_with_the_words_that_do_it_again(home: Path, grid: Pat
     command = re.search(r"^ +(alignlab train .*)$", (grid / "sweep.md").read_text(), re.MULTILINE)
     assert command is not None
     words = [w for w in shlex.split(command[1])[2:] if not w.startswith("out=")]
-    assert words == [w for w in told["runs"][0]["words"] if not w.startswith("out=")]
+    assert words == [w for w in told["runs"][0]["overrides"] if not w.startswith("out=")]
     assert main(["train", *words, f"out={home}/again"]) == 0
     assert runs.identical(runs.weights(home, "again"), runs.weights(grid, best))
 
@@ -95,18 +101,12 @@ def test_repeated_nothing_is_started_and_the_same_is_told(grid: Path, home: Path
     assert {p.name: p.read_text() for p in grid.glob("sweep.*")} == before
 
 
-def test_a_grid_that_grows_runs_what_is_new(grid: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignlab.launch import start
-
-    started, train = [], start.train
-
-    def note(config: dict[str, Any], out: Path) -> Any:
-        started.append(out.name)
-        return train(config, out)
-
-    monkeypatch.setattr(start, "train", note)
+def test_a_grid_that_grows_runs_what_is_new(grid: Path, home: Path) -> None:
+    forks.Process.started.clear()
     assert sweeps.sweep(home, "grid", "optimizer.lr=0.02,0.05", "algorithm.beta=0.1,0.2,0.3") == 0
-    assert started == [f"algorithm.beta=0.3,optimizer.lr={lr}" for lr in (0.02, 0.05)]
+    assert [Path(folder).name for folder in forks.Process.started] == [
+        f"algorithm.beta=0.3,optimizer.lr={lr}" for lr in (0.02, 0.05)
+    ]
     assert len(sweeps.table(grid)) == 6
     assert sweeps.sweep(home, "grid", *GRID) == 0  # as the other tests expect it
 
@@ -143,8 +143,8 @@ def test_what_fails_ends_nothing_else(home: Path, capfd: pytest.CaptureFixture[s
         assert sorted(row["state"] for row in table.values()) == ["failed", "finished"]
         assert why in table[failing]["reason"]
         assert re.search(rf"failed: {re.escape(failing)}: .*{re.escape(why)}", said.out)
-    trace = (home / "broken" / f"algorithm._target_={broken}" / "error.txt").read_text()
-    assert "in loss" in trace
+    log = (home / "broken" / f"algorithm._target_={broken}" / "log.txt").read_text()
+    assert "Traceback" in log and "in loss" in log
 
 
 def test_a_sweep_that_is_stopped_goes_on_where_it_was(
@@ -153,19 +153,21 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(
     words = ["training.seed=0,1,2", "training.checkpoint_every=null"]
     assert sweeps.sweep(home, "whole", *words) == 0
     with monkeypatch.context() as patch:
-        stop = runs.StopAfter(3)
-        seen: list[int] = []
+        told: list[int] = []  # in the run's process: the signal has come
 
         def update(_self: object, step: int, metrics: Any) -> None:
-            seen.append(step)
-            if len(seen) > 7:  # in the second run
-                stop(step, metrics)
+            if torch.initial_seed() == 1 and step == 3:
+                os.kill(os.getppid(), signal.SIGTERM)  # the sweep, which passes it on
+                while not told:
+                    time.sleep(0.01)
 
         patch.setattr("alignlab.training.callbacks.progress.ProgressDisplay.update", update)
+        handle = StopRequest._handle
+        patch.setattr(StopRequest, "_handle", lambda self, *a: (told.append(a[0]), handle(self, *a)))
         assert sweeps.sweep(home, "parted", *words) == 128 + signal.SIGTERM
-    assert (
-        "alignlab: stopped by SIGTERM; checkpoint of step 3 saved: the same command goes on" in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "alignlab: stopped by SIGTERM; the same command goes on with what is not done" in said
+    assert "checkpoint of step 3 saved" in (home / "parted/training.seed=1/log.txt").read_text()
     states = {name: row["state"] for name, row in sweeps.table(home / "parted").items()}
     assert states == {"training.seed=0": "finished", "training.seed=1": "unfinished", "training.seed=2": "unfinished"}
     assert sweeps.sweep(home, "parted", *words) == 0
@@ -185,9 +187,10 @@ def test_anew_means_anew(home: Path) -> None:
 
 
 def test_runs_apart_survive_what_kills_one_of_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through joblib: the run with the first seed kills itself with no word."""
+    """Two at a time: the run with the first seed kills itself with no word."""
+    monkeypatch.setattr(local, "subprocess", subprocess)  # no forks
     monkeypatch.setenv("PYTHONPATH", str(runs.REPOSITORY))
-    words = ["launcher=joblib", "training.seed=0,1", "+algorithm.gamma=1", "training.steps=2"]
+    words = ["launcher.n_jobs=2", "training.seed=0,1", "+algorithm.gamma=1", "training.steps=2"]
     target = f"algorithm._target_={Deadly.__module__}.Deadly"
     monkeypatch.setenv("ALIGNLAB_TEST_DEADLY", "0")
     assert sweeps.sweep(home, "apart", target, *words, algorithm="sft") == 1
@@ -197,7 +200,7 @@ def test_runs_apart_survive_what_kills_one_of_them(home: Path, monkeypatch: pyte
     assert "groups: train 12" in (home / "apart/training.seed=1/log.txt").read_text()
     monkeypatch.setenv("ALIGNLAB_TEST_DEADLY", "none")
     assert sweeps.sweep(home, "apart", target, *words[1:], algorithm="sft") == 0
-    assert not list((home / "apart").glob("*/process"))
+    assert not list((home / "apart").glob("*/process.json"))
 
 
 class Deadly(Algorithm):
@@ -222,40 +225,41 @@ class Deadly(Algorithm):
 def test_a_comparison_is_over_when_all_its_parts_are_as_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from alignlab.comparison.compare import nodes_of
+    from alignlab.comparison.graph.node import Node, finish, write_plan
     from alignlab.config import compose, resolve
-    from alignlab.sweeps.combinations import Combination
-    from alignlab.sweeps.state import is_over, standing
+    from alignlab.sweeps.combinations import node_of
+    from alignlab.sweeps.results import state_of
 
     folder = tmp_path / "beta=0.1,seed=2"  # as a sweep names it
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
-    from alignlab.benchmarks.evaluate import build_benchmark
-    from alignlab.comparison.graph import write_plan
-    from alignlab.comparison.planning import plan
-    from alignlab.comparison.settings import ComparisonSettings
-    from alignlab.config import section
 
-    def combination(*words: str) -> Combination:
+    def sweeps_node(*words: str) -> Node:
         config = resolve(compose("compare", ["experiment=demo", f"out='{folder}'", *words]))
-        return Combination("c", folder, {}, [], config)
+        return node_of("compare", "c", folder, config, None)
 
-    now = combination()
-    settings = section(ComparisonSettings, now.config["comparison"], "comparison")
-    nodes = plan(now.config, settings, build_benchmark(now.config["benchmark"]), folder, None)
-    assert standing("compare", now.folder).state == "unfinished"
+    def state() -> str:
+        return state_of("compare", folder, now.key).state
+
+    now = sweeps_node()
+    nodes = nodes_of(now.commands[0].config["config"], folder, None)[1]
+    assert state() == "unfinished"
+    now.begin()
     for node in nodes:
         node.begin()
         for made in (c.config["path"] for c in node.commands if c.name == "base"):
             Path(made).mkdir(parents=True)
         (node.folder / "done.json").write_text(json.dumps({"key": node.key}))
     write_plan(folder, nodes)
-    assert standing("compare", now.folder).state == "unfinished"  # no leaderboard yet
+    finish(folder, 1.0)
+    assert state() == "unfinished"  # no leaderboard yet
     (folder / "leaderboard.json").write_text(json.dumps({"rows": [{"algorithm": "dpo", "reward": 0.5}]}))
-    assert standing("compare", now.folder).state == "finished"
-    assert is_over("compare", now, None)
-    assert not is_over("compare", combination("comparison.seeds=[7]"), None)
+    assert state() == "finished"
+    assert now.done
+    assert not sweeps_node("comparison.seeds=[7]").done
     (nodes[-1].folder / "done.json").unlink()
-    assert standing("compare", now.folder).state == "unfinished"
-    assert not is_over("compare", now, None)
+    assert state() == "unfinished"
+    assert not now.done
 
 
 # ------------------------------------------------------------------ what is told

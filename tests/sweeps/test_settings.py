@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from alignlab.cli import main
+from alignlab.comparison.graph.slurm import Slurm
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.sweeps import settings as sweep_settings
-from alignlab.sweeps.combinations import composer
-from alignlab.sweeps.settings import JoblibSettings, LocalSettings, OptunaSettings, chosen
-from alignlab.sweeps.slurm import tasks
+from alignlab.sweeps.combinations import Composer, node_of
+from alignlab.sweeps.settings import LocalSettings, OptunaSettings, chosen
 from tests.sweeps import helpers as sweeps
 from tests.training import runs
 
@@ -41,8 +41,8 @@ def test_words_of_launcher_and_sweeper_are_taken_out() -> None:
     assert (launcher.partition, launcher.additional_parameters) == ("x", {"mail-type": "FAIL"})
     assert isinstance(sweeper, OptunaSettings)
     assert sweeper.trials == 3
-    assert isinstance(chosen([], None)[0], LocalSettings)
-    assert chosen(["launcher=joblib", "launcher.n_jobs=3"], None)[0] == JoblibSettings(n_jobs=3)
+    assert chosen([], None)[0] == LocalSettings(n_jobs=1)
+    assert chosen(["launcher.n_jobs=3"], None)[0] == LocalSettings(n_jobs=3)
 
 
 def test_a_launcher_of_the_users(tmp_path: Path) -> None:
@@ -58,12 +58,13 @@ def test_a_launcher_of_the_users(tmp_path: Path) -> None:
     [
         ("launcher=slrum", "launcher=slrum: there is no such option; did you mean 'slurm'?"),
         ("launcher=slurm launcher.partion=x", "launcher.partion: unknown key; did you mean 'partition'?"),
-        ("launcher.n_jobs=3", "launcher.n_jobs: is a key of launcher=joblib: add launcher=joblib"),
-        ("launcher=joblib launcher.n_jobs=0", "launcher.n_jobs=0: must be 1 or more, or -1 for as many as there are"),
+        ("launcher=slurm launcher.n_jobs=3", "launcher.n_jobs: is a key of launcher=local: add launcher=local"),
+        ("launcher=joblib", "launcher=joblib: is now launcher=local, with launcher.n_jobs=N for several at a time"),
+        ("launcher.n_jobs=0", "launcher.n_jobs=0: must be 1 or more, or -1 for as many as there are"),
         ("launcher=slurm launcher.nodes=0", "launcher.nodes=0: should be greater than or equal to 1"),
         ("launcher=slurm launcher.stages.sft.nodes=2", "launcher.stages.sft.nodes=2: is for `alignlab submit` alone"),
         ("launcher=local,slurm", "launcher=local,slurm: a sweep has one launcher"),
-        ("launcher.kind=pbs", "launcher.kind=pbs: is not known; known here: joblib, local, slurm"),
+        ("launcher.kind=pbs", "launcher.kind=pbs: is not known; known here: local, slurm"),
         ("sweeper=optuna sweeper.sampler=grid", "sweeper.sampler='grid': should be 'tpe' or 'random'"),
         ("hydra/launcher=joblib", "hydra/launcher=joblib: alignlab sets this itself: see launcher=… and sweeper=…"),
         (
@@ -86,11 +87,10 @@ def test_without_m_there_is_no_sweep(command: str, word: str, capfd: pytest.Capt
     assert capfd.readouterr().err.startswith(f"alignlab: {word}: is for sweeps: add -m")
 
 
-@pytest.mark.parametrize("word", ["launcher=joblib", "launcher=slurm", "sweeper=optuna"])
-def test_a_package_that_is_missing(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_settings, "_installed", lambda module: False)
-    with pytest.raises(ConfigError, match=rf"^{word}: .* is not installed: pip install 'alignlab\[sweep\]'$"):
-        chosen([word], None)
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_settings, "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=r"^sweeper=optuna: .* is not installed: pip install 'alignlab\[sweep\]'$"):
+        chosen(["sweeper=optuna"], None)
 
 
 def test_slurm_where_there_is_none(
@@ -102,18 +102,20 @@ def test_slurm_where_there_is_none(
     assert said.startswith("alignlab: there is no Slurm here (sbatch is not on the PATH): run this on")
 
 
-def test_tasks_of_a_job() -> None:
+def test_tasks_of_a_job(tmp_path: Path) -> None:
     """One for each process where there are several nodes; on one, alignlab starts them itself."""
 
     def of(nodes: int, mode: str, processes: int | None, gpus: int = 4) -> int:
         settings = SlurmSettings(nodes=nodes, gpus_per_node=gpus)
-        return tasks(settings, {"distributed": {"mode": mode, "processes": processes}})
+        config = {"distributed": {"mode": mode, "processes": processes}, "training": {"resume": "auto"}}
+        node = node_of("train", "run", tmp_path / "run", config, None)
+        (batch,) = Slurm(tmp_path, "s", [node], settings, is_all=False).batches()
+        return batch.per_node
 
     assert [of(1, "ddp", 4), of(1, "single", None), of(2, "ddp", 6), of(3, "fsdp", None)] == [1, 1, 3, 4]
-    assert tasks(SlurmSettings(), {"distributed": {}}) == 1
     with pytest.raises(ConfigError, match=r"distributed\.processes=5: cannot be spread evenly over 2 nodes"):
         of(2, "ddp", 5)
-    with pytest.raises(ConfigError, match=r"launcher\.nodes=2: distributed=single runs on one node"):
+    with pytest.raises(ConfigError, match=r"launcher\.nodes=2: run has distributed=single, one process"):
         of(2, "single", None)
 
 
@@ -123,8 +125,8 @@ def test_tasks_of_a_job() -> None:
 @pytest.fixture
 def combined(home: Path) -> Callable[..., list[Any]]:
     def make(*words: str) -> list[Any]:
-        with composer("train", [*runs.words_for(home, "sft", "named"), *words], None) as hydra:
-            return [hydra.combination(values) for values in hydra.grid()]
+        composer = Composer("train", [*runs.words_for(home, "sft", "named"), *words], None)
+        return [composer.combination(values) for values in composer.grid()]
 
     return make
 
@@ -138,6 +140,24 @@ def test_names_of_folders(combined: Callable[..., list[Any]], home: Path) -> Non
     long = combined(f"name={'x' * 300}a,{'x' * 300}b")
     assert len({c.name for c in long}) == 2
     assert all(len(c.name) < 256 for c in long)
+
+
+def test_the_folder_of_a_sweep() -> None:
+    assert Composer("train", ["model=a,b/c", "training.steps=3", "out=here"], None).folder == Path("here")
+    assert Composer("compare", ["benchmark.beta=0.1,0.2"], None).folder == Path("runs/demo")
+    assert Composer("train", ["algorithm=dpo,rloo", "algorithm.beta=1", "name=x"], None).folder == Path("runs/x")
+
+
+def test_paths_that_vary(combined: Callable[..., list[Any]]) -> None:
+    """As in `model=PATH`, and `out` is the sweep's: each run gets a folder of its own."""
+    found = combined("model=a,b/c")
+    assert [c.config["model"]["path"] for c in found] == ["a", "b/c"]
+    assert [c.name for c in found] == ["model=a", "model=b_c"]
+    assert [o for c in found for o in c.overrides if o.startswith("out=")] == [f"out={_out(c)}" for c in found]
+
+
+def _out(combination: Any) -> str:
+    return f"'{combination.folder}'" if "=" in str(combination.folder) else str(combination.folder)
 
 
 def test_runs_of_a_sweep_are_one_group_of_the_tracker(combined: Callable[..., list[Any]]) -> None:

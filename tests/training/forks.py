@@ -139,7 +139,14 @@ class Process(Forked):
     started: ClassVar[list[str]] = []
     """The folders of the nodes that were started, in order."""
 
-    def __init__(self, words: Sequence[str], stdout: IO[bytes], env: dict[str, str], **_options: object) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        stdout: IO[bytes],
+        env: dict[str, str],
+        preexec_fn: Callable[[], None] = lambda: None,
+        **_options: object,
+    ) -> None:
         assert list(words[1:4]) == ["-m", "alignlab", "node"]
         folder = words[4]
         Process.started.append(folder)
@@ -148,6 +155,7 @@ class Process(Forked):
             for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
             os.setsid()
+            preexec_fn()
             os.environ.clear()
             os.environ.update(env)
             command(["node", folder])()

@@ -1,4 +1,4 @@
-"""Slurm's commands: submit a script, ask how jobs stand, cancel them. What goes wrong is said with a way out."""
+"""Slurm's commands: ask how jobs stand, and end them. What goes wrong is said with a way out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from alignlab.core import AlignlabError
 
 ABSENT = (
     "there is no Slurm here ({command} is not on the PATH): run this on a login node of your cluster, try it on a "
     "cluster of virtual nodes on this machine (slurm/local-cluster.sh start), or do without: alignlab compare for "
-    "comparisons, launcher=joblib for sweeps"
+    "comparisons, launcher=local for sweeps"
 )
 
 QUEUED = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
@@ -72,26 +71,13 @@ def require() -> None:
         raise AlignlabError(ABSENT.format(command="sbatch"))
 
 
-def submit(script: Path, options: Sequence[str] = ()) -> str:
-    """Hand a batch script over; the job's id.
-
-    Args:
-        options: of sbatch, beside those in the script.
-
-    Raises:
-        AlignlabError: Slurm does not take it.
-    """
-    said = _run(["sbatch", "--parsable", *options, str(script)])
-    return said.strip().splitlines()[-1].split(";")[0]
-
-
-def probe(script: Path) -> None:
-    """Ask whether Slurm would take a script, without handing it over.
+def probe(script: str) -> None:
+    """Ask whether Slurm would take a batch script, without handing it over.
 
     Raises:
         AlignlabError: it would not.
     """
-    _run(["sbatch", "--test-only", str(script)])
+    _run(["sbatch", "--test-only"], script)
 
 
 def states(jobs: Iterable[str]) -> dict[str, State]:
@@ -162,6 +148,16 @@ def cancel(jobs: Sequence[str]) -> None:
         _run(["scancel", *jobs])
 
 
+def requeue(job: str) -> None:
+    """Have a job, or a task of an array, queued again."""
+    _run(["scontrol", "requeue", job])
+
+
+def preempted(job: str) -> bool:
+    """Whether Slurm is about to take a running job's place."""
+    return re.search(r"\bPreemptTime=\d", _run(["scontrol", "--oneliner", "show", "job", job])) is not None
+
+
 def _user() -> str:
     """The user's name, or number where a container has no name for it."""
     try:
@@ -170,9 +166,9 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _run(words: Sequence[str]) -> str:
+def _run(words: Sequence[str], text: str = "") -> str:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, input=text)
     except FileNotFoundError as error:
         raise AlignlabError(ABSENT.format(command=words[0])) from error
     except subprocess.TimeoutExpired as error:
