@@ -107,7 +107,10 @@ def tokenizer(**special: str | None) -> Any:
 def invented_stories(count: int = 200) -> list[str]:
     """Short texts of few words, every time the same."""
     rng = random.Random(3)
-    names, verbs = ["Tom", "Lily", "We", "They", "the big dog", "a cat"], ["was", "saw", "made", "ran to", "jumped over"]
+    names, verbs = (
+        ["Tom", "Lily", "We", "They", "the big dog", "a cat"],
+        ["was", "saw", "made", "ran to", "jumped over"],
+    )
     things, links = ["the park", "2 games", "a box of six quilts", "3 cakes", "one day"], [". ", ".\n", ", and ", ": "]
 
     def sentence() -> str:
