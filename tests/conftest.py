@@ -26,9 +26,10 @@ PUBLISHED = Path(__file__).parent / "algorithms" / "published.json"
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use `shared` are marked `real_data`."""
+    """Tests that use the fixture `shared` are marked `real_data`."""
     for item in items:
-        if "shared" in getattr(item, "fixturenames", ()):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "shared" in getattr(item, "fixturenames", ()) and "shared" not in parameters:
             item.add_marker("real_data")
 
 
