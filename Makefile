@@ -6,7 +6,7 @@
 # make test-vllm   with a real vLLM server, its build for CPUs
 # make guard       the study of performance, small: has anything become slower or larger than recorded?
 # make lint        linter, formatter, types
-# make wheel       builds the wheel and runs it in an empty environment, in an empty folder
+# make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
 # make clean       removes the environments and what was built
 #
 # Each target installs what it needs first.
@@ -77,6 +77,19 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package as users get it, by the demo's first minute: a reward model, two algorithms, one seed, a few steps.
+LEFT_OUT := models.ranker models.prm $(addprefix algorithms.,rejection_sampling expert_iteration rrhf slic ppo)
+FIRST_MINUTE := comparison.seeds=[0] comparison.budget.steps=5 comparison.pairs.rounds=2 comparison.best_of=null \
+  benchmark.demonstrations=256 $(LEFT_OUT:%='~comparison.%')
+wheel: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build
+	set -e; unset PYTHONPATH; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv $$folder/.venv; \
+	$$folder/.venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl; \
+	cd $$folder; .venv/bin/alignlab --help; .venv/bin/alignlab compare experiment=demo out=demo $(FIRST_MINUTE); \
+	test -s demo/leaderboard.json; test -s demo/report.html
 
 install: $(VENV)/.install
 
