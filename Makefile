@@ -1,16 +1,41 @@
-# `make demo` installs into .venv and runs the main job on the embedded default; `make test` installs and tests.
+# make demo        installs into .venv and runs the main job on the embedded default
+# make check       the inner loop of whoever changes something, about a minute: linter, core, algorithms, a run of each kind
+# make test        all tests but those of the targets below; needs no GPU, no network and nothing beside this folder
+# make test-real   those of the above that need real models and data: skipped where ../shared is absent
+# make test-slurm  on a real Slurm of virtual nodes on this machine (root, Debian)
+# make test-vllm   with a real vLLM server, its build for CPUs
+# make guard       the study of performance, small: has anything become slower or larger than recorded?
+# make lint        linter, formatter, types
+# make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
+# make clean       removes the environments and what was built
+#
+# Each target installs what it needs first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slurm test-vllm vllm guard peers-ppo lint install clean
+.PHONY: demo check test test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
 
+PYTEST := $(BIN)/python -m pytest
+TWO_AT_A_TIME := -n 2 --dist loadfile
+
+# One run of each kind: on demonstrations, on pairs, of a reward model, of a process reward model, on scored samples of the
+# policy; and what a comparison plans.
+EACH_KIND := sft dpo reward_model process_reward_model ppo
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(PYTEST) -q $(TWO_AT_A_TIME) tests/core tests/algorithms tests/test_architecture.py \
+	  $(EACH_KIND:%='tests/training/test_loop.py::test_packing_does_not_matter[%]') tests/comparison/test_planning.py
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+	$(PYTEST) $(TWO_AT_A_TIME) --ignore=tests/slurm --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+
+test-real: $(VENV)/.test
+	$(PYTEST) -m real_data tests/benchmarks tests/data tests/models tests/rollout tests/training
 
 # On a real Slurm of virtual nodes, beside any other on this machine. Needs root, and installs Debian's packages.
 test-slurm: export ALIGNLAB_SLURM = /tmp/alignlab-test-slurm
@@ -19,12 +44,10 @@ test-slurm: export ALIGNLAB_SLURM_PORT = 21817
 test-slurm: export SLURM_CONF = $(ALIGNLAB_SLURM_CONF)/slurm.conf
 test-slurm: $(VENV)/.test
 	slurm/local-cluster.sh start
-	$(BIN)/python -m pytest tests/slurm; status=$$?; slurm/local-cluster.sh wipe; exit $$status
+	$(PYTEST) tests/slurm; status=$$?; slurm/local-cluster.sh wipe; exit $$status
 
-# Has anything become slower or larger beside TRL and plain rows? The study, small, against recorded ratios.
 guard: $(VENV)/.test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
-	$(BIN)/python -m pytest tests/performance/test_guard.py
+	$(PYTEST) tests/performance/test_guard.py
 
 # The last release of TRL that has PPO, in an environment of its own: the study measures beside it.
 PPO_VENV := .venv-trl-ppo
@@ -39,7 +62,7 @@ $(PPO_VENV)/.made: $(PPO_REQUIREMENTS) constraints.txt
 # Rollouts from a real vLLM, its build for CPUs, in an environment of its own: it wants other versions than ours.
 test-vllm: export ALIGNLAB_VLLM_PYTHON = $(CURDIR)/.venv-vllm/bin/python
 test-vllm: $(VENV)/.test vllm
-	$(BIN)/python -m pytest -m component tests/rollout/test_vllm_real.py
+	$(PYTEST) -m component tests/rollout/test_vllm_real.py
 
 vllm: .venv-vllm/.install
 
@@ -54,6 +77,19 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package as users get it, by the demo's first minute: a reward model, two algorithms, one seed, a few steps.
+LEFT_OUT := models.ranker models.prm $(addprefix algorithms.,rejection_sampling expert_iteration rrhf slic ppo)
+FIRST_MINUTE := comparison.seeds=[0] comparison.budget.steps=5 comparison.pairs.rounds=2 comparison.best_of=null \
+  benchmark.demonstrations=256 $(LEFT_OUT:%='~comparison.%')
+wheel: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build
+	set -e; unset PYTHONPATH; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv $$folder/.venv; \
+	$$folder/.venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl; \
+	cd $$folder; .venv/bin/alignlab --help; .venv/bin/alignlab compare experiment=demo out=demo $(FIRST_MINUTE); \
+	test -s demo/leaderboard.json; test -s demo/report.html
 
 install: $(VENV)/.install
 

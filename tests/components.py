@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,6 +14,11 @@ def need(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if os.environ.get("ALIGNLAB_REQUIRE_COMPONENTS") == "1":
-            pytest.fail(f"{name} cannot be imported ({error}), and ALIGNLAB_REQUIRE_COMPONENTS=1 asks for it")
-        pytest.skip(f"needs {name}, which cannot be imported here: {error}", allow_module_level=True)
+        missing(f"{name} cannot be imported here: {error}")
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test or the file for what is missing; with ALIGNLAB_REQUIRE_COMPONENTS=1 fail."""
+    if os.environ.get("ALIGNLAB_REQUIRE_COMPONENTS") == "1":
+        pytest.fail(f"{what}; ALIGNLAB_REQUIRE_COMPONENTS=1 asks for all components")
+    pytest.skip(what, allow_module_level=True)

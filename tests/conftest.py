@@ -1,4 +1,4 @@
-"""One thread, no network, no chatter; the folder beside the repository; small models on disk."""
+"""One thread, no network, no chatter; published values; real models and data where they are; small models on disk."""
 
 import json
 import os
@@ -21,13 +21,23 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
+PUBLISHED = Path(__file__).parent / "algorithms" / "published.json"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use the fixture `shared` are marked `real_data`."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "shared" in getattr(item, "fixturenames", ()) and "shared" not in parameters:
+            item.add_marker("real_data")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real models, data and published values beside the repository."""
+    """A folder of real models and real data beside the repository. Tests that use it skip where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared, which is not here")
+        pytest.skip("needs the real models and data of ../shared, which is not here")
     return SHARED
 
 
@@ -38,9 +48,9 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def published(shared: Path) -> dict[str, dict[str, Any]]:
-    """Published values of losses, by name: `inputs`, `expected`, `atol`."""
-    return {f["name"]: f for f in json.loads((shared / "data" / "fixtures" / "fixtures.json").read_text())}
+def published() -> dict[str, dict[str, Any]]:
+    """Published values of losses, by name: `source` (a test of another project), `inputs`, `expected`, `atol`."""
+    return {f["name"]: f for f in json.loads(PUBLISHED.read_text())}
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,45 @@ def tokenizer(**special: str | None) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v is not None})
 
 
+def invented_stories(count: int = 200) -> list[str]:
+    """Short texts of few words, every time the same."""
+    rng = random.Random(3)
+    names, verbs = (
+        ["Tom", "Lily", "We", "They", "the big dog", "a cat"],
+        ["was", "saw", "made", "ran to", "jumped over"],
+    )
+    things, links = ["the park", "2 games", "a box of six quilts", "3 cakes", "one day"], [". ", ".\n", ", and ", ": "]
+
+    def sentence() -> str:
+        return f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)}{rng.choice(links)}"
+
+    return [f"Once upon a time {''.join(sentence() for _ in range(4))}So it ends." for _ in range(count)]
+
+
+def stories_tokenizer() -> Any:
+    """As Llama's tokenizers are: a space before each text, BOS added, tokens that may be several words long.
+
+    It knows the characters of `invented_stories` and no bytes: others are unknown to it.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"unk_token": "<unk>", "bos_token": "<|start_story|>", "eos_token": "<|end_story|>"}
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=250, max_token_length=10, special_tokens=[*special.values()], show_progress=False
+    )
+    backend.train_from_iterator(invented_stories(), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|start_story|> $A", special_tokens=[("<|start_story|>", 1)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<unk>", **special)
+
+
 def model(name: str = "llama", kind: str = "policy", **changes: Any) -> PackedModel:
     """A `PackedModel` in the packed layout, not probed."""
     return PackedModel(network(name, kind, **changes), tokenizer(), kind).eval()  # type: ignore[arg-type]

@@ -7,15 +7,16 @@ model's perplexity and the diversity of the continuations show what a policy pai
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignlab.benchmarks.base import Benchmark, Subject, measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import DataSettings, load, write_jsonl
+from alignlab.data.sources import HUB_ID, Record, read
 from alignlab.models import PackedModel
 from alignlab.scoring import FunctionScorer
 
@@ -36,7 +37,9 @@ class StoriesBenchmark(Benchmark):
     """Story continuation, rewarded for cheerfulness.
 
     Args:
-        texts: folder with `train.jsonl` and `test.jsonl`, records {"text"}.
+        texts: where the stories are, records {"text"}. A dataset of the Hugging Face hub has the splits train and
+            validation, a folder `train.jsonl` and `test.jsonl` (or other kinds of files of these names). Of a single
+            file the first `train_stories` stories are for training and the next `test_stories` are held out.
         opening_words: length of the opening, in words, >= 1.
         train_stories: how many training stories are used.
         test_stories: how many held-out openings policies are measured on.
@@ -58,18 +61,18 @@ class StoriesBenchmark(Benchmark):
         require(opening_words >= 1, "benchmark.opening_words", opening_words, "must be at least 1")
         require(train_stories >= 1, "benchmark.train_stories", train_stories, "must be at least 1")
         require(test_stories >= 2, "benchmark.test_stories", test_stories, "must be at least 2, for intervals")
-        self.texts = Path(texts)
+        self.texts = texts
         self.opening_words, self.train_stories, self.test_stories = opening_words, train_stories, test_stories
         self.samples_shown = samples_shown
-        for name in ("train.jsonl", "test.jsonl"):
-            if not (self.texts / name).is_file():
-                raise ConfigError(
-                    f"benchmark.texts={texts}: {name} is not there; give a folder with train.jsonl and test.jsonl of "
-                    '{"text"}, one story each, as in benchmark.texts=DIR'
-                )
+        if not (Path(texts).exists() or HUB_ID.fullmatch(texts)):
+            raise ConfigError(
+                f"benchmark.texts={texts}: is not there; give a file or folder of stories, or the id of a dataset of "
+                'the Hugging Face hub, with records {"text"}'
+            )
 
     def write_data(self, folder: Path, model: str) -> None:
-        stories = self._split("train.jsonl", self.train_stories)
+        stories = self._stories("train")
+        self._stories("test")  # what is wrong with these is said before anything is trained
         write_jsonl(folder / "demonstrations.jsonl", stories)
         write_jsonl(folder / "prompts.jsonl", [{"prompt": s["prompt"]} for s in stories])
 
@@ -90,31 +93,45 @@ class StoriesBenchmark(Benchmark):
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "openings.jsonl"
-            write_jsonl(path, [{"prompt": s["prompt"]} for s in self._split("test.jsonl", self.test_stories)])
+            write_jsonl(path, [{"prompt": s["prompt"]} for s in self._stories("test")])
             groups = load(DataSettings(path=str(path), parser="prompts"), policy.tokenizer).train
         for number, group in enumerate(groups, start=1):
             group.origin = f"test opening {number}"  # not the temporary path: samples are drawn by origin
         return groups
 
-    def _split(self, name: str, limit: int) -> list[dict[str, str]]:
-        """Stories as opening and rest. A story too short to have a rest is passed over; the next takes its place."""
-        found: list[dict[str, str]] = []
-        path = self.texts / name
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if len(found) == limit:
-                    break
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f'{path}:{number}: not a record with a "text" ({error})') from error
-                words = text.split(" ")
-                if len(words) > self.opening_words + 1:
-                    opening = " ".join(words[: self.opening_words]) + " "
-                    found.append({"prompt": opening, "completion": " ".join(words[self.opening_words :])})
+    def _stories(self, split: str) -> list[dict[str, str]]:
+        """Stories of the split as opening and rest. One too short to have a rest is skipped; the next takes its place.
+
+        Raises:
+            DataError: the stories cannot be read, or too few are long enough.
+        """
+        place, limit, skipped = Path(self.texts), getattr(self, f"{split}_stories"), 0
+        if place.is_file():
+            records = read(self.texts)
+            skipped = self.train_stories if split == "test" else 0
+        elif place.is_dir():
+            records = read(self.texts, split)
+        else:
+            records = read(self.texts, "validation" if split == "test" else split)
+        stories = self._long_enough(records)
+        found = list(islice(stories, skipped, skipped + limit))
         if len(found) < limit:
-            raise DataError(f"{path}: only {len(found)} of its stories are long enough, {limit} are asked for")
+            after = f" after the first {skipped}" if skipped else ""
+            raise DataError(
+                f"{self.texts}: only {len(found)} of its stories{after} are long enough for the split {split}, {limit} "
+                f"are asked for (benchmark.{split}_stories)"
+            )
         return found
+
+    def _long_enough(self, records: Iterator[Record]) -> Iterator[dict[str, str]]:
+        for record in records:
+            text = record.fields.get("text")
+            if record.error or not isinstance(text, str):
+                raise DataError(f"{record.origin}: " + (record.error or 'not a record with a "text"'))
+            words = text.split(" ")
+            if len(words) > self.opening_words + 1:
+                opening = " ".join(words[: self.opening_words]) + " "
+                yield {"prompt": opening, "completion": " ".join(words[self.opening_words :])}
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

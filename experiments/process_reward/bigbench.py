@@ -137,8 +137,6 @@ def main(data: Path, model: str, out: Path) -> None:
 
 if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    main(
-        Path(given.get("data", "../shared/data/bigbench-mistake")),
-        given.get("model", "../shared/models/TinyStories-656K"),
-        Path(given.get("out", "runs/process_reward")),
-    )
+    if not {"data", "model"} <= given.keys():
+        sys.exit("usage: bigbench.py data=FOLDER model=PATH [out=DIR]; FOLDER has the files of BIG-Bench-Mistake")
+    main(Path(given["data"]), given["model"], Path(given.get("out", "runs/process_reward")))

@@ -23,6 +23,7 @@ from alignlab.algorithms.kto import KTO
 from alignlab.algorithms.orpo import ORPO, log_odds
 from alignlab.algorithms.simpo import SimPO
 from alignlab.core import Algorithm, Batch, Group, Outputs, Response, aggregate
+from tests.components import missing, need
 
 WORDS, PAIRS = 11, 6
 PAD = 0
@@ -30,13 +31,13 @@ PAD = 0
 
 def trl(module: str, name: str, method: str) -> Any:
     """A class of TRL's, or a skip that says what is missing."""
-    pytest.importorskip("trl", reason="TRL is not installed")
+    need("trl")
     try:
         found = getattr(import_module(f"trl.{module}"), name)
     except (ImportError, AttributeError):
-        pytest.skip(f"this TRL has no trl.{module}.{name}")
+        missing(f"this TRL has no trl.{module}.{name}")
     if not hasattr(found, method):
-        pytest.skip(f"this TRL has no {name}.{method}")
+        missing(f"this TRL has no {name}.{method}")
     return found
 
 

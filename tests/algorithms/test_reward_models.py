@@ -18,6 +18,7 @@ from alignlab.models import FullFineTuning, LoRA, ModelSettings, load_model
 from alignlab.scoring import RewardModelScorer
 from tests import tiny
 from tests.algorithms.common import group, loss, means
+from tests.components import need
 from tests.training import runs
 
 
@@ -57,7 +58,7 @@ def test_centring_by_hand() -> None:
 @pytest.mark.parametrize(("margin", "center"), [(0.0, None), (1.0, None), (0.5, 0.01)])
 def test_the_loss_equals_trl(margin: float, center: float | None) -> None:
     """TRL's trainer on the logits of a stub."""
-    trl = pytest.importorskip("trl")
+    trl = need("trl")
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.randn(2, 6, generator=generator)
     gaps = torch.rand(6, generator=generator) + 0.1

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from alignlab.benchmarks.base import Subject
+from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.benchmarks.stories import StoriesBenchmark, distinct, sentiment
+from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, DataError, Group, Response
 from alignlab.scoring import FunctionScorer
 from tests import tiny
@@ -115,8 +117,63 @@ def test_openings_and_rests_are_the_stories(texts: Path, tmp_path: Path) -> None
 
 
 def test_too_few_stories(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="only 4 of its stories are long enough, 5 are asked for"):
+    with pytest.raises(DataError, match="only 4 of its stories are long enough for the split train, 5 are asked for"):
         StoriesBenchmark(str(texts), 3, 5, 4).write_data(tmp_path / "data", "")
+    with pytest.raises(DataError, match=r"for the split test, 5 are asked for \(benchmark.test_stories\)"):
+        StoriesBenchmark(str(texts), 3, 4, 5).write_data(tmp_path / "data", "")
+
+
+def prompts(benchmark: StoriesBenchmark, folder: Path) -> tuple[list[str], list[str]]:
+    """Openings for training and held-out ones."""
+    benchmark.write_data(folder, "")
+    train = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    return train, [g.prompt for g in benchmark._prompts(tiny.model())]
+
+
+def test_a_single_file_is_divided(tmp_path: Path) -> None:
+    """Short stories do not count; what is held out stands behind what is trained on."""
+    path = tmp_path / "stories.jsonl"
+    lines = [{"text": f"{opening}h i j k"} for opening in OPENINGS]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:1], {"text": "d b c h"}, *lines[1:]]))
+    found = prompts(StoriesBenchmark(str(path), 3, 2, 2), tmp_path / "data")
+    assert found == (OPENINGS[:2], OPENINGS[2:])
+    with pytest.raises(DataError, match="only 1 of its stories after the first 3 are long enough"):
+        StoriesBenchmark(str(path), 3, 3, 2).write_data(tmp_path / "data", "")
+
+
+def test_by_default_they_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, subset: None, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        first = {"train": 0, "validation": 2}[split]
+        return [{"text": f"{opening}h i j k"} for opening in OPENINGS[first : first + 2]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = build_benchmark(resolve(compose("evaluate", ["run=.", "benchmark=stories"]))["benchmark"])
+    assert isinstance(made, StoriesBenchmark)
+    made.opening_words, made.train_stories, made.test_stories = 3, 2, 2
+    assert prompts(made, tmp_path) == (OPENINGS[:2], OPENINGS[2:])
+    assert set(asked) == {("roneneldan/TinyStories", "train"), ("roneneldan/TinyStories", "validation")}
+
+
+def test_what_cannot_be_read_is_named(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"benchmark.texts=/nowhere/at/all: is not there; give a file or folder"):
+        StoriesBenchmark("/nowhere/at/all")
+    (texts / "test.jsonl").write_text('{"story": "d b c h i j k"}\n')
+    with pytest.raises(DataError, match=r'test.jsonl:1: not a record with a "text"'):
+        StoriesBenchmark(str(texts), 3, 4, 4).write_data(tmp_path / "data", "")
+
+
+def test_real_stories_are_divided_as_their_files_are(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data" / "tinystories"
+    train, test = prompts(StoriesBenchmark(str(folder), 12, 8, 8), tmp_path)
+    for name, openings in (("train", train), ("test", test)):
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:20]
+        words = [json.loads(line)["text"].split(" ") for line in lines]
+        assert openings == [" ".join(w[:12]) + " " for w in words if len(w) > 13][:8]
 
 
 def test_distinct_by_hand() -> None:

@@ -36,7 +36,7 @@ from tests.comparison.small import (
     rows,
     write,
 )
-from tests.training import forks, runs
+from tests.training import forks
 
 
 @pytest.fixture(scope="module")
@@ -244,15 +244,12 @@ def test_a_killed_node_is_a_failure_with_its_signal(home: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in config_folder().glob("experiment/*.yaml")))
 def test_every_run_of_the_shipped_experiments_can_be(
-    experiment: str, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    experiment: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that can be known beforehand is right, in every stage and for every algorithm."""
     from alignlab.benchmarks.exact.benchmark import ExactBenchmark
     from alignlab.comparison import compare as module
 
-    if "stories" in experiment:
-        request.getfixturevalue("shared")
-        monkeypatch.chdir(runs.REPOSITORY)
     base = home / "any-base"
     if not base.exists():
         tiny.save(base)

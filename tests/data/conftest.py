@@ -1,15 +1,13 @@
 """Tokenizers of one token per byte, whose ids a test can write down by hand."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alignlab.data import DataSettings, load
-
-SHARED = Path(__file__).parents[3] / "shared"
+from tests import tiny
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -55,17 +53,17 @@ def make_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared, which is not here")
-    return SHARED
-
-
-@pytest.fixture(scope="session")
-def stories_tokenizer(shared):
+def real_tokenizer(stories):
+    """Of the SentencePiece kind. It puts a space before a text, and its tokens may be several words long."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(shared / "models" / "TinyStories-656K")
+    return AutoTokenizer.from_pretrained(stories)
+
+
+@pytest.fixture(scope="session", params=["made here", pytest.param("real", marks=pytest.mark.real_data)])
+def stories_tokenizer(request):
+    """The real one, and one made in its likeness."""
+    return tiny.stories_tokenizer() if request.param == "made here" else request.getfixturevalue("real_tokenizer")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def rows_of(path):
         return [json.loads(line) for line in stream]
 
 
-def test_hh_rlhf_with_its_bad_pairs(shared, stories_tokenizer):
+def test_hh_rlhf_with_its_bad_pairs(shared, real_tokenizer):
     folder = shared / "data" / "hh-rlhf"
     bad = set()
     for path in sorted(folder.glob("*.jsonl.gz")):
@@ -30,7 +30,7 @@ def test_hh_rlhf_with_its_bad_pairs(shared, stories_tokenizer):
             ends = "\n\nHuman:" in answer + worse
             if context != other or answer.strip() == worse.strip() or ends or not all(turn.strip() for turn in turns):
                 bad.add(f"{path.name}:{line}")
-    splits = load(DataSettings(path=str(folder), on_bad_record="skip", validation=0.1), stories_tokenizer)
+    splits = load(DataSettings(path=str(folder), on_bad_record="skip", validation=0.1), real_tokenizer)
     report = splits.report
     assert report.read == 2354 + 1137  # the README of ../shared
     assert report.bad == len(bad) > 0
@@ -38,11 +38,11 @@ def test_hh_rlhf_with_its_bad_pairs(shared, stories_tokenizer):
     assert len(used) == report.read - len(bad) and not used & bad
     first = min(bad, key=lambda origin: (origin.split(":")[0], int(origin.split(":")[1])))
     with pytest.raises(DataError, match=first):
-        load(DataSettings(path=str(folder)), stories_tokenizer)
+        load(DataSettings(path=str(folder)), real_tokenizer)
     assert not {g.prompt for g in splits.train} & {g.prompt for g in splits.validation}
     for group in splits.train[:200]:
         assert [r.columns for r in group.responses] == [{"score": 1.0}, {"score": 0.0}]
-        assert all(r.token_ids[-1] == stories_tokenizer.eos_token_id for r in group.responses)
+        assert all(r.token_ids[-1] == real_tokenizer.eos_token_id for r in group.responses)
         assert group.prompt.endswith("\n\nAssistant:")
 
 
@@ -97,20 +97,20 @@ def test_gsm8k_as_demonstrations_and_as_prompts(shared, tokenizer):
     assert not any(group.responses for group in prompts)
 
 
-def test_stories_are_tokenised_as_the_model_learned_them(shared, stories_tokenizer):
+def test_stories_are_tokenised_as_the_model_learned_them(shared, real_tokenizer):
     """The model card: a story begins with <|start_story|>, tokenised without further special tokens."""
     path = shared / "data" / "tinystories" / "train.jsonl"
     texts = [row["text"] for row in rows_of(path)[:300]]
-    splits = load(DataSettings(path=str(path), max_records=300, max_length=128), stories_tokenizer)
+    splits = load(DataSettings(path=str(path), max_records=300, max_length=128), real_tokenizer)
     whole: dict[str, list[int]] = {}
     for group in splits.train:
-        assert group.prompt_ids == [stories_tokenizer.bos_token_id]
+        assert group.prompt_ids == [real_tokenizer.bos_token_id]
         whole.setdefault(group.origin, []).extend(group.responses[0].token_ids)
-    expected = stories_tokenizer([f"<|start_story|>{text}<|end_story|>" for text in texts], add_special_tokens=False)
-    assert [[stories_tokenizer.bos_token_id, *ids] for ids in whole.values()] == expected["input_ids"]
+    expected = real_tokenizer([f"<|start_story|>{text}<|end_story|>" for text in texts], add_special_tokens=False)
+    assert [[real_tokenizer.bos_token_id, *ids] for ids in whole.values()] == expected["input_ids"]
 
 
-def test_a_response_is_tokenised_as_a_continuation(shared, stories_tokenizer, tmp_path):
+def test_a_response_is_tokenised_as_a_continuation(stories_tokenizer, tmp_path):
     """SentencePiece tokenizers put a space before a text. A response stands behind a prompt: it gets none."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "Once upon a time ", "completion": "there was a cat."}))

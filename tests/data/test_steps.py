@@ -310,10 +310,10 @@ def test_labels_survive_the_disk(loaded, tokenizer, tmp_path) -> None:
         load(DataSettings(path=str(tmp_path / "bad.jsonl")), tokenizer)
 
 
-def test_big_bench_mistake(shared, stories_tokenizer) -> None:
+def test_big_bench_mistake(shared, real_tokenizer) -> None:
     folder = shared / "data" / "bigbench-mistake"
     settings = DataSettings(path=str(folder / "multistep_arithmetic.jsonl"))
-    splits = load(settings, stories_tokenizer)
+    splits = load(settings, real_tokenizer)
     records = [json.loads(line) for line in (folder / "multistep_arithmetic.jsonl").open() if line.strip()]
     assert len(splits.train) == len(records) == 300
     for group, record in zip(splits.train, records, strict=True):
@@ -322,5 +322,5 @@ def test_big_bench_mistake(shared, stories_tokenizer) -> None:
         assert len(labels) == len(record["steps"]) == group.responses[0].loss_tokens
         assert labels == [1.0 if first is None or i < first else -1.0 for i in range(len(labels))]
         assert group.extra["target"] == record["target"]
-        texts = Steps(stories_tokenizer).split(group.responses[0].token_ids)
+        texts = Steps(real_tokenizer).split(group.responses[0].token_ids)
         assert len(texts) == len(record["steps"])

@@ -1,10 +1,8 @@
-"""The study run small: what is several times faster and leaner than others is still so. Needs TRL; `make guard`."""
+"""The study run small: what is several times faster and leaner than others is still so; `make guard`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import Any
 import pytest
 from measuring import guard
 
+from tests.components import need
+
 STUDY = Path(__file__).parents[2] / "experiments" / "performance"
 TRIES = 3
 """Machines are noisy: a ratio has fallen where it has in all of these."""
 
-if importlib.util.find_spec("trl") is None and os.environ.get("ALIGNLAB_REQUIRE_COMPONENTS") != "1":
-    pytest.skip('needs TRL: pip install -e ".[peers]"', allow_module_level=True)
+need("trl")
 
 
 def small_study(parts: list[str], out: Path) -> dict[str, Any]:

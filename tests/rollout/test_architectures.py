@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,15 +154,10 @@ def test_batches_keep_to_the_token_budget(way: str) -> None:
     assert [s[0] for s in steps] == [2] * 3 + [1] * 3 + [3] * 3 + [3] * 3 + [6] * 3
 
 
-def test_a_real_model() -> None:
-    from pathlib import Path
-
+def test_a_real_model(stories: Path) -> None:
     from alignlab.models import ModelSettings, load_model
 
-    path = Path("../shared/models/TinyStories-656K")
-    if not path.exists():
-        pytest.skip("../shared/models/TinyStories-656K is absent")
-    packed = load_model(ModelSettings(path=str(path)), trainable=False)
+    packed = load_model(ModelSettings(path=str(stories)), trainable=False)
     texts = [
         "<|start_story|>Once upon a time, ",
         "<|start_story|>Tom ",

@@ -24,6 +24,7 @@ from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.server import Server, interpreter, start
 from alignlab.scoring import fill_log_probs
 from tests import tiny
+from tests.components import missing
 from tests.training import runs
 
 pytestmark = [pytest.mark.component, pytest.mark.timeout(900)]
@@ -43,9 +44,7 @@ def vllm() -> str:
     try:
         return interpreter(VllmSettings())
     except AlignlabError as error:
-        if os.environ.get("ALIGNLAB_REQUIRE_COMPONENTS") == "1":
-            pytest.fail(f"{error}; ALIGNLAB_REQUIRE_COMPONENTS=1 asks for it")
-        pytest.skip(str(error))
+        missing(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from alignlab.core import AlignlabError, Batch, ConfigError, Group, Response, Sc
 from alignlab.scoring import Endpoint, JudgePairs, JudgeScores
 from alignlab.scoring.endpoint import Answer
 from alignlab.scoring.judge_answers import read_choice, read_score
+from tests.components import need
 from tests.scoring.judge_server import Reply, Server, completion, more_a, serving, shown
 
-pytest.importorskip("openai")
+need("openai")
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import pytest
 from alignlab.core import AlignlabError, ConfigError
 from alignlab.scoring import Endpoint
 from alignlab.scoring.endpoint import AnswerCache, question_key
+from tests.components import need
 from tests.scoring.judge_server import Reply, Server, completion, serving
 
-pytest.importorskip("openai")
+need("openai")
 
 SECRET = "sk-Zq7wv93kLmN2pXbT5rUyHc"
 REPOSITORY = Path(__file__).parents[2]

@@ -12,10 +12,11 @@ from alignlab.config import build, compose, resolve
 from alignlab.core import ConfigError
 from alignlab.rollout.produce import produce
 from alignlab.scoring import JudgePairs, JudgeScores
+from tests.components import need
 from tests.scoring.judge_server import completion, more_a, serving
 from tests.training import runs
 
-pytest.importorskip("openai")
+need("openai")
 
 SECRET = "sk-Zq7wv93kLmN2pXbT5rUyHc"
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+
+from tests.components import missing
 
 REPOSITORY = Path(__file__).parents[2]
 START = "slurm/local-cluster.sh start (root, on Debian or Ubuntu)"
@@ -27,7 +29,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLI
 def slurm() -> Iterator[Slurm]:
     """The local cluster, idle. Skips where none runs, and fails instead where ALIGNLAB_REQUIRE_COMPONENTS=1."""
     if problem := _problem():
-        _missing(problem)
+        missing(problem)
     cluster = Slurm()
     yield cluster
     if cluster.jobs:
@@ -50,12 +52,6 @@ def _problem() -> str:
     if Path(config.get("SLURM_CONF", "")) != CONF or not CONF.read_text().startswith(MARK):
         return f"the Slurm here ({config.get('ClusterName')}) is not ours to submit tests to; for one that is: {START}"
     return ""
-
-
-def _missing(problem: str) -> NoReturn:
-    if os.environ.get("ALIGNLAB_REQUIRE_COMPONENTS") == "1":
-        pytest.fail(f"{problem}; ALIGNLAB_REQUIRE_COMPONENTS=1 asks for it")
-    pytest.skip(problem)
 
 
 def until(met: Callable[[], Any], timeout: float, what: str | Callable[[], str]) -> Any:

@@ -16,6 +16,7 @@ import alignlab
 from alignlab.core import AlignlabError, DataError
 from alignlab.training import provenance
 from alignlab.training.provenance import HIDDEN, collect, redact, without_secrets, write
+from tests import tiny
 
 SHA256_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 SHA256_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -197,16 +198,19 @@ def test_a_tokenizer_of_another_make() -> None:
     assert found["sha256"] != tokenizer_hash(Mine("acb"))
 
 
-def test_a_real_tokenizer_loaded_twice() -> None:
-    folder = Path(os.path.relpath(ROOT.parent / "shared" / "models" / "TinyStories-656K"))
-    if not folder.exists():
-        pytest.skip("../shared/models/TinyStories-656K is not there")
+@pytest.mark.parametrize("tokenizer", ["made here", pytest.param("real", marks=pytest.mark.real_data)])
+def test_a_tokenizer_loaded_twice(tokenizer: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
 
+    if tokenizer == "real":
+        folder = request.getfixturevalue("stories")
+    else:
+        folder = tmp_path
+        tiny.stories_tokenizer().save_pretrained(folder)
     first, second = (AutoTokenizer.from_pretrained(folder) for _ in range(2))
     second(["Once upon a time", "x"], padding=True, return_tensors="pt")
     assert tokenizer_hash(first) == tokenizer_hash(second)
-    assert collect({}, [], first)["tokenizer"]["tokens"] == 2048
+    assert collect({}, [], first)["tokenizer"]["tokens"] == len(first)
 
 
 # ------------------------------------------------------------------ secrets
