@@ -1,19 +1,19 @@
 """Axis suffixes are checked as types: within a call, all tensors named `…_P` have one length, and so on.
 
 `checked_axes` watches every call into the files it is given. When a call returns, its tensors (arguments and local
-variables, the values of dictionaries with such keys left out) are held against jaxtyping's `Shaped[Tensor, "P"]`, all
-in one scope, so that an axis has the same length wherever it appears. The package itself needs no decorators and no
-jaxtyping for it.
+variables whose names end with axes) are held against jaxtyping's `Shaped[Tensor, "P"]`, all in one scope, so that an
+axis has the same length wherever it appears. The package itself needs no decorators and no jaxtyping for it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from jaxtyping import Shaped, jaxtyped
@@ -26,23 +26,43 @@ ALIGNLAB = Path(alignlab.__file__).parent
 SUFFIX = re.compile(r"_([TNGPSVDL]{1,2})$")
 """The axes that a name ends with."""
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the tensors of a call."""
 
-def wrong_axes(variables: dict[str, Any]) -> list[str]:
-    """What is wrong with the shapes of the variables of one call; a `Batch` among them fixes T, N and G."""
-    tensors = {name: v for name, v in variables.items() if isinstance(v, Tensor) and SUFFIX.search(name)}
-    for batch in (v for v in variables.values() if isinstance(v, Batch)):
-        tensors = {"batch.response_T": batch.response_T, "batch.group_N": batch.group_N} | tensors
-        if "pairs" in vars(batch):
-            tensors = {"batch.pairs.winner_P": batch.pairs.winner_P} | tensors
-    found, sizes = [], []
+
+def shapes(variables: dict[str, Any]) -> Shapes:
+    """The tensors whose names end with axes; a `Batch` among the variables adds its own T, N, G and P."""
+    found = {}
+    for value in variables.values():
+        if isinstance(value, Batch):
+            found |= {"batch.response_T": value.response_T, "batch.group_N": value.group_N}
+            if "pairs" in vars(value):  # they are made when they are first asked for
+                found["batch.pairs.winner_P"] = value.pairs.winner_P
+    found |= {name: value for name, value in variables.items() if isinstance(value, Tensor) and SUFFIX.search(name)}
+    return tuple((name, tuple(value.shape)) for name, value in found.items())
+
+
+@cache
+def wrong_axes(tensors: Shapes) -> list[str]:
+    """What is wrong with the shapes of the tensors of one call."""
+    found, before = [], []
     with jaxtyped("context"):
-        for name, tensor in tensors.items():
+        for name, shape in tensors:
             axes = SUFFIX.search(name)
             assert axes is not None
-            if not isinstance(tensor, Shaped[Tensor, " ".join(axes[1])]):
-                found.append(f"{name} has shape {tuple(tensor.shape)}, beside {', '.join(sizes) or 'nothing'}")
-            sizes.append(f"{name} {tuple(tensor.shape)}")
+            if not isinstance(_Shape(shape), Shaped[_Shape, " ".join(axes[1])]):
+                found.append(f"{name} has shape {shape}, beside {', '.join(before) or 'nothing'}")
+            before.append(f"{name} {shape}")
     return found
+
+
+class _Shape:
+    """All that jaxtyping asks of an array: so nothing is kept alive but numbers."""
+
+    dtype = "float32"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
 
 
 @contextmanager
@@ -54,17 +74,26 @@ def checked_axes(*folders: Path) -> Iterator[list[str]]:
     """
     below, found = tuple(str(folder) for folder in folders), list[str]()
 
-    def returned(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "return" or not frame.f_code.co_filename.startswith(below):
-            return
-        for problem in wrong_axes(frame.f_locals):
-            place = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
-            found.append(f"{place}: {problem}")
+    @cache
+    def has_axes(code: CodeType) -> bool:
+        return code.co_filename.startswith(below) and any(map(SUFFIX.search, code.co_varnames + code.co_cellvars))
 
-    before = sys.getprofile()
-    sys.setprofile(returned)
+    def called(frame: FrameType, event: str, argument: Any) -> Callable | None:
+        if not has_axes(frame.f_code):
+            return None
+        frame.f_trace_lines = False
+        return returned
+
+    def returned(frame: FrameType, event: str, argument: Any) -> Callable:
+        if event == "return":
+            place = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
+            found.extend(f"{place}: {problem}" for problem in wrong_axes(shapes(frame.f_locals)))
+        return returned
+
+    before = sys.gettrace()
+    sys.settrace(called)
     try:
         yield found
     finally:
-        sys.setprofile(before)
+        sys.settrace(before)
     assert not found, "\n".join(found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Batch, Group, Response
-from tests.axes import ALIGNLAB, checked_axes, wrong_axes
+from tests.axes import ALIGNLAB, checked_axes, shapes, wrong_axes
 
 HERE = Path(__file__).parent
 
@@ -30,7 +30,7 @@ def two_groups() -> Batch:
     ],
 )
 def test_consistent_shapes_pass(variables: dict[str, Any]) -> None:
-    assert wrong_axes(variables) == []
+    assert wrong_axes(shapes(variables)) == []
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_consistent_shapes_pass(variables: dict[str, Any]) -> None:
     ],
 )
 def test_a_tensor_of_another_length_is_named(variables: dict[str, Any], name: str) -> None:
-    (problem,) = wrong_axes(variables)
+    (problem,) = wrong_axes(shapes(variables))
     assert problem.startswith(f"{name} has shape")
 
 
