@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-from alignlab.models.products import linear, step
+from torch.nn.functional import linear
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at a time on a CPU, in numbers (16 MB in float32), whatever the vocabulary."""
@@ -76,10 +75,9 @@ def log_probs(
 
 
 def chunks(target: Tensor, vocabulary: int) -> list[slice]:
-    """Parts of the T axis whose logits are held together, of as many tokens as products like."""
+    """Parts of the T axis whose logits are held together."""
     elements = CHUNK_ELEMENTS * (GPU_CHUNKS if target.device.type == "cuda" else 1)
     size, tokens = max(1, elements // vocabulary), len(target)
-    size -= size % step(size) if size > step(size) else 0
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -1,16 +1,21 @@
-"""Products of large weights with few rows, again and again."""
+"""Products of large weights with few rows, again and again, as sampling on a CPU makes them: a weight is laid out once
+for oneDNN's kernel, which then reads it faster."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from alignlab.models.private_api import is_weight
-from alignlab.models.products import linear
+from alignlab.models.private_api import is_weight, laid_out, problem, product_with_laid_out
+
+log = logging.getLogger(__name__)
 
 LARGE = 1 << 22
 """Numbers in a weight, from which on reading it is what a product with few rows waits for."""
@@ -28,6 +33,8 @@ def quick_products(network: nn.Module) -> Iterator[None]:
     what they are."""
     plain: list[Any] = [m for m in network.modules() if is_weight(m) and "forward" not in vars(m)]
     layers = [layer for layer in plain if _is_large(layer)]
+    if layers and _refused():
+        layers = []
     try:
         for layer in layers:
             vars(layer)["forward"] = _Product(layer)
@@ -35,6 +42,14 @@ def quick_products(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+@cache
+def _refused() -> bool:
+    """Whether this torch lacks what is needed; said once."""
+    if refused := problem("laid-out weights"):
+        log.warning("%s", refused)
+    return refused is not None
 
 
 def _is_large(layer: nn.Linear) -> bool:
@@ -50,9 +65,12 @@ class _Product:
         self._weight: Tensor | None = None
 
     def __call__(self, input: Tensor) -> Tensor:
-        layer, few = self._layer, input.numel() <= FEW * input.shape[-1]
-        self._used += few
-        if few and self._used == PATIENCE and torch.backends.mkldnn.is_available():
-            reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-            self._weight = None if reorder is None else reorder(layer.weight.detach(), PATIENCE)
-        return linear(input, layer.weight if self._weight is None or not few else self._weight, layer.bias)
+        layer, few = self._layer, 0 < input.numel() <= FEW * input.shape[-1]
+        usable = few and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        self._used += usable
+        if usable and self._used == PATIENCE:
+            self._weight = laid_out(layer.weight.detach(), PATIENCE)
+        found = None
+        if usable and self._weight is not None:
+            found = product_with_laid_out(input, self._weight, layer.bias)
+        return F.linear(input, layer.weight, layer.bias) if found is None else found

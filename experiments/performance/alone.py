@@ -33,6 +33,8 @@ from measuring import ours as side
 from measuring.parts import ablation, rollout
 from measuring.work import BETA, END, Scale, pair_batches, scale
 
+from alignlab.models import Features
+
 WORKS = ("dpo", "dpo-mixed", "sft", "reward", "full", "fan", "skewed", "memory")
 
 
@@ -81,25 +83,10 @@ def switches(model: Any, sampling: bool) -> dict[str, Callable[[], Any]]:
     for field in dataclasses.fields(features):
         if getattr(features, field.name):
             found[field.name] = partial(without, field.name)
-    try:
-        from alignlab.models import products
+    if sampling:
+        from alignlab.rollout import local
 
-        without_onednn = partial(patch.object, products, "_ONEDNN", None)
-        if not sampling:
-            found["oneDNN"] = without_onednn
-        else:
-            from alignlab.rollout import local
-
-            found["quick"] = lambda: patch.object(local, "quick_products", lambda network: nullcontext())
-
-            @contextmanager
-            def neither() -> Iterator[None]:
-                with without_onednn(), found["quick"]():
-                    yield
-
-            found["oneDNN, quick"] = neither
-    except (ImportError, AttributeError):
-        pass
+        found["quick"] = lambda: patch.object(local, "quick_products", lambda network: nullcontext())
     return found
 
 
@@ -117,12 +104,12 @@ def _interleaved(work: str, sizes: Scale, rounds: int) -> dict[str, list[tuple[f
     class Switching(side.Clock):
         """Ends one step's switch and begins the next one's."""
 
-        def log(self, step: int, metrics: Mapping[str, float]) -> None:
-            super().log(step, metrics)
+        def on_step(self, trainer: Any) -> None:
+            super().on_step(trainer)
             steps.append((time.process_time(), time.perf_counter()))
             state.pop("context").__exit__(None, None, None)
-            if step < len(order):
-                enter(step)
+            if trainer.state.step < len(order):
+                enter(trainer.state.step)
 
     def enter(step: int) -> None:
         state["context"] = state["choices"][order[step]]()
@@ -134,7 +121,7 @@ def _interleaved(work: str, sizes: Scale, rounds: int) -> dict[str, list[tuple[f
         order.extend(["nothing", *(n for _ in range(rounds) for n in rng.sample(names, len(names)))])
         enter(0)
 
-    total = 1 + rounds * 7
+    total = 1 + rounds * (1 + len(dataclasses.fields(Features)))
     with patch.object(side, "Clock", Switching):
         side.train(sizes, algorithm, [batch] * total, options, kind=kind, before=ready)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in state["choices"]}
@@ -176,10 +163,10 @@ def _training(work: str, sizes: Scale) -> tuple[Any, Any, dict[str, Any], Any]:
 
 def _sampling(work: str, sizes: Scale, model: Any) -> Callable[[], Any]:
     from alignlab.core import Group
-    from alignlab.rollout import LocalEngine, RolloutSettings
+    from alignlab.rollout import LocalRollout
 
     new = sizes.fan[2] if work == "fan" else sizes.skewed[3]
-    engine = LocalEngine(model, RolloutSettings(max_new_tokens=new, suppress_tokens=[END]), progress=False)
+    engine = LocalRollout(max_new_tokens=new, suppress_tokens=[END]).sampler(model)
     if work == "fan":
         prompt = rollout.fan_prompts(sizes)[0]
         return lambda: engine.sample([Group(prompt)], sizes.fan[0], seed=0)

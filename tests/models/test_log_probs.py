@@ -131,7 +131,7 @@ def test_under_autocast() -> None:
             torch.testing.assert_close(one, other, atol=0.03, rtol=0.05)
 
 
-@pytest.mark.parametrize(("vocabulary", "expected"), [(32_000, 128), (1_000, 4_096), (256_000, 16), (600_000, 6)])
-def test_chunks_have_numbers_of_tokens_that_products_like(vocabulary: int, expected: int) -> None:
-    """2²² numbers at most: 131 tokens of 32,000 would be padded to 144, 4,194 of 1,000 to 4,352."""
+@pytest.mark.parametrize(("vocabulary", "expected"), [(32_000, 131), (1_000, 4_194), (256_000, 16), (600_000, 6)])
+def test_a_chunk_holds_as_many_logits_whatever_the_vocabulary(vocabulary: int, expected: int) -> None:
+    """2²² numbers at most."""
     assert [p.stop - p.start for p in chunks(torch.zeros(2 * expected + 1), vocabulary)] == [expected, expected, 1]

@@ -311,21 +311,6 @@ def test_a_network_that_ignores_plans_is_found_out() -> None:
     assert local.takes_plans is takes_plans
 
 
-def test_large_weights_are_laid_out_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick, "LARGE", 30 * 40)
-    layers = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20))
-    own = [layer.forward for layer in layers]
-    with torch.no_grad(), quick.quick_products(layers):
-        assert isinstance(layers[0].forward, quick._Product) and layers[1].forward == own[1], "small ones stay"
-        for rows in [*[3] * (quick.PATIENCE + 2), 200, 1]:
-            x = torch.randn(1, rows, 40)
-            expected = torch.nn.functional.linear(x, layers[0].weight, layers[0].bias)
-            torch.testing.assert_close(layers[0](x), expected, atol=1e-5, rtol=1e-5)
-        laid_out = layers[0].forward._weight
-        assert laid_out is None or laid_out.is_mkldnn
-    assert [layer.forward for layer in layers] == own
-
-
 def test_products_are_quick_while_drawing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quick, "LARGE", 1)
     packed = model("llama")
