@@ -120,7 +120,7 @@ def test_queued_again_a_run_ends_as_if_undisturbed(slurm: Slurm, home: Path, tmp
     assert [jobs(folder)[name] for name in names[1:]] == [by_usr2, by_term]  # not submitted a second time
     for name, job in zip(names[1:], (by_usr2, by_term), strict=True):
         log = Path(entries(folder)[name]["log"]).read_text()
-        assert f"Requeued job {job}" in log
+        assert f"job {job} is queued again and goes on from its checkpoint" in log
         assert steps(folder / name) == [1, 2, 3, 4, 5, 6]
         assert runs.identical(runs.weights(folder, name), runs.weights(home / "quick", name))
     assert slurm.history(cancelled)[-1]["State"].startswith("CANCELLED")

@@ -5,11 +5,11 @@
 Training and evaluation of a node are tasks of their own, for they need other resources, and a run that only reads the
 pairs need not wait for the reward model that it is measured with.
 
-submitit writes the batch script, starts the processes on all nodes, keeps the logs, and queues a job again (`job`). It
-knows nothing of dependencies between jobs, of why a job waits, and of clusters without accounting; its `results()`
-gives up at the first job that is lost; and it tells of a wrong setting only when the jobs before it are in the queue.
-So ours are: `--dependency` (through its additional parameters), the questions to Slurm (`launch.slurm.commands`), and
-`submitted.json`. Two of its private functions are used, to show and to probe a script before it is handed over
+submitit writes the batch script, starts the processes on all nodes, and keeps the logs. It knows nothing of dependencies
+between jobs, of why a job waits, and of clusters without accounting; its `results()` gives up at the first job that is
+lost; it tells of a wrong setting only when the jobs before it are in the queue; and a job that is preempted before
+Python listens is lost to it. So ours are: `--dependency` (through its additional parameters), the questions to Slurm
+(`launch.slurm.commands`), `submitted.json`, and the end of the batch script, which queues a job again (`job`). Two of its private functions are used, to show and to probe a script before it is handed over
 (`_make_submission_file_text`, `_submitit_command_str`; submitit 1.5).
 """
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.build import section
+from alignlab.comparison.graph.job import AFTERWARDS, Job
 from alignlab.comparison.graph.ledger import EVALUATE, LOGS, REPORT, Entry, Ledger
 from alignlab.comparison.graph.node import Command, Node, parents_of
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
@@ -34,13 +35,6 @@ from alignlab.core.storage import storage_errors
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.run_folder import RESULT
-
-DEAF = ("bash", "-c", 'trap "" TERM USR2; exec "$@"', "bash")
-"""A process that dies of a preemption's signal before it listens ends the job as failed; one that lives on is queued
-again by Slurm, at the end of the grace."""
-
-ALWAYS = 10**6
-"""Times that a job may be queued again after its time limit: as often as it takes."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +272,7 @@ class Slurm:
         try:
             executor = Executor(
                 self.logs,
-                max_num_timeout=ALWAYS,
-                python=shlex.join([*DEAF, *asked.prefix, asked.python or sys.executable]),
+                python=shlex.join([*asked.prefix, asked.python or sys.executable]),
             )
             given = {key: getattr(asked, key) for key in ("partition", "account", "qos", "constraint")}
             executor.update_parameters(
@@ -295,6 +288,7 @@ class Slurm:
                 array_parallelism=asked.array_parallelism,
                 stderr_to_stdout=True,
                 setup=[*asked.setup, *ours],
+                teardown=AFTERWARDS.splitlines(),
                 srun_args=["--gpu-bind=none"],  # each process takes the GPU of its local rank
                 additional_parameters=extra | asked.additional_parameters,
             )
@@ -392,8 +386,6 @@ def submit(executor: Any, batch: Batch) -> list[tuple[str, str]]:
 
 def job_of(task: Task) -> Any:
     """What submitit is to run for a task."""
-    from alignlab.comparison.graph.job import Job
-
     return Job(str(task.node.folder), tuple(c.name for c in task.commands))
 
 

@@ -148,16 +148,6 @@ def cancel(jobs: Sequence[str]) -> None:
         _run(["scancel", *jobs])
 
 
-def requeue(job: str) -> None:
-    """Have a job, or a task of an array, queued again."""
-    _run(["scontrol", "requeue", job])
-
-
-def preempted(job: str) -> bool:
-    """Whether Slurm is about to take a running job's place."""
-    return re.search(r"\bPreemptTime=\d", _run(["scontrol", "--oneliner", "show", "job", job])) is not None
-
-
 def _user() -> str:
     """The user's name, or number where a container has no name for it."""
     try:
