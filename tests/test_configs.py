@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from alignlab.training.callbacks.tracking import TrackerSettings
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
 from alignlab.build import build
@@ -45,7 +44,6 @@ CLASSES: dict[str, type[Settings]] = {
     "model": ModelSettings,
     "quantization": QuantizationSettings,
     "source": SourceSettings,
-    "tracker": TrackerSettings,
     "training": TrainingSettings,
 }
 """Groups whose options are settings of a class; the other groups' name a `_target_`."""
@@ -95,7 +93,6 @@ FULL = {
     "distributed": ["ddp"],
     "quantization": ["nf4", "int8"],
     "source": ["rollout"],
-    "tracker": ["wandb"],
 }
 """The options of a group that have all keys between them, where the default, for runs without the thing, leaves most
 of them out."""
@@ -163,7 +160,7 @@ def targets(value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Everything in a config that names a `_target_`."""
     if not isinstance(value, dict):
         return []
-    found = [(where, value)] if "_target_" in value else []
+    found = [(where, value)] if value.get("_target_") else []
     return found + [t for k, v in value.items() for t in targets(v, f"{where}.{k}")]
 
 
