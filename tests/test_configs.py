@@ -157,7 +157,7 @@ def targets(value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
     """Everything in a config that names a `_target_`."""
     if not isinstance(value, dict):
         return []
-    found = [(where, value)] if "_target_" in value else []
+    found = [(where, value)] if value.get("_target_") else []
     return found + [t for k, v in value.items() for t in targets(v, f"{where}.{k}")]
 
 

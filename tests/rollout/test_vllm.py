@@ -16,10 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.core import AlignlabError, ConfigError, NonFiniteError, PrefetchingSampler, RolloutContext, Sampler
+from alignlab.core import (
+    AlignlabError,
+    ConfigError,
+    ExactSampler,
+    Group,
+    NonFiniteError,
+    PrefetchingSampler,
+    RolloutContext,
+    RolloutEngine,
+    Sampler,
+)
 from alignlab.core.children import free_port
-from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, load_model
-from alignlab.rollout import RolloutSettings, StepSearch, VllmSettings
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, QuantizationSettings, load_model
+from alignlab.rollout import LocalRollout, MultiTurn, RolloutSettings, StepSearch, VllmSettings
 from alignlab.rollout.sampling import stream_key
 from alignlab.rollout.vllm.client import Client, ServerLost
 from alignlab.rollout.vllm.engine import VllmRollout, VllmSampler
@@ -260,6 +270,77 @@ def test_new_weights_wait_for_what_is_being_drawn(fake: FakeVllm, policy: Packed
         assert len(take()) == 2
     assert said == ["answered", "answered", "weights"]
     assert {request["cache_salt"] for request in fake.completions} == {salt} != {run.salt}
+
+
+# ---------------------------------------------------------------------- an engine of a run
+
+
+def test_an_engine_makes_samplers_of_the_policy_as_it_is(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:
+    """Between start and end of the block from the server, each with new weights; else in this process, and says so."""
+    engine = VllmRollout(max_new_tokens=3, vllm=VllmSettings(url=fake.url, asynchronous=True, importance_cap=2.0))
+    assert isinstance(engine, RolloutEngine)
+    assert (engine.importance_cap, engine.off_policy, engine.prefetches) == (2.0, True, True)
+    with engine.start(RolloutContext(policy, ModelSettings(path="m"), tmp_path)):
+        for _ in range(2):
+            sampler = engine.sampler(policy)
+            assert [r.token_ids for r in sampler.sample(prompts(3), 1, 0)[0].responses] == [ids("a|b|c")]
+            assert not isinstance(sampler, ExactSampler)
+    assert len(fake.of("/collective_rpc")) == 2
+    assert len({request["cache_salt"] for request in fake.completions}) == 2
+
+
+def test_without_a_server_responses_are_drawn_here(policy: PackedModel, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = (
+        kind(max_new_tokens=3).sampler(policy).sample(prompts(3), 2, 0) for kind in (VllmRollout, LocalRollout)
+    )
+    assert ours == theirs
+    assert "no server was started, responses are drawn in this process" in caplog.text
+
+
+class Turns(MultiTurn):
+    """Ends after a number of turns."""
+
+    def start(self, group: Group) -> list[str]:
+        return []
+
+    def reply(self, state: list[str], text: str) -> tuple[str | None, float]:
+        state.append(text)
+        return (None if len(state) == 3 else ""), 1.0
+
+
+def test_processes_agree_once_however_many_turns_one_of_them_takes(
+    fake: FakeVllm, policy: PackedModel, tmp_path: Path
+) -> None:
+    """Plain sampling is an exchange of all processes each time; within an environment turns are a process's own."""
+    engine = engine_of(fake, policy, tmp_path)
+    exchanged: list[Any] = []
+    gather = engine.run.gather
+    engine.run.gather = lambda value: exchanged.append(value) or gather(value)  # type: ignore[func-returns-value]
+    engine.sample(prompts(3), 2, 0)
+    assert len(exchanged) == 1
+    environment = Turns()
+    environment.bind(policy, policy.tokenizer)
+    (group,) = environment.rollout(engine, prompts(3), 2, 0)
+    assert len(exchanged) == 2
+    assert [r.token_ids for r in group.responses] == [ids("a|b|c") * 3] * 2
+    fake.broken = True
+    with pytest.raises(ServerLost, match="is lost"):
+        environment.rollout(engine, prompts(3), 2, 0)
+    assert len(exchanged) == 3
+    fake.broken = False
+    engine.sample(prompts(3), 2, 0)
+    assert len(exchanged) == 4, "and afterwards as before"
+
+
+def test_what_a_server_cannot_do_with_an_environment() -> None:
+    search = StepSearch(FunctionScorer(lambda prompt, response, extra: 0.0))
+    with pytest.raises(ConfigError, match=r"environment: responses are drawn step by step"):
+        VllmRollout().check({"environment": search}, None)
+    VllmRollout().check({"environment": Turns()}, None)
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.asynchronous: responses of an environment"):
+        VllmRollout(vllm=VllmSettings(asynchronous=True)).check({"environment": Turns()}, None)
+    with pytest.raises(ConfigError, match=r"quantization=nf4: a vLLM server samples from the base as it is"):
+        VllmRollout().check({"quantization": QuantizationSettings(kind="nf4")}, None)
 
 
 # ---------------------------------------------------------------------- refused, broken, gone
