@@ -61,7 +61,7 @@ def _memory(run: PlannedRun, memory: Memory, device: Device) -> dict[str, Any]:
     def gb(values: dict[str, float]) -> dict[str, float]:
         return {k: v / GB for k, v in values.items()}
 
-    notes = []
+    notes = list(run.notes)
     if cache := run.needs(run.asked).cache:
         notes.append(f"of sampling, {cache / GB:.2f} GB are keys and values")
     if memory.paged:
@@ -113,7 +113,7 @@ def _fits(run: PlannedRun, device: Device) -> list[dict[str, Any]]:
         every = list(choices(run, variant))
         for mode in MODES:
             cells = {str(c.devices): _cell(c.memory, device) for c in every if c.mode == mode}
-            rows += [{"trained": variant.name, "mode": mode, "devices": cells}] if cells else []
+            rows += [{"trained": run.name(variant), "mode": mode, "devices": cells}] if cells else []
     return rows
 
 
@@ -127,16 +127,16 @@ def _cheapest(run: PlannedRun, device: Device, overrides: Sequence[str]) -> dict
     least = cheapest(run, device, variants(run))
     instead = rescue(run, device) if asked is None else None
     described = {"asked": asked, "any": least, "instead": instead}
-    found: dict[str, Any] = {name: choice and _described(choice, overrides) for name, choice in described.items()}
+    found: dict[str, Any] = {name: choice and _described(run, choice, overrides) for name, choice in described.items()}
     lines = []
     if asked is not None:
-        lines += [f"Cheapest for {run.asked.name} ({_size(asked)}):", f"  {found['asked']['command']}"]
+        lines += [f"Cheapest for {run.name(run.asked)} ({_size(asked)}):", f"  {found['asked']['command']}"]
     else:
-        lines.append(f"{run.asked.name} does not fit on up to {COUNTS[-1]} of {device.name}.")
+        lines.append(f"{run.name(run.asked)} does not fit on up to {COUNTS[-1]} of {device.name}.")
         nothing = ["Nor does anything else here: shorter prompts and responses, or larger devices, are needed."]
         lines += ["This would:", f"  {found['instead']['command']}"] if instead else nothing
     if least is not None and (asked is None or least.devices < asked.devices):
-        lines += [f"Cheapest of all ({least.variant.name}, {_size(least)}):", f"  {found['any']['command']}"]
+        lines += [f"Cheapest of all ({run.name(least.variant)}, {_size(least)}):", f"  {found['any']['command']}"]
     lines.append("Cheapest: fewest devices, then the simplest mode, then the least done to save memory.")
     return {**found, "lines": lines}
 
@@ -145,18 +145,18 @@ def _size(choice: Choice) -> str:
     return f"{choice.devices} device{'s' if choice.devices > 1 else ''}, {choice.memory.total / GB:.1f} GB each"
 
 
-def _described(choice: Choice, overrides: Sequence[str]) -> dict[str, Any]:
+def _described(run: PlannedRun, choice: Choice, overrides: Sequence[str]) -> dict[str, Any]:
     """A choice as plain values, with the command that trains so: the overrides given, but for what the choice says."""
-    replaced = {*PlanSettings.model_fields, "adapter", "quantization", "distributed", "distributed.processes"}
-    replaced |= {"training.max_tokens_per_microbatch", "model.gradient_checkpointing"}
+    changed = choice.overrides(run)
+    replaced = {*PlanSettings.model_fields, "distributed.processes", *changed}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
-    for group, chosen in (("adapter.", choice.variant.adapter), ("quantization.", choice.variant.quantization)):
-        kept = [word for word in kept if chosen != "none" or not word.startswith(group)]
+    for group in ("adapter", "quantization"):  # settings of another one
+        kept = [word for word in kept if group not in changed or not word.startswith(f"{group}.")]
     return {
-        "trained": choice.variant.name,
+        "trained": run.name(choice.variant),
         "mode": choice.mode,
         "devices": choice.devices,
         "gb": choice.memory.total / GB,
         "host_gb_per_device": choice.memory.host / GB,
-        "command": " ".join(["alignlab train", *kept, *choice.overrides]),
+        "command": " ".join(["alignlab train", *kept, *(f"{key}={value}" for key, value in changed.items())]),
     }

@@ -12,12 +12,14 @@ import torch
 from pydantic import Field
 
 from alignlab.config import section
+from alignlab.core import AdapterKind
 from alignlab.core.memory import usual_tokens
 from alignlab.core.settings import Settings
-from alignlab.models import ModelSettings
+from alignlab.models import FullFineTuning, LoRA, ModelSettings
 from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer_of
 from alignlab.planning.shapes import Shapes, dtype_of, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
+from alignlab.rollout import RolloutSettings
 from alignlab.training.run import check
 
 FEW, MORE = 2, 4
@@ -39,23 +41,26 @@ class PlanSettings(Settings):
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained, on what base, and whether activations are recomputed."""
+    """What is trained, on what base, and whether activations are recomputed.
+
+    Attributes:
+        adapter: "none", or "lora" for the run's own kind of adapter, LoRA where it has none.
+        quantization: of the base, as in `QuantizationSettings.kind`.
+    """
 
     adapter: str
     quantization: str
     checkpointing: bool
 
-    @property
-    def name(self) -> str:
-        if self.adapter == "none":
-            return "full"
-        return {"none": "LoRA", "nf4": "QLoRA", "int8": "LoRA, int8"}[self.quantization]
-
-    @property
-    def overrides(self) -> list[str]:
-        found = [f"adapter={self.adapter}"]
-        found += [f"quantization={self.quantization}"] if self.quantization != "none" else []
-        return [*found, "model.gradient_checkpointing=true"] if self.checkpointing else found
+    def overrides(self, asked: Variant) -> dict[str, str]:
+        """What makes a run of it, beside the overrides of the one that was asked for."""
+        found = {
+            "adapter": self.adapter,
+            "quantization": self.quantization,
+            "model.gradient_checkpointing": str(self.checkpointing).lower(),
+        }
+        given = (asked.adapter, asked.quantization, str(asked.checkpointing).lower())
+        return {key: value for (key, value), other in zip(found.items(), given, strict=True) if value != other}
 
 
 class PlannedRun:
@@ -75,14 +80,33 @@ class PlannedRun:
         c, algorithm = self.checked, self.checked.algorithm
         self.config, self.saved = read_config(c.model)
         self.layers = int(self.config.get_text_config().num_hidden_layers)
-        self.asked = Variant(c.adapter.kind, c.quantization.kind, c.model.gradient_checkpointing)
+        adapter = "none" if c.adapter.trains_base else "lora"
+        self.asked = Variant(adapter, c.quantization.kind, c.model.gradient_checkpointing)
+        self.adapter: AdapterKind = LoRA() if c.adapter.trains_base else c.adapter
         self.devices = 1 if c.distributed.mode == "single" else c.distributed.processes or self.settings.gpus or 1
-        self.samples = c.source.kind == "rollout"
+        self.samples = c.samples
+        # Of an engine that is not known here, the local one's defaults are assumed.
+        known = isinstance(c.rollout, RolloutSettings)
+        self.rollout = c.rollout if known else RolloutSettings(temperature=c.rollout.temperature)
+        self.notes = (
+            []
+            if known or not c.samples
+            else [f"sampling is planned as rollout=local: {type(c.rollout).__name__} is not known"]
+        )
         self.optimizer_name = str(config["optimizer"]["_target_"]).rpartition(".")[2]
         self.has_reference = "ref_logp" in algorithm.needs or (self.samples and c.source.policy == "reference")
         self.own_critic = algorithm.critic == "own" and "value" in algorithm.reads
         self.max_tokens_per_microbatch = c.training.max_tokens_per_microbatch or usual_tokens(on_cpu)
         self._needs: dict[tuple[Variant, Workload], Needs] = {}
+
+    def name(self, variant: Variant) -> str:
+        """For people, as in "full", "LoRA", "QLoRA"."""
+        kind = type(self.adapter).__name__
+        return (
+            {"none": kind, "nf4": f"Q{kind}", "int8": f"{kind}, int8"}[variant.quantization]
+            if variant.adapter == "lora"
+            else "full"
+        )
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -116,8 +140,8 @@ class PlannedRun:
         """A micro-batch: as many rows as it may have tokens, and no more than a device's share of a step."""
         c, s = self.checked, self.settings
         autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.training.mixed_precision]
-        response = min(c.rollout.max_new_tokens, s.response_tokens) if self.samples else s.response_tokens
-        temperature = c.rollout.temperature if self.samples else 1.0
+        response = min(self.rollout.max_new_tokens, s.response_tokens) if self.samples else s.response_tokens
+        temperature = self.rollout.temperature if self.samples else 1.0
         one = Workload(1, s.prompt_tokens, response, self.responses, autocast, temperature)
         tokens = max_tokens_per_microbatch or self.max_tokens_per_microbatch
         return replace(one, rows=max(1, min(tokens // one.length, self.share)))
@@ -125,7 +149,7 @@ class PlannedRun:
     @property
     def sampled_rows(self) -> int:
         """Responses that are sampled at a time."""
-        rollout = self.checked.rollout
+        rollout = self.rollout
         return max(1, rollout.max_batch_tokens // (self.settings.prompt_tokens + rollout.max_new_tokens))
 
     def _sampling(self) -> Sampling | None:
@@ -133,7 +157,7 @@ class PlannedRun:
             return None
         source, each = self.checked.source, self.checked.source.group_size
         prompts = min(self.sampled_rows // each, source.rollout_batch_size or self.checked.training.batch_size)
-        return Sampling(max(1, prompts), min(each, self.sampled_rows), self.checked.rollout)
+        return Sampling(max(1, prompts), min(each, self.sampled_rows), self.rollout)
 
     # ------------------------------------------------------------------ needs
 
@@ -176,7 +200,7 @@ class PlannedRun:
         return Shapes(
             self.config,
             c.model.model_copy(update={"gradient_checkpointing": variant.checkpointing}),
-            c.adapter.model_copy(update={"kind": variant.adapter}),
+            self.adapter if variant.adapter == "lora" else FullFineTuning(),
             c.quantization.model_copy(update={"kind": variant.quantization}),
             c.algorithm,
             self.dtype(variant),

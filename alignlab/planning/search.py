@@ -25,11 +25,11 @@ class Choice:
     max_tokens_per_microbatch: int
     memory: Memory
 
-    @property
-    def overrides(self) -> list[str]:
-        processes = [f"distributed.processes={self.devices}"] if self.mode != "single" else []
-        tokens = f"training.max_tokens_per_microbatch={self.max_tokens_per_microbatch}"
-        return [*self.variant.overrides, f"distributed={self.mode}", *processes, tokens]
+    def overrides(self, run: PlannedRun) -> dict[str, str]:
+        """What makes a run of it, beside the overrides of the run that was asked for."""
+        processes = {"distributed.processes": str(self.devices)} if self.mode != "single" else {}
+        tokens = {"training.max_tokens_per_microbatch": str(self.max_tokens_per_microbatch)}
+        return {**self.variant.overrides(run.asked), "distributed": self.mode, **processes, **tokens}
 
 
 def fits(memory: Memory, device: Device) -> bool:

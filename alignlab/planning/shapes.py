@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alignlab.core import Algorithm, ConfigError
-from alignlab.models import (
-    TASK,
-    AdapterSettings,
-    Features,
-    ModelSettings,
-    PackedModel,
-    QuantizationSettings,
-    add_language_head,
-    cannot_load,
-    freeze,
-    new_adapter,
-    remove_dropout,
-    use_plans,
-)
-from alignlab.models.adapters import copy_adapter
+from alignlab.core import AdapterKind, Algorithm, ConfigError
+from alignlab.models import Features, ModelSettings, PackedModel, QuantizationSettings
+from alignlab.models.adapters import copy_adapter, saved_adapter, shaped_like
+from alignlab.models.attention import use_plans
+from alignlab.models.base import cannot_load, remove_dropout
+from alignlab.models.heads import add_language_head
+from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
 
 BUILT_IN = {
@@ -48,7 +38,7 @@ def read_config(settings: ModelSettings) -> tuple[Any, dict[str, Any] | None]:
     """
     from transformers import AutoConfig, LlamaConfig
 
-    path, revision, saved = settings.path, settings.revision, None
+    path, revision, saved = settings.path, settings.revision, saved_adapter(settings.path)
     if path in BUILT_IN and not Path(path).exists():
         width, heads, layers, inner = BUILT_IN[path]
         shape = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
@@ -56,9 +46,7 @@ def read_config(settings: ModelSettings) -> tuple[Any, dict[str, Any] | None]:
         return LlamaConfig(**shape, **rest, dtype="bfloat16"), None
     if "/" not in path and not Path(path).exists() and (near := get_close_matches(path, BUILT_IN, n=1, cutoff=0.8)):
         raise ConfigError(f"model.path={path!r}: there is no such folder; did you mean '{near[0]}'?")
-    file = Path(path) / "adapter_config.json"
-    if file.exists():
-        saved = dict(json.loads(file.read_text()))
+    if saved is not None:
         path, revision = str(saved["base_model_name_or_path"]), None
     try:
         found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=settings.trust_remote_code)
@@ -105,14 +93,6 @@ def network(config: Any, kind: str, labels: int, dtype: torch.dtype, settings: M
     return made
 
 
-def _shaped_like(base: Any, saved: dict[str, Any], kind: str) -> Any:
-    """The base with a new adapter of the shape that a saved config has."""
-    from peft import LoraConfig, get_peft_model
-
-    kept = {k: saved[k] for k in ("r", "lora_alpha", "target_modules", "modules_to_save", "bias") if k in saved}
-    return get_peft_model(base, LoraConfig(task_type=TASK[kind], **kept))
-
-
 def shortened(config: Any, layers: int | None) -> Any:
     """The config of the same model with fewer layers."""
     if layers is None:
@@ -148,7 +128,7 @@ class Shapes:
         self,
         config: Any,
         settings: ModelSettings,
-        adapter: AdapterSettings,
+        adapter: AdapterKind,
         quantization: QuantizationSettings,
         algorithm: Algorithm,
         dtype: torch.dtype,
@@ -159,7 +139,7 @@ class Shapes:
         on_cpu: bool = False,
     ) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.algorithm, kind, trains_base = algorithm, algorithm.model, adapter.kind == "none"
+        self.algorithm, kind, trains_base = algorithm, algorithm.model, adapter.trains_base
         config = shortened(config, layers)
         base = network(config, kind, algorithm.labels, dtype, settings)
         if quantization.kind != "none":
@@ -168,9 +148,9 @@ class Shapes:
             remove_dropout(base)
         self.parameters = sum(p.numel() for p in base.parameters())
         whole = sum(p.nbytes for p in base.parameters())
-        if not trains_base:
-            with torch.device("meta"):
-                base = new_adapter(base, adapter, kind) if saved is None else _shaped_like(base, saved, kind)
+        with torch.device("meta"):
+            goes_on = saved is not None and not trains_base
+            base = shaped_like(base, saved, kind) if goes_on else adapter.apply(base, kind)
         model = PackedModel(base, None, kind)
         if trains_base:
             freeze(model, settings)
@@ -193,7 +173,7 @@ class Shapes:
         if settings.layout != "auto":
             self.model.layout = settings.layout
         elif not settings.dropout and use_plans(model.base):
-            self.model.layout = "flat"
+            self.model.layout = "varlen"
 
     def _add_value_head(self, model: PackedModel, settings: ModelSettings) -> None:
         """As `models.add_value_head`, without contents."""

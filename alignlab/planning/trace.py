@@ -241,7 +241,7 @@ def _still_tables(model: nn.Module) -> Iterator[None]:
 def _lay_out(shapes: Shapes, work: Workload, reads: Sequence[str]) -> Any:
     """Rows of tokens, in the first layout that the architecture takes."""
     model, few = shapes.model, Workload(1, 2, 2, work.responses).groups()
-    layouts = ("flat", "packed", "plain")
+    layouts = ("varlen", "packed", "plain")
     for layout in layouts[layouts.index(model.layout) :]:
         model.layout = layout  # type: ignore[assignment]
         try:

@@ -45,7 +45,7 @@ def test_every_algorithm_in_every_mode_full_and_with_an_adapter(base: Path, algo
         per_mode: dict[str, list[float]] = {}
         for choice in choices(run, variant):
             assert choice.memory.total > 0
-            seen.add((variant.name, choice.mode))
+            seen.add((run.name(variant), choice.mode))
             per_mode.setdefault(choice.mode, []).append(choice.memory.total)
         for mode, totals in per_mode.items():
             several = totals[1:] if mode == "zero3_offload" else totals  # NCCL comes with the second device

@@ -12,7 +12,8 @@ from alignlab.algorithms.ppo import PPO
 from alignlab.algorithms.reward_model import RewardModel
 from alignlab.algorithms.sft import SFT
 from alignlab.core import Algorithm
-from alignlab.models import AdapterSettings, ModelSettings, QuantizationSettings, use_plans
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, QuantizationSettings
+from alignlab.models.attention import use_plans
 from alignlab.planning.shapes import BUILT_IN, Shapes, read_config
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
@@ -29,7 +30,7 @@ def shapes(
     config = tiny.network(name).config
     model = ModelSettings(path=".", **{k: v for k, v in changes.items() if k in ModelSettings.model_fields})
     rest = {k: v for k, v in changes.items() if k not in ModelSettings.model_fields}
-    adapter = AdapterSettings(kind=kind, r=RANK)  # type: ignore[arg-type]
+    adapter = LoRA(r=RANK) if kind == "lora" else FullFineTuning()
     quantization = QuantizationSettings(kind=few_bits)  # type: ignore[arg-type]
     return Shapes(config, model, adapter, quantization, algorithm or SFT(), torch.float32, **rest)
 
@@ -46,7 +47,7 @@ def test_llama_s_parameters(name: str, billions: float) -> None:
     """Touvron et al. 2023 (arXiv:2302.13971), table 2: the sizes follow from dimensions, heads and layers."""
     settings = ModelSettings(path=f"llama-{name}")
     config, _ = read_config(settings)
-    plain = (settings, AdapterSettings(), QuantizationSettings(), SFT(), torch.bfloat16)
+    plain = (settings, FullFineTuning(), QuantizationSettings(), SFT(), torch.bfloat16)
     few = [trace(Shapes(config, *plain, layers=n), WORK) for n in (2, 4)]
     found = extrapolate(*few, (2, 4), config.num_hidden_layers)
     assert found.parameters / 1e9 == pytest.approx(billions, abs=0.1)
@@ -131,7 +132,7 @@ def test_a_forward_pass_keeps_what_autograd_says() -> None:
     work = Workload(3, 9, 5, 2)
     model = tiny.model("llama").train()
     assert use_plans(model.base)
-    model.layout = "flat"
+    model.layout = "varlen"
     held: dict[int, int] = {}
     kept: list[torch.Tensor] = []
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
