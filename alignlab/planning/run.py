@@ -85,14 +85,11 @@ class PlannedRun:
         self.adapter: AdapterKind = LoRA() if c.adapter.trains_base else c.adapter
         self.devices = 1 if c.distributed.mode == "single" else c.distributed.processes or self.settings.gpus or 1
         self.samples = c.samples
-        # Of an engine that is not known here, the local one's defaults are assumed.
-        known = isinstance(c.rollout, RolloutSettings)
-        self.rollout = c.rollout if known else RolloutSettings(temperature=c.rollout.temperature)
-        self.notes = (
-            []
-            if known or not c.samples
-            else [f"sampling is planned as rollout=local: {type(c.rollout).__name__} is not known"]
-        )
+        self.rollout, self.notes = RolloutSettings(temperature=c.rollout.temperature), list[str]()
+        if isinstance(c.rollout, RolloutSettings):
+            self.rollout = c.rollout
+        elif c.samples:
+            self.notes.append(f"sampling is planned as that of rollout=local: {type(c.rollout).__name__} is not known")
         self.optimizer_name = str(config["optimizer"]["_target_"]).rpartition(".")[2]
         self.has_reference = "ref_logp" in algorithm.needs or (self.samples and c.source.policy == "reference")
         self.own_critic = algorithm.critic == "own" and "value" in algorithm.reads

@@ -149,8 +149,7 @@ class Shapes:
         self.parameters = sum(p.numel() for p in base.parameters())
         whole = sum(p.nbytes for p in base.parameters())
         with torch.device("meta"):
-            goes_on = saved is not None and not trains_base
-            base = shaped_like(base, saved, kind) if goes_on else adapter.apply(base, kind)
+            base = adapter.apply(base, kind) if saved is None or trains_base else shaped_like(base, saved, kind)
         model = PackedModel(base, None, kind)
         if trains_base:
             freeze(model, settings)
