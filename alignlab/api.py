@@ -8,7 +8,7 @@
     metrics = trainer.step(groups)
     trainer.save("out")
 
-The commands use it too: `alignlab train` composes a config and calls `run`.
+`alignlab train` composes a config as `train` does, and calls the same function with it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from alignlab.config import compose, resolve
 from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
 from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
+from alignlab.launch import start
 from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.scoring import FunctionScorer
 from alignlab.training.distributed.processes import launched
 from alignlab.training.policy import Policy
 from alignlab.training.run import check
-from alignlab.training.run import train as train_run
 
 Function = Callable[[str, str, dict[str, Any]], float]
 """(prompt, response, the record's other fields) → reward."""
@@ -212,7 +212,9 @@ def train(
     if out is not None:
         config["out"] = str(out)
     checked = check(config, algorithm=made, scorers=scorers)
-    return {**train_run(config, Path(config["out"]), callbacks, checked), "out": config["out"]}
+    result = start.train(config, Path(config["out"]), list(callbacks), checked)
+    assert result is not None  # processes are never started from here
+    return {**result, "out": config["out"]}
 
 
 # ---------------------------------------------------------------------------------------------- settings

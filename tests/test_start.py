@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.cli import COMMANDS
+from alignlab.cli import commands
 from tests.training import runs
 
 FIRST_STEP = """
@@ -42,7 +42,7 @@ def nothing_computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[
     folder = tmp_path_factory.mktemp("submitted")
     (folder / "nodes.json").write_text(json.dumps({"base": "key"}))
     (folder / "submitted.json").write_text(json.dumps({"graph": {"base": [], "report": ["base"]}, "entries": {}}))
-    every = "; ".join(f"main([{name!r}, '--help'])" for name in COMMANDS)
+    every = "; ".join(f"main([{name!r}, '--help'])" for name in commands())
     return {
         "status": imported("status", str(folder)),
         "each command's help": imported("--help", before=f"\nfrom alignlab.cli import main\n{every}"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,14 @@ class Member:
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
-def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
+def train(
+    config: dict[str, Any], out: Path, callbacks: Iterable[Any] = (), checked: Any = None
+) -> dict[str, Any] | None:
     """Train in this process, or in as many as `distributed` asks for where no launcher has started any.
+
+    Args:
+        callbacks: beside those of the config; for this process alone.
+        checked: what `training.run.check` made of the config, with objects that no config can name.
 
     Returns:
         The result, or None where processes of its own did the work: it is in `out/result.json`.
@@ -92,11 +98,16 @@ def train(config: dict[str, Any], out: Path) -> dict[str, Any] | None:
 
         try:
             with _deaf():
-                return run(config, out)
+                return run(config, out, callbacks, checked)
         except Exception as error:
             if not is_memory_error(error):
                 raise
             raise AlignlabError(f"out of memory ({said(error)}): {ADVICE}") from error
+    if checked is not None or callbacks:
+        raise ConfigError(
+            f"distributed={distributed.mode}: objects of this process cannot go to others: start your script with "
+            "torchrun, so that each has its own"
+        )
     status = start(config, out, _count(distributed))
     if status:
         raise Failed(status)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from alignlab.config import section
-from alignlab.planning.devices import Device, Speed, find_device, speed
-from alignlab.planning.fit import COUNTS, USABLE, Choice, cheapest, choices, fits, rescue, variants
+from alignlab.planning.devices import Device, find_device, speed
 from alignlab.planning.memory import GB, MODES, Memory
-from alignlab.planning.published import published_case
-from alignlab.planning.settings import PlanSettings
-from alignlab.planning.study import Study, Variant
-from alignlab.training.run import check
+from alignlab.planning.run import PlannedRun, PlanSettings
+from alignlab.planning.search import COUNTS, USABLE, Choice, cheapest, choices, fits, rescue, variants
 
-PUBLISHED = "llama-65b"
-"""The model whose plan has QLoRA's published case beside it."""
+__all__ = ["PlanSettings", "plan"]
 
 
-def plan(config: dict[str, Any], words: Sequence[str] = (), table: bool = True) -> dict[str, Any]:
+def plan(config: dict[str, Any], overrides: Sequence[str] = (), table: bool = True) -> dict[str, Any]:
     """What the run of a resolved config needs.
 
     Args:
-        words: the command's, for the one that it recommends.
+        overrides: the command's, for the command that it recommends.
         table: whether to look at other settings too.
 
     Returns:
@@ -34,58 +30,40 @@ def plan(config: dict[str, Any], words: Sequence[str] = (), table: bool = True) 
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, on their own names
-        return _plan(config, words, table)
+        device = find_device(config["gpu"])
+        run = PlannedRun(config, device.name == "cpu")
+        memory = run.memory(run.asked, run.checked.distributed.mode, run.devices)
+        return {
+            "run": _run(run),
+            "device": {"name": device.name, "memory_gb": round(device.memory / GB, 1), "tflops": device.tflops},
+            "memory": _memory(run, memory, device),
+            "speed": _speed(run, device),
+            "counts": list(COUNTS),
+            "fits": _fits(run, device) if table else [],
+            "cheapest": _cheapest(run, device, overrides) if table else None,
+        }
 
 
-def _plan(config: dict[str, Any], words: Sequence[str], table: bool) -> dict[str, Any]:
-    settings = section(PlanSettings, {k: config[k] for k in PlanSettings.model_fields}, "")
-    device = find_device(settings.gpu)
-    study = Study(check(config), config["optimizer"], settings, device.name == "cpu")
-    mode, count = study.checked.distributed.mode, study.asked_devices
-    memory = study.memory(study.asked, mode, count)
-    found: dict[str, Any] = {
-        "run": _run(study, mode, count),
-        "device": {"name": device.name, "memory_gb": round(device.memory / GB, 1), "tflops": device.tflops},
-        "memory": _memory(study, memory, device),
-        "speed": _speed(study, device, settings, count),
-        "counts": list(COUNTS),
-        "fits": [],
-        "cheapest": None,
-        "published": published_case() if table and config["model"]["path"] == PUBLISHED else None,
-    }
-    if table:
-        found["fits"] = _fits(study, device)
-        found["cheapest"] = _cheapest(study, device, words)
-    return found
-
-
-def _run(study: Study, mode: str, count: int) -> list[str]:
-    what = study.needs(study.asked, devices=count).inventory
-    work = study.workload(devices=count)
-    c = study.checked
-    share = f"{what.trained:,.0f} trained" if what.trained < what.parameters else "all trained"
-    kinds = {"nf4": "4-bit", "int8": "8-bit", "none": ""}
-    base = kinds[c.quantization.kind] or str(study.dtype(study.asked)).removeprefix("torch.")
+def _run(run: PlannedRun) -> list[str]:
+    needs, work, c = run.needs(run.asked), run.workload(), run.checked
+    share = f"{needs.trained:,.0f} trained" if needs.trained < needs.parameters else "all trained"
+    base = {"nf4": "4-bit", "int8": "8-bit"}.get(run.asked.quantization) or str(run.dtype(run.asked))
     each = f"{work.responses} response{'s' if work.responses > 1 else ''} of {work.response}"
     return [
-        f"{type(c.algorithm).__name__} on {c.model.path}: {what.parameters:,.0f} parameters, {share}, base in {base}",
-        f"distributed={mode} on {count}; a micro-batch: {work.rows} row(s) of {work.length} tokens (prompt "
-        f"{work.prompt}, {each}); {study.micro_batches(work, count)} a step",
+        f"{type(c.algorithm).__name__} on {c.model.path}: {needs.parameters:,.0f} parameters, {share}, base in "
+        + base.removeprefix("torch."),
+        f"distributed={c.distributed.mode} on {run.devices}; a micro-batch: {work.rows} row(s) of {work.length} tokens "
+        f"(prompt {work.prompt}, {each}); {math.ceil(run.share / work.rows)} a step",
     ]
 
 
-def _memory(study: Study, memory: Memory, device: Device) -> dict[str, Any]:
+def _memory(run: PlannedRun, memory: Memory, device: Device) -> dict[str, Any]:
     def gb(values: dict[str, float]) -> dict[str, float]:
         return {k: v / GB for k, v in values.items()}
 
-    needs = study.needs(study.asked, devices=study.asked_devices)
-    notes = []
-    if needs.passes.saved and needs.fixed.saved:
-        layers = (needs.passes.saved - needs.fixed.saved) / GB
-        how = "kept by" if not study.asked.checkpointing else "at the borders of"
-        notes.append(f"of the activations, {layers:.2f} GB are {how} the layers; the rest is of logits and masks")
-    if needs.generation:
-        notes.append(f"of sampling, {needs.generation.cache / GB:.2f} GB are keys and values")
+    notes = list(run.notes)
+    if cache := run.needs(run.asked).cache:
+        notes.append(f"of sampling, {cache / GB:.2f} GB are keys and values")
     if memory.paged:
         notes.append(f"{memory.paged / GB:.2f} GB of optimiser states move to the host when the GPU is full")
     if memory.host:
@@ -98,77 +76,67 @@ def _memory(study: Study, memory: Memory, device: Device) -> dict[str, Any]:
         "peak": memory.peak,
         "held": gb(memory.held),
         "phases": {name: gb(items) for name, items in memory.phases.items()},
-        "overhead": memory.overhead / GB,
-        "host": memory.host / GB,
-        "paged": memory.paged / GB,
+        **gb({"overhead": memory.overhead, "host": memory.host, "paged": memory.paged}),
         "notes": notes,
     }
 
 
-def _speed(study: Study, device: Device, settings: PlanSettings, count: int) -> dict[str, Any]:
-    needs = study.needs(study.asked, devices=count)
-    what = needs.inventory
-    rows = 0
-    if study.samples:
-        rows = max(1, study.rollout.max_batch_tokens // (study.workload().prompt + study.rollout.max_new_tokens))
-    found: Speed = speed(
+def _speed(run: PlannedRun, device: Device) -> dict[str, Any]:
+    needs, settings, rows = run.needs(run.asked), run.settings, run.sampled_rows if run.samples else 0
+    found = speed(
         device,
-        what.parameters,
-        what.trained,
-        what.weights,
-        checkpointing=study.asked.checkpointing,
-        reference=study.has_reference,
+        needs.parameters,
+        needs.trained,
+        needs.weights + needs.cache,
+        checkpointing=run.asked.checkpointing,
+        reference=run.has_reference,
         rows=rows,
-        cache_bytes=needs.generation.cache if needs.generation else 0.0,
         tflops=settings.peak_tflops,
         share=settings.share_of_peak,
     )
-    lines = []
-    if found.trained is None:
-        lines.append(f"No speed: the peak of {device.name} is not known; give peak_tflops=")
-    else:
-        lines.append(
-            f"An estimate, not measured: {found.trained * count:,.0f} tokens a second trained on {count} device(s): "
-            f"{found.operations / 1e9:,.1f} Gflop a token, {settings.share_of_peak:.0%} of the peak."
-        )
+    lines = [f"No speed: the peak of {device.name} is not known; give peak_tflops="]
+    if found.trained is not None:
+        lines = [
+            f"An estimate, not measured: {found.trained * run.devices:,.0f} tokens a second trained on {run.devices} "
+            f"device(s): {found.operations / 1e9:,.1f} Gflop a token, {settings.share_of_peak:.0%} of the peak."
+        ]
     if found.sampled is not None:
-        lines.append(
-            f"Sampled: {found.sampled * count:,.0f} tokens a second, by memory bandwidth, {rows} rows at a time."
-        )
-    per = {"trained": found.trained, "sampled": found.sampled}
-    return {"tokens_per_second_per_device": per, "operations_per_token": found.operations, "lines": lines}
+        sampled = f"{found.sampled * run.devices:,.0f} tokens a second"
+        lines.append(f"Sampled: {sampled}, by memory bandwidth, {rows} rows at a time.")
+    per_device = {"trained": found.trained, "sampled": found.sampled}
+    return {"tokens_per_second_per_device": per_device, "operations_per_token": found.operations, "lines": lines}
 
 
-def _fits(study: Study, device: Device) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    names = [v.name for v in variants(study)]
-    for variant in variants(study):
-        for choice in choices(study, variant):
-            row = rows.setdefault(
-                (variant.name, choice.mode), {"trained": variant.name, "mode": choice.mode, "devices": {}}
-            )
-            row["devices"][str(choice.devices)] = {"gb": choice.memory.total / GB, "fits": choice.fits(device)}
-    return sorted(rows.values(), key=lambda row: (names.index(row["trained"]), MODES.index(row["mode"])))
+def _fits(run: PlannedRun, device: Device) -> list[dict[str, Any]]:
+    rows = []
+    for variant in variants(run):
+        every = list(choices(run, variant))
+        for mode in MODES:
+            cells = {str(c.devices): _cell(c.memory, device) for c in every if c.mode == mode}
+            rows += [{"trained": run.name(variant), "mode": mode, "devices": cells}] if cells else []
+    return rows
 
 
-def _cheapest(study: Study, device: Device, words: Sequence[str]) -> dict[str, Any]:
+def _cell(memory: Memory, device: Device) -> dict[str, Any]:
+    return {"gb": memory.total / GB, "fits": fits(memory, device)}
+
+
+def _cheapest(run: PlannedRun, device: Device, overrides: Sequence[str]) -> dict[str, Any]:
     """The cheapest setting of what was asked, and of all; or what would help."""
-    asked = cheapest(study, device, [study.asked])
-    least = cheapest(study, device, variants(study))
-    found: dict[str, Any] = {"asked": _described(asked, words), "any": _described(least, words), "instead": None}
+    asked = cheapest(run, device, [run.asked])
+    least = cheapest(run, device, variants(run))
+    instead = rescue(run, device) if asked is None else None
+    described = {"asked": asked, "any": least, "instead": instead}
+    found: dict[str, Any] = {name: choice and _described(run, choice, overrides) for name, choice in described.items()}
     lines = []
-    if asked is None:
-        instead = rescue(study, device)
-        found["instead"] = _described(instead, words)
-        lines.append(f"{study.asked.name} does not fit on up to {COUNTS[-1]} of {device.name}.")
-        if instead is not None:
-            lines += ["This would:", f"  {found['instead']['command']}"]
-        else:
-            lines.append("Nor does anything else here: shorter prompts and responses, or larger devices, are needed.")
+    if asked is not None:
+        lines += [f"Cheapest for {run.name(run.asked)} ({_size(asked)}):", f"  {found['asked']['command']}"]
     else:
-        lines += [f"Cheapest for {study.asked.name} ({_size(asked)}):", f"  {found['asked']['command']}"]
+        lines.append(f"{run.name(run.asked)} does not fit on up to {COUNTS[-1]} of {device.name}.")
+        nothing = ["Nor does anything else here: shorter prompts and responses, or larger devices, are needed."]
+        lines += ["This would:", f"  {found['instead']['command']}"] if instead else nothing
     if least is not None and (asked is None or least.devices < asked.devices):
-        lines += [f"Cheapest of all ({least.variant.name}, {_size(least)}):", f"  {found['any']['command']}"]
+        lines += [f"Cheapest of all ({run.name(least.variant)}, {_size(least)}):", f"  {found['any']['command']}"]
     lines.append("Cheapest: fewest devices, then the simplest mode, then the least done to save memory.")
     return {**found, "lines": lines}
 
@@ -177,22 +145,18 @@ def _size(choice: Choice) -> str:
     return f"{choice.devices} device{'s' if choice.devices > 1 else ''}, {choice.memory.total / GB:.1f} GB each"
 
 
-def _described(choice: Choice | None, words: Sequence[str]) -> dict[str, Any] | None:
-    if choice is None:
-        return None
-    keys = {*PlanSettings.model_fields, "adapter", "quantization", "distributed", "distributed.processes"}
-    keys |= {"training.max_tokens_per_microbatch", "model.gradient_checkpointing"}
-    kept = [w for w in words if not w.startswith("-") and w.partition("=")[0] not in keys]
-    kept = [w for w in kept if choice.variant.adapter != "none" or not w.startswith("adapter.")]
-    kept = [w for w in kept if choice.variant.quantization != "none" or not w.startswith("quantization.")]
+def _described(run: PlannedRun, choice: Choice, overrides: Sequence[str]) -> dict[str, Any]:
+    """A choice as plain values, with the command that trains so: the overrides given, but for what the choice says."""
+    changed = choice.overrides(run)
+    replaced = {*PlanSettings.model_fields, "distributed.processes", *changed}
+    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    for group in ("adapter", "quantization"):  # settings of another one
+        kept = [word for word in kept if group not in changed or not word.startswith(f"{group}.")]
     return {
-        "trained": choice.variant.name,
+        "trained": run.name(choice.variant),
         "mode": choice.mode,
         "devices": choice.devices,
         "gb": choice.memory.total / GB,
         "host_gb_per_device": choice.memory.host / GB,
-        "command": " ".join(["alignlab train", *kept, *choice.words]),
+        "command": " ".join(["alignlab train", *kept, *(f"{key}={value}" for key, value in changed.items())]),
     }
-
-
-__all__ = ["Variant", "plan"]

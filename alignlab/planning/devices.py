@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+import torch
 
 from alignlab.core import ConfigError, did_you_mean
 from alignlab.planning.memory import GB
@@ -38,7 +41,9 @@ KNOWN = {
 """From NVIDIA's data sheets, the SXM variants where there are several; memory as named, in 10^9 bytes, which leaves a
 few per cent of it unused."""
 
-USUAL = 80 * GB
+ALIASES = {"a100-80gb": "a100", "a10040gb": "a100-40gb", "4090": "rtx4090", "rtx-4090": "rtx4090"}
+
+USUAL = Device("80 GB", 80 * GB)
 """Where nothing is said and this machine has no GPU."""
 
 
@@ -51,45 +56,33 @@ def find_device(wanted: str | float | None) -> Device:
     if wanted is None:
         return _own()
     name = str(wanted).lower().replace(" ", "").replace("_", "-")
-    for text in (name, name.removesuffix("gb")):
-        try:
-            size = float(text)
-        except ValueError:
-            continue
-        if not 0 < size < float("inf"):
-            break
-        return Device(f"{size:g} GB", size * GB)
     if name == "cpu":
-        return Device("cpu", _host_memory())
-    name = {"a100-80gb": "a100", "a10040gb": "a100-40gb", "4090": "rtx4090", "rtx-4090": "rtx4090"}.get(name, name)
-    if name not in KNOWN:
+        return Device("cpu", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    if (named := ALIASES.get(name, name)) in KNOWN:
+        return KNOWN[named]
+    try:
+        size = float(name.removesuffix("gb"))
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
         raise ConfigError(f"gpu={wanted}: not known: give its memory in GB, as in gpu=24{did_you_mean(name, KNOWN)}")
-    return KNOWN[name]
+    return Device(f"{size:g} GB", size * GB)
 
 
 def _own() -> Device:
     """This machine's GPU; where it has none, one of the usual size."""
-    import torch
-
     if not torch.cuda.is_available():
-        return Device(f"{USUAL / GB:g} GB", USUAL)
+        return USUAL
     properties = torch.cuda.get_device_properties(0)
     spelt = properties.name.lower().replace(" ", "")
-    found = next((d for d in KNOWN.values() if d.name.split("-")[0] in spelt), None)
-    tflops, bandwidth = (found.tflops, found.bandwidth) if found else (None, None)
-    return Device(properties.name, float(properties.total_memory), tflops, bandwidth)
-
-
-def _host_memory() -> float:
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    alike = next((d for d in KNOWN.values() if d.name.split("-")[0] in spelt), USUAL)
+    return Device(properties.name, float(properties.total_memory), alike.tflops, alike.bandwidth)
 
 
 @dataclass(frozen=True)
 class Speed:
     """Tokens a second of one device: `trained` counts every token of a row that is trained on, `sampled` every token
-    drawn; None where something is not known."""
+    drawn; None where something is not known. `operations`: for each token that is trained on."""
 
     trained: float | None
     sampled: float | None
@@ -100,12 +93,11 @@ def speed(
     device: Device,
     parameters: float,
     trained: float,
-    weight_bytes: float,
+    read_bytes: float,
     *,
     checkpointing: bool,
     reference: bool,
     rows: int = 0,
-    cache_bytes: float = 0.0,
     tflops: float | None = None,
     share: float = 0.4,
 ) -> Speed:
@@ -118,17 +110,15 @@ def speed(
 
     Args:
         parameters, trained: numbers in the model, and those of them that are trained.
-        weight_bytes, cache_bytes: read for each token of all rows.
-        rows: sampled together.
+        read_bytes: weights and cache, read for each token of all rows.
+        rows: sampled together; 0 where nothing is sampled.
         tflops: instead of the device's peak.
         share: of the peak, reached in training; of the bandwidth, in sampling.
     """
-    operations = 4.0 * parameters + 2.0 * min(trained, parameters)
-    operations += 2.0 * parameters * (int(checkpointing) + int(reference))
-    peak = tflops or device.tflops
+    operations = 2.0 * parameters * (2 + checkpointing + reference) + 2.0 * min(trained, parameters)
+    peak = (tflops or device.tflops or 0) * 1e12 * share
     sampled = None
     if rows and device.bandwidth:
-        sampled = rows * device.bandwidth * share / (weight_bytes + cache_bytes)
-        if peak:
-            sampled = min(sampled, peak * 1e12 * share / (2 * parameters))
-    return Speed(peak * 1e12 * share / operations if peak else None, sampled, operations)
+        sampled = rows * device.bandwidth * share / read_bytes
+        sampled = min(sampled, peak / (2 * parameters)) if peak else sampled
+    return Speed(peak / operations if peak else None, sampled, operations)

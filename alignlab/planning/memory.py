@@ -1,4 +1,4 @@
-"""What one device holds in each mode, from what the whole model holds."""
+"""What one device holds in each mode, from what the whole model needs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from alignlab.build import build
-from alignlab.planning.shapes import Inventory
-from alignlab.planning.trace import Generation, Passes
+from alignlab.planning.trace import Live, Needs
 from alignlab.training.distributed.engine import BUCKET as EXCHANGED
 from alignlab.training.distributed.zero import BUCKET as REDUCED
-from alignlab.training.distributed.zero import LIVE as HELD
+from alignlab.training.distributed.zero import LIVE as GATHERED
 from alignlab.training.settings import DIVIDING
 
 MODES = ("single", "ddp", "zero1", "zero2", "fsdp", "zero3", "zero3_offload")
@@ -24,13 +23,10 @@ CONTEXT = 0.8e9
 NCCL = 0.5e9
 """Bytes of NCCL's channels, with more than one device."""
 
-BUCKET = float(REDUCED)
-"""Gradients that DeepSpeed reduces at a time (`reduce_bucket_size`), in numbers: a buffer made whole on a GPU."""
-
-LIVE = float(HELD)
-"""Weights that ZeRO-3 keeps gathered during a pass (`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
-
 GB = 1e9
+
+SIDE = 2048
+"""Of the matrix that an optimiser is tried on. State tensors of fewer numbers do not grow with the weights."""
 
 
 @dataclass(frozen=True)
@@ -38,71 +34,47 @@ class Optimizer:
     """What an optimiser holds.
 
     Attributes:
-        own: states of a weight's shape in its precision, as multiples of the weights.
-        fixed: bytes for each number trained, whatever its precision.
-        factored: one mean of squares for each row and column of a matrix (Adafactor), in float32.
+        own: states in the dtype of the weights, as a multiple of their bytes.
+        fixed: bytes of states for each trained number, whatever its dtype.
         paged: its states move to the host when a GPU is full.
-        temporary: of one tensor, while it is updated, as multiples of the tensor.
+        temporary: made and thrown away while one tensor is updated, as a multiple of its bytes.
     """
 
-    name: str
     own: float = 0.0
     fixed: float = 0.0
-    factored: bool = False
     paged: bool = False
     temporary: float = 2.0
 
-    def states(self, numbers: float, weights: float, inventory: Inventory) -> float:
+    def states(self, numbers: float, weights: float) -> float:
         """Bytes for `numbers` trained numbers that take `weights` bytes."""
-        if self.factored:
-            share = numbers / inventory.trained if inventory.trained else 0.0
-            return 4.0 * share * (inventory.factored + inventory.trained - inventory.matrices)
         return self.own * weights + self.fixed * numbers
 
 
 def optimizer_of(values: dict[str, Any]) -> Optimizer:
-    """Asked of the optimiser itself, after a step on a small matrix; Adafactor's depend on the shape."""
-    name = str(values["_target_"]).rsplit(".", 1)[-1]
-    if "Adafactor" in name:
-        return Optimizer(name, factored=True, temporary=3.0)
-    side = 512
-    weight = torch.nn.Parameter(torch.zeros(side, side))
-    made = build(values, "optimizer", [weight])
-    weight.grad = torch.ones_like(weight)
-    paged = "Paged" in name
-    temporary = 0.0 if "bitsandbytes" in values["_target_"] else 2.0 if "Adam" in name else 1.0
+    """Asked of the optimiser itself: two steps on a small matrix, whose states and temporaries are counted."""
+    paged = "Paged" in str(values["_target_"])
     try:
-        made.step()
-    except Exception:  # one that steps on GPUs alone: as Adam in float32
-        return Optimizer(name, fixed=8.0, paged=paged, temporary=temporary)
-    held = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor) and v.dim()]
-    own = sum(v.numel() == weight.numel() and v.dtype == weight.dtype for v in held)
-    # Tables that do not grow with the weights are left out.
-    fixed = sum(v.nbytes for v in held if v.dtype != weight.dtype or side < v.numel() != weight.numel())
-    if "bitsandbytes" in values["_target_"]:  # its states are 32 or 8 bits whatever the weights are
-        return Optimizer(name, fixed=4.0 * own + fixed / weight.numel(), paged=paged, temporary=temporary)
-    return Optimizer(name, own=float(own), fixed=fixed / weight.numel(), paged=paged, temporary=temporary)
+        # Half precision tells which states have the dtype of the weights; temporaries are those of float32.
+        states, _ = _tried(values, torch.bfloat16)
+        _, temporary = _tried(values, torch.float32)
+    except Exception:  # one that runs on GPUs alone: as Adam in float32
+        return Optimizer(fixed=8.0, paged=paged)
+    numbers = SIDE * SIDE
+    own = sum(state.numel() == numbers and state.dtype == torch.bfloat16 for state in states)
+    fixed = sum(s.nbytes for s in states if s.numel() >= SIDE) - own * 2 * numbers
+    return Optimizer(float(own), fixed / numbers, paged, temporary)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a run is spread.
-
-    Attributes:
-        micro_batches: of a step, on each device.
-        own_critic: a critic with a decoder of its own.
-        merged: the adapter is folded into a copy of the model at the end.
-        on_cpu: processes compute on CPUs: no context, no buffer before it is used, one tensor updated at a time.
-        scorers: bytes of models that score.
-    """
-
-    mode: str = "single"
-    devices: int = 1
-    micro_batches: int = 2
-    own_critic: bool = False
-    merged: bool = False
-    on_cpu: bool = False
-    scorers: float = 0.0
+def _tried(values: dict[str, Any], dtype: torch.dtype) -> tuple[list[torch.Tensor], float]:
+    """(the states of a matrix of this dtype, what a step makes and throws away as a multiple of it)."""
+    weight = torch.nn.Parameter(torch.zeros(SIDE, SIDE, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    optimizer = build(values, "optimizer", [weight])
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    with Live([weight, weight.grad, *states]) as live:
+        optimizer.step()
+    return states, round(live.most / weight.nbytes, 1)
 
 
 @dataclass(frozen=True)
@@ -134,107 +106,114 @@ class Memory:
 
 
 def device_memory(
-    what: Inventory, passes: Passes, generation: Generation | None, optimizer: Optimizer, setting: Setting
+    needs: Needs,
+    optimizer: Optimizer,
+    mode: str = "single",
+    devices: int = 1,
+    *,
+    micro_batches: int = 2,
+    merged: bool = False,
+    scorers: float = 0.0,
+    on_cpu: bool = False,
 ) -> Memory:
     """ZeRO-1 divides the optimiser's states, ZeRO-2 the gradients too, ZeRO-3 and FSDP also the weights (Rajbhandari et
     al. 2020, arXiv:1910.02054, section 5); activations are divided by nobody.
 
     What is not in the paper, but in DeepSpeed: a float32 copy of the trained weights, divided, whatever their own
-    precision; a gradient in one piece, and in a bucket, beside its parts. Weights of a quantised base stay whole.
+    dtype; a gradient in one piece, and in a bucket, beside its parts. Weights of a quantised base stay whole.
+
+    Args:
+        micro_batches: of a step, on each device.
+        merged: the adapter is folded into a copy of the model at the end.
+        scorers: bytes of models that score.
+        on_cpu: processes compute on CPUs: no context, no buffer before it is used, one tensor updated at a time.
     """
-    mode, n = setting.mode, max(1, setting.devices)
     zero, divided, offload = mode.startswith("zero"), mode in DIVIDING, mode.endswith("offload")
-    part = 1 / n if divided else 1.0
-    movable = what.trained_weights + what.frozen_weights
-    weights = what.quantised + movable * part
-    reference = what.reference * part
-    share = 1 / n if zero or divided else 1.0
-    flat = 4.0 * what.trained * share if zero else 0.0  # ZeRO works on float32 whatever the weights are
-    states = optimizer.states(what.trained * share, flat or what.trained_weights * share, what)
-    held = {"weights": weights, "reference": reference, "optimizer states": states, "float32 copy": flat}
-    gradients, buffers, after = _gradients(what, setting, flat)
+    weights_share = 1 / devices if divided else 1.0
+    states_share = 1 / devices if divided or zero else 1.0
+    movable = needs.trained_weights + needs.frozen_weights
+    # ZeRO works on float32 whatever the weights are.
+    flat = 4.0 * needs.trained * states_share if zero else 0.0
+    held = {
+        "weights": needs.quantised + movable * weights_share,
+        "reference": needs.reference * weights_share,
+        "optimizer states": optimizer.states(
+            needs.trained * states_share, flat or needs.trained_weights * states_share
+        ),
+        "float32 copy": flat,
+        "scorers": scorers,
+    }
+    gradients = needs.trained_weights / devices if divided or mode == "zero2" else needs.trained_weights
     host = 0.0
     if offload:
-        host = movable * part + reference + states + flat + gradients
-        held = {"weights": what.quantised, "reference": 0.0, "optimizer states": 0.0, "float32 copy": 0.0}
-        gradients = after = 0.0
-    temporary = _temporary(what, optimizer, setting, flat)
-    gathered = {"gathered weights": _gathered(what, setting)} if divided else {}
-    whole = {"gathered weights": max(movable, what.reference)} if divided else {}
-    most = max(passes.forward, passes.backward)
-    last = what.table_gradient + (passes.saved / 2 if setting.own_critic else 0.0)
-    first = setting.micro_batches == 1 and mode in ("single", "ddp")
-    activations = most if first else max(most, last)
+        host = sum(held.values()) - scorers - needs.quantised + gradients
+        held |= {"weights": needs.quantised, "reference": 0.0, "optimizer states": 0.0, "float32 copy": 0.0}
+        gradients = 0.0
+    gathered = {"gathered weights": _gathered(needs, mode)} if divided else {}
+    buffers = _buffers(needs, mode, devices, on_cpu)
+    # With one micro-batch gradients come while activations go; from the second one on they are all there.
+    first = micro_batches == 1 and mode in ("single", "ddp")
     phases = {
         "training": {
-            "gradients": what.head_gradients if first else gradients,
-            "activations": activations,
+            "gradients": needs.head_gradients if first else gradients,
+            "activations": needs.activations if first else max(needs.activations, needs.table_gradient),
             **({"communication": buffers} if buffers else {}),
             **gathered,
         },
-        "update": {"gradients": gradients + after, "temporary": 0.0 if offload else temporary},
-        "scoring": {"activations": passes.scoring, **gathered},
+        "update": {
+            "gradients": gradients + (0.0 if offload else flat),
+            "temporary": 0.0 if offload else _temporary(needs, optimizer, mode, devices, flat, on_cpu),
+        },
+        "scoring": {"activations": needs.scoring, **gathered},
     }
-    if first:  # gradients come one by one, while activations go
+    if first:
         phases["gradients"] = {"gradients": gradients}
     elif mode.startswith("zero3"):  # the buffer stays from step to step
         held["communication"] = phases["training"].pop("communication")
-    elif zero and setting.on_cpu:  # so does what DeepSpeed moves them to: nobody has written to the rest of its buffer
-        phases["training"]["communication"] = 0.0 if mode == "zero1" else what.head_gradients
-        phases["gradients"] = {"gradients": what.gradients / n, "communication": buffers}
-    if generation is not None:
-        phases["sampling"] = {"generation": max(generation.prefill, generation.step), **whole}
-    if divided and not what.quantised:  # every process reads all of it, and the reference, before they are divided
-        before = what.weights + what.reference
-        host = max(host, before)
-        if setting.on_cpu:
+    elif zero and on_cpu:  # so does what DeepSpeed moves them to: nobody has written to the rest of its buffer
+        phases["training"]["communication"] = 0.0 if mode == "zero1" else needs.head_gradients
+        phases["gradients"] = {"gradients": needs.trained_weights / devices, "communication": buffers}
+    if needs.step:
+        whole = {"gathered weights": max(movable, needs.reference)} if divided else {}
+        phases["sampling"] = {"generation": max(needs.prefill, needs.step), **whole}
+    if divided:
+        # Every process reads the whole model before it is divided; the first one puts it together anew to save it.
+        before = 0.0 if needs.quantised else needs.weights + needs.reference
+        host = max(host, before, needs.weights)
+        if on_cpu:
             phases["loading"] = {"whole model": max(before - sum(held.values()), 0.0)}
-    if divided:  # the first process puts the model together anew in the host's memory
-        host = max(host, what.weights)
-        if setting.on_cpu:
-            phases["saving"] = {"whole model": what.weights}
-    elif setting.merged:
+            phases["saving"] = {"whole model": needs.weights}
+    elif merged:
         phases["saving"] = {"merged copy": movable}
-    held["scorers"] = setting.scorers
     if mode == "ddp":  # the wrapper's own buckets stay, which on a CPU nobody has written to; ours come and go
-        held["communication"] = min(EXCHANGED, what.gradients) if setting.on_cpu else what.gradients
-    overhead = 0.0 if setting.on_cpu else CONTEXT + (NCCL if n > 1 else 0.0)
+        held["communication"] = min(EXCHANGED, needs.trained_weights) if on_cpu else needs.trained_weights
+    overhead = 0.0 if on_cpu else CONTEXT + (NCCL if devices > 1 else 0.0)
     paged = held["optimizer states"] if optimizer.paged else 0.0
     return Memory({k: v for k, v in held.items() if v}, phases, overhead, host, paged)
 
 
-def _gradients(what: Inventory, setting: Setting, flat: float) -> tuple[float, float, float]:
-    """(gradients while training, what they are exchanged in, what is made of them for the update), in bytes."""
-    mode, n = setting.mode, max(1, setting.devices)
-    bucket = (min(BUCKET, what.trained) if setting.on_cpu else BUCKET) * 4.0
-    if mode == "zero1":  # whole, until the last micro-batch's are reduced
-        return what.gradients, bucket, flat
+def _buffers(needs: Needs, mode: str, devices: int, on_cpu: bool) -> float:
+    """What gradients are exchanged in: ZeRO's bucket, made whole on a GPU; FSDP's layer, before and after."""
     if mode.startswith("zero"):
-        return what.gradients / n, bucket, flat
-    if mode == "fsdp":  # a layer's at a time
-        layer = what.layer * what.gradients / max(what.weights, 1.0)
-        return what.gradients / n, 2 * layer, 0.0
-    return what.gradients, 0.0, 0.0
+        return 4.0 * (min(REDUCED, needs.trained) if on_cpu else REDUCED)
+    if mode == "fsdp":
+        return 2 * needs.layer * needs.trained_weights / max(needs.weights, 1.0)
+    return 0.0
 
 
-def _gathered(what: Inventory, setting: Setting) -> float:
+def _gathered(needs: Needs, mode: str) -> float:
     """Weights that are whole during a pass: two layers and what is in none in FSDP, as many as it likes in ZeRO-3."""
-    movable = what.trained_weights + what.frozen_weights
-    if setting.mode == "fsdp":
-        return min(movable, 2 * what.layer + what.outside)
-    numbers = max(what.parameters, 1.0)
-    return min(movable, LIVE * movable / numbers)
+    movable = needs.trained_weights + needs.frozen_weights
+    if mode == "fsdp":
+        return min(movable, 2 * needs.layer + needs.outside)
+    return min(movable, GATHERED * movable / max(needs.parameters, 1.0))
 
 
-def _temporary(what: Inventory, optimizer: Optimizer, setting: Setting, flat: float) -> float:
-    """What the update makes and throws away: torch updates all tensors at once on GPUs, one after the other on CPUs
-    and where they are divided one by one; ZeRO's is one flat tensor."""
-    if not optimizer.temporary:
-        return 0.0
+def _temporary(needs: Needs, optimizer: Optimizer, mode: str, devices: int, flat: float, on_cpu: bool) -> float:
+    """What the update makes and throws away: torch updates all tensors at once on GPUs, in half as much for each, and
+    one after the other on CPUs and where they are divided one by one; ZeRO's is one flat tensor."""
     if flat:
-        return flat * (optimizer.temporary if setting.on_cpu else optimizer.temporary / 2)
-    if setting.mode == "fsdp":
-        return optimizer.temporary * what.largest / max(1, setting.devices)
-    if setting.on_cpu or optimizer.factored:
-        return optimizer.temporary * what.largest
-    return what.trained_weights * optimizer.temporary / 2
+        return flat * (optimizer.temporary if on_cpu else optimizer.temporary / 2)
+    if mode == "fsdp":
+        return optimizer.temporary * needs.largest / devices
+    return optimizer.temporary * (needs.largest if on_cpu else needs.trained_weights / 2)

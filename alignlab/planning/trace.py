@@ -1,97 +1,83 @@
 """How much memory a pass takes: the real modules run on tensors without contents, and every storage is counted.
 
-What autograd keeps, what checkpointing drops, what an attention kernel saves and what chunked logits cost is thereby
-not modelled but observed, for any architecture.
+What autograd keeps, what checkpointing drops, what an attention kernel saves and what chunked logits cost is not
+modelled but observed, for any architecture.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alignlab.core import Group, Response
 from alignlab.models import evaluating
-from alignlab.planning.shapes import Shapes
+from alignlab.planning.shapes import Shapes, held_bytes
 from alignlab.rollout.decoding import Decoding
 from alignlab.rollout.sampling import draw, filtered_log_probs
 from alignlab.rollout.settings import RolloutSettings
 
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
+"""What architectures raise at layouts that they do not take."""
+
 
 @dataclass(frozen=True)
-class Passes:
-    """Bytes that come on top of weights, gradients and optimiser states. Linear in the layers.
+class Needs:
+    """What a process that holds all of a model needs: bytes, unless said otherwise. Linear in the layers.
 
     Attributes:
+        parameters: numbers in the base model, heads included, adapters not.
+        trained: numbers that are trained.
+        trained_weights, frozen_weights, quantised: as they are held. Gradients take as much as the trained weights.
+        reference: of a frozen copy of the model, or of the adapter where one is trained further.
+        largest: the largest trained tensor.
+        layer: all weights of one layer of the decoder; `outside`: those of no layer, embeddings and heads.
+        head_gradients: gradients that exist before those of the last layer: the output embedding's.
+        table_gradient: the input embedding's, made in a piece beside what is there.
         saved: what the forward pass leaves for the backward pass, logits included.
-        forward: the most during the forward pass.
-        backward: the most during forward and backward pass, with gradients there from an earlier micro-batch.
+        activations: the most during forward and backward pass, with gradients there from an earlier micro-batch.
         scoring: the most during a forward pass without gradients, as for the reference's log-probs.
+        cache: keys and values of all rows that are sampled, at their final length.
+        prefill, step: the most during the prompts' pass of sampling, and during the last token's, cache included.
     """
 
+    parameters: float = 0
+    trained: float = 0
+    trained_weights: float = 0
+    frozen_weights: float = 0
+    quantised: float = 0
+    reference: float = 0
+    largest: float = 0
+    layer: float = 0
+    outside: float = 0
+    head_gradients: float = 0
+    table_gradient: float = 0
     saved: float = 0
-    forward: float = 0
-    backward: float = 0
+    activations: float = 0
     scoring: float = 0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Bytes of sampling. Linear in the layers.
-
-    Attributes:
-        cache: keys and values of all rows at their final length.
-        prefill, step: the most during the prompts' forward pass, and during the last token's, the cache included.
-    """
-
     cache: float = 0
     prefill: float = 0
     step: float = 0
 
+    @property
+    def weights(self) -> float:
+        return self.trained_weights + self.frozen_weights + self.quantised
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made inside it that are still in use, those of `module` not."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.now = 0
-        self.most = 0
-        tensors = [*module.parameters(), *module.buffers()]
-        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._count(value)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def gone() -> None:
-            self.now -= size
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.finalize(storage, gone)
-
-    def restart(self) -> int:
-        """Forget the most there was so far; what there is now."""
-        self.most = self.now
-        return self.now
+def extrapolate(low: Needs, high: Needs, at: tuple[int, int], layers: int) -> Needs:
+    """The needs of a model of so many layers, from those at two other numbers of layers."""
+    found = {}
+    for field in fields(Needs):
+        a, b = getattr(low, field.name), getattr(high, field.name)
+        found[field.name] = b + (b - a) / (at[1] - at[0]) * (layers - at[1])
+    return Needs(**found)
 
 
 @dataclass(frozen=True)
@@ -118,52 +104,130 @@ class Workload:
         """Tokens of a row."""
         return self.prompt + self.responses * self.response
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
     def groups(self) -> list[Group]:
-        return [
-            Group([0] * self.prompt, [Response([0] * self.response) for _ in range(self.responses)])
-            for _ in range(self.rows)
-        ]
+        responses = [Response([0] * self.response) for _ in range(self.responses)]
+        return [Group([0] * self.prompt, responses) for _ in range(self.rows)]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
 
 
-def trace_passes(shapes: Shapes, work: Workload) -> Passes:
-    """Run two micro-batches and a pass without gradients; the first leaves the gradients that the second finds."""
-    model, reads = shapes.model, tuple(shapes.algorithm.reads)
-    reads = tuple(r for r in reads if model.kind == "policy" or r in ("score", "step", "logp"))
-    saved = forward = backward = 0
-    with shapes.mode, _still_tables(shapes), Live(model) as live:
-        rows = _lay_out(shapes, work)
-        for _ in range(2):
+@dataclass(frozen=True)
+class Sampling:
+    """A batch that is sampled: `samples` responses to each of `prompts` prompts."""
+
+    prompts: int
+    samples: int
+    settings: RolloutSettings
+
+
+def trace(shapes: Shapes, work: Workload, sampling: Sampling | None = None) -> Needs:
+    """Count the weights, then run a micro-batch, a pass without gradients and, if there is any, sampling."""
+    found = {**_weights(shapes), **_passes(shapes, work)}
+    if sampling is not None:
+        found |= _sampling(shapes, work.prompt, sampling)
+    return Needs(**found)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made inside it that are still in use, those of the `known` tensors not."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone() -> None:
+            self.now -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.finalize(storage, gone)
+
+    def restart(self) -> int:
+        """Forget the most there was so far; what there is now."""
+        self.most = self.now
+        return self.now
+
+
+def _weights(shapes: Shapes) -> dict[str, float]:
+    model = shapes.model
+    lists = [list(m) for m in model.decoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(lists, key=lambda found: sum(p.numel() for m in found for p in m.parameters()), default=[])
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    heads = [m for m in (model.head, model.value_head) if m is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    table = model.base.get_input_embeddings().weight
+    return {
+        "parameters": float(shapes.parameters),
+        "trained": float(sum(p.numel() for p in trained)),
+        "trained_weights": float(sum(p.nbytes for p in trained)),
+        "frozen_weights": float(sum(t.nbytes for t in frozen if not hasattr(t, "bytes_each"))),
+        "quantised": sum(held_bytes(t) for t in frozen if hasattr(t, "bytes_each")),
+        "reference": float(shapes.reference),
+        "largest": float(max((p.nbytes for p in trained), default=0)),
+        "layer": max((sum(map(held_bytes, layer.parameters())) for layer in layers), default=0.0),
+        "outside": sum(held_bytes(p) for p in model.parameters() if id(p) not in inside),
+        "head_gradients": float(sum(p.nbytes for m in heads for p in m.parameters() if p.requires_grad)),
+        "table_gradient": float(table.nbytes if table.requires_grad else 0),
+    }
+
+
+def _passes(shapes: Shapes, work: Workload) -> dict[str, float]:
+    """A micro-batch that finds gradients of an earlier one, and a pass without gradients."""
+    model = shapes.model
+    own = ("score", "step", "logp")
+    reads = tuple(r for r in shapes.algorithm.reads if model.kind == "policy" or r in own)
+    with shapes.mode, _still_tables(model):
+        rows = _lay_out(shapes, work, reads)
+        gradients = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                gradients.append(parameter.grad)
+        with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
             before = live.restart()
-            with _precision(work):
+            with work.precision():
                 outputs = model(rows, reads, work.temperature)
                 loss = sum((v.sum() for v in outputs.values() if v.requires_grad), torch.zeros(()))
             del outputs
-            saved, forward = live.now - before, live.most - before
+            saved = live.now - before
             loss.backward()
             del loss
-            backward = live.most - before
-        before = live.restart()
-        with torch.no_grad(), evaluating(model), _precision(work):
-            model(rows, reads, work.temperature)
-        scoring = live.most - before
+            activations = live.most - before
+            before = live.restart()
+            with torch.no_grad(), evaluating(model), work.precision():
+                model(rows, reads, work.temperature)
+            scoring = live.most - before
         for parameter in model.parameters():
             parameter.grad = None
-    return Passes(float(saved), float(forward), float(backward), float(scoring))
+    return {"saved": float(saved), "activations": float(activations), "scoring": float(scoring)}
 
 
 @contextmanager
-def _still_tables(shapes: Shapes) -> Iterator[None]:
-    """The input embeddings without gradients: theirs are made last, when nothing else is left, and would hide what
+def _still_tables(model: nn.Module) -> Iterator[None]:
+    """The input embeddings without gradients: these are made last, when nothing else is left, and would hide what
     grows with the layers in a model with few of them."""
     kept, hooks = [], []
-    for module in shapes.model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad:
             kept.append((module, module.weight))
-            module.weight = torch.nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
+            module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
             hooks.append(module.register_forward_hook(lambda _, __, out: out.requires_grad_(torch.is_grad_enabled())))
     try:
         yield
@@ -174,41 +238,35 @@ def _still_tables(shapes: Shapes) -> Iterator[None]:
             hook.remove()
 
 
-def _lay_out(shapes: Shapes, work: Workload) -> Any:
-    """Rows of tokens, packed where the architecture takes them."""
-    model = shapes.model
-    if model.layout == "packed":
-        few = Workload(1, 2, 2, work.responses)
+def _lay_out(shapes: Shapes, work: Workload, reads: Sequence[str]) -> Any:
+    """Rows of tokens, in the first layout that the architecture takes."""
+    model, few = shapes.model, Workload(1, 2, 2, work.responses).groups()
+    layouts = ("varlen", "packed", "plain")
+    for layout in layouts[layouts.index(model.layout) :]:
+        model.layout = layout  # type: ignore[assignment]
         try:
             with torch.no_grad():
-                model._run(model.decoder, model.lay_out(few.groups()))
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError):
-            model.layout = "plain"
+                model(model.lay_out(few), reads)
+        except REFUSALS:
+            continue
+        break
     return model.lay_out(work.groups())
 
 
-def _precision(work: Workload) -> AbstractContextManager[Any]:
-    return nullcontext() if work.autocast is None else torch.autocast("cpu", work.autocast)
-
-
-def trace_generation(
-    shapes: Shapes, prompts: int, samples: int, work: Workload, settings: RolloutSettings
-) -> Generation:
-    """Sampling `samples` responses to each of `prompts` prompts, from the prompts' pass to the last token."""
-    model = shapes.model
-    rows, final = prompts * samples, work.prompt + settings.max_new_tokens
-    with shapes.mode, torch.no_grad(), evaluating(model), Live(model) as live:
+def _sampling(shapes: Shapes, prompt: int, sampling: Sampling) -> dict[str, float]:
+    """From the prompts' pass to the last token."""
+    model, settings = shapes.model, sampling.settings
+    rows, final = sampling.prompts * sampling.samples, prompt + settings.max_new_tokens
+    with shapes.mode, torch.no_grad(), evaluating(model), Live([*model.parameters(), *model.buffers()]) as live:
         before = live.restart()
-        decoding = Decoding(model, [[0] * work.prompt] * prompts, True)
-        decoding.select([i for i in range(prompts) for _ in range(samples)])
+        decoding = Decoding(model, [[0] * prompt] * sampling.prompts, True)
+        decoding.select([i for i in range(sampling.prompts) for _ in range(sampling.samples)])
         prefill = live.most - before
         del decoding
         decoding = Decoding(model, [[0] * (final - 1)] * rows, True)
         cache = live.now - before - decoding.logits_RV.nbytes
         live.restart()
-        token = torch.zeros(rows, dtype=torch.int64)
-        decoding.append(token)
-        log_probs = filtered_log_probs(decoding.logits_RV, settings)
-        draw(log_probs, torch.zeros(rows, dtype=torch.float64))
+        decoding.append(torch.zeros(rows, dtype=torch.int64))
+        draw(filtered_log_probs(decoding.logits_RV, settings), torch.zeros(rows, dtype=torch.float64))
         step = live.most - before
-    return Generation(float(cache), float(prefill), float(step))
+    return {"cache": float(cache), "prefill": float(prefill), "step": float(step)}

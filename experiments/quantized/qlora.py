@@ -25,7 +25,7 @@ import torch
 from alignlab.config import compose, resolve
 from alignlab.core import Group
 from alignlab.data import DataSettings, load
-from alignlab.launch.environment import quiet
+from alignlab.launch import quiet
 from alignlab.models import (
     LoRA,
     ModelSettings,

@@ -36,7 +36,7 @@ def main(file: Path) -> None:
 
     import torch
 
-    from alignlab.launch.environment import quiet
+    from alignlab.launch import quiet
     from alignlab.models import log_probs, packed_model
 
     quiet()
