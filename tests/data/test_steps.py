@@ -7,6 +7,7 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -176,6 +177,9 @@ def test_labels_for_a_sampled_response() -> None:
     assert response.columns == {"behaviour_logp": [-2.0, -4.0], "reward": 1.0, "step_label": [1.0, -0.5]}
     label_steps(response, [0, 3], [1, 1])
     assert response.columns == {"reward": 1.0, "step_label": [1.0, 1.0]}, "no value is known of the first token"
+    response = Response([5, 6, 7, 8], None, {"behaviour_logp": np.array([-1.0, -2.0, -3.0, -4.0])})
+    label_steps(response, [1, 3], [1, -0.5])
+    assert response.columns == {"behaviour_logp": [-2.0, -4.0], "step_label": [1.0, -0.5]}, "an array is as good"
 
 
 # Records
