@@ -68,10 +68,10 @@ def layer(name: str) -> str | None:
 def allowed(name: str) -> set[str]:
     """The layers a module may import from."""
     mine = layer(name)
-    if mine is None:  # the package itself names what is public
-        return {"api", "training", "algorithms", "core"}
-    if mine == "__main__":
+    if name == "alignlab.__main__":
         return {"cli"}
+    if mine is None:  # the package: it hands out names from everywhere but the commands
+        return set(LAYERS) - {"commands"}
     if mine == "cli":
         return {"commands"}
     if mine in BESIDE:

@@ -10,6 +10,7 @@ import torch
 from alignlab.planning.memory import GB, MODES, Memory, Optimizer, device_memory, optimizer_of
 from alignlab.planning.shapes import nf4_bytes
 from alignlab.planning.trace import Needs
+from tests.components import need
 
 STATES = ("weights", "float32 copy", "optimizer states")
 ADAM = Optimizer(own=2.0)
@@ -59,8 +60,8 @@ def test_the_zero_paper(parameters: float, devices: int, published: dict[str, fl
 @pytest.mark.parametrize("devices", [1, 2, 8, 64])
 def test_deepspeed_s_estimators(devices: int) -> None:
     """They count the update, where a float32 gradient is beside the others; ZeRO-3's leaves out the half one."""
-    zero = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
-    three = pytest.importorskip("deepspeed.runtime.zero.stage3")
+    zero = need("deepspeed.runtime.zero.stage_1_and_2")
+    three = need("deepspeed.runtime.zero.stage3")
     n = 7_500_000_000
     memory = on("zero2", devices, whole(n))
     _, theirs = zero.estimate_zero2_model_states_mem_needs(n, devices, 1, cpu_offload=False)
@@ -75,7 +76,7 @@ def test_deepspeed_s_estimators(devices: int) -> None:
 @pytest.mark.parametrize("devices", [1, 8])
 def test_offloading_against_deepspeed(devices: int) -> None:
     """All states are in the node's memory: 18 bytes a parameter by its estimator, 16 here before the update."""
-    three = pytest.importorskip("deepspeed.runtime.zero.stage3")
+    three = need("deepspeed.runtime.zero.stage3")
     n = 7_500_000_000
     memory = on("zero3_offload", devices, whole(n), on_cpu=False)
     theirs, _, _ = three.estimate_zero3_model_states_mem_needs(n, 0, devices, 1, additional_buffer_factor=1.0)
@@ -166,7 +167,7 @@ def test_states_in_the_weights_own_precision() -> None:
 @pytest.mark.component
 def test_states_in_8_bits() -> None:
     """A byte each for two means, and a float32 constant for each 256 of them (Dettmers et al. 2022)."""
-    pytest.importorskip("bitsandbytes")
+    need("bitsandbytes")
     found = optimizer_of({"_target_": "bitsandbytes.optim.AdamW8bit"})
     assert found.states(1e6, 2e6) == pytest.approx(2e6 * (1 + 4 / 256), rel=1e-3)
     paged = optimizer_of({"_target_": "bitsandbytes.optim.PagedAdamW"})
