@@ -23,7 +23,7 @@ slurm() { for _ in 1 2 3; do scontrol "$@" && return; sleep 5; done; return 1; }
 if [ "$status" = 0 ]; then exit 0; fi
 state=$(slurm --oneliner show job "$job") || exit "$status"
 if [[ $state != *" JobState=RUNNING "* ]]; then exit "$status"; fi  # cancelled, or queued again already
-if [[ $state != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then exit "$status"; fi  # runs elsewhere: this node was lost
+if [[ $state != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then exit "$status"; fi  # runs elsewhere: node lost
 preempted=$(grep -o ' PreemptTime=[0-9]' <<<"$state" || true)
 case $status in
   138 | 140 | 143 | 75) ;;  # 75: no memory; to be started again, with a smaller token budget

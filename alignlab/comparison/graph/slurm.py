@@ -5,12 +5,13 @@
 Training and evaluation of a node are tasks of their own, for they need other resources, and a run that only reads the
 pairs need not wait for the reward model that it is measured with.
 
-submitit writes the batch script, starts the processes on all nodes, and keeps the logs. It knows nothing of dependencies
-between jobs, of why a job waits, and of clusters without accounting; its `results()` gives up at the first job that is
-lost; it tells of a wrong setting only when the jobs before it are in the queue; and a job that is preempted before
-Python listens is lost to it. So ours are: `--dependency` (through its additional parameters), the questions to Slurm
-(`launch.slurm.commands`), `submitted.json`, and the end of the batch script, which queues a job again (`job`). Two of its private functions are used, to show and to probe a script before it is handed over
-(`_make_submission_file_text`, `_submitit_command_str`; submitit 1.5).
+submitit writes the batch script, starts the processes on all nodes, and keeps the logs. It knows nothing of
+dependencies between jobs, of why a job waits, and of clusters without accounting; its `results()` gives up at the first
+job that is lost; it tells of a wrong setting only when the jobs before it are in the queue; and it loses a job that is
+preempted before Python listens. So ours are: `--dependency` (through its additional parameters), the questions to Slurm
+(`launch.slurm.commands`), `submitted.json`, and the end of the batch script, which queues a job again (`job`). Two of
+its private functions are used, to show and to probe a script before it is handed over (`_make_submission_file_text`,
+`_submitit_command_str`; submitit 1.5).
 """
 
 from __future__ import annotations
