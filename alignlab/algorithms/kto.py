@@ -37,7 +37,7 @@ def baseline(groups: Sequence[Group]) -> float:
     """z_ref (section 4.1), in nats: max(0, mean of log π/π_ref over the mismatched responses), from their columns
     `old_logp` and `ref_logp`; 0 if there are none."""
     ratios = [
-        sum(r.columns["old_logp"]) - sum(r.columns["ref_logp"])  # type: ignore[arg-type]
+        sum(map(float, r.columns["old_logp"])) - sum(map(float, r.columns["ref_logp"]))  # type: ignore[arg-type]
         for g in groups
         for r in g.responses
         if MISMATCHED in r.columns

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Response, require_choice, segment_sum
+from alignlab.core.group import is_per_token
 
 NEUTRAL = {"soft": 0.0, "right": 1.0, "wrong": -1.0}
 
@@ -80,7 +81,7 @@ class ProcessRewardModel(Algorithm):
         self.supervise, self.neutral = supervise, neutral
 
     def check(self, group: Group) -> str | None:
-        if group.responses and all(isinstance(r.columns.get("step_label"), list) for r in group.responses):
+        if group.responses and all(is_per_token(r.columns.get("step_label", 0.0)) for r in group.responses):
             return None
         return "ProcessRewardModel needs a `step_label` for each step of each response: see data=steps"
 

@@ -8,11 +8,12 @@ from functools import cached_property, partial
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alignlab.core.errors import AlignlabError
-from alignlab.core.group import Group
+from alignlab.core.group import Group, is_per_token
 from alignlab.core.order import best_response, compared
 from alignlab.core.ragged import segment_mean, segment_sum, segments
 
@@ -108,29 +109,28 @@ class Batch:
 
     def _build(self, name: str) -> Tensor:
         column, axis = self._parse(name)
-        values: list[float] = []
         if axis == "G":
-            for group in self.groups:
-                values.append(self._value(group.columns, column, group.place))
-        else:
-            for group in self.groups:
-                for response in group.responses:
-                    value = self._value(response.columns, column, group.place)
-                    if isinstance(value, list) != (axis == "T"):
-                        have, want = ("list", "number") if axis == "N" else ("number", "list")
-                        raise AlignlabError(
-                            f"{group.place}: column '{column}' is a {have} for each response; '{name}' needs a {want}"
-                        )
-                    if isinstance(value, list):
-                        if len(value) != response.loss_tokens:
-                            raise AlignlabError(
-                                f"{group.place}: column '{column}' has {len(value)} values "
-                                f"for {response.loss_tokens} loss-bearing tokens"
-                            )
-                        values.extend(value)
-                    else:
-                        values.append(value)
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+            values = [self._value(g.columns, column, g.place) for g in self.groups]
+            return torch.tensor(values, dtype=torch.float32, device=self.device)
+        found = []
+        for group in self.groups:
+            for response in group.responses:
+                value = self._value(response.columns, column, group.place)
+                if is_per_token(value) != (axis == "T"):
+                    have, want = ("list", "number") if axis == "N" else ("number", "list")
+                    raise AlignlabError(
+                        f"{group.place}: column '{column}' is a {have} for each response; '{name}' needs a {want}"
+                    )
+                if axis == "T" and len(value) != response.loss_tokens:
+                    raise AlignlabError(
+                        f"{group.place}: column '{column}' has {len(value)} values "
+                        f"for {response.loss_tokens} loss-bearing tokens"
+                    )
+                found.append(value)
+        if axis == "T":
+            flat = np.concatenate([np.asarray(v, np.float32) for v in found]) if found else np.zeros(0, np.float32)
+            return torch.from_numpy(flat).to(self.device)
+        return torch.tensor(found, dtype=torch.float32, device=self.device)
 
     @staticmethod
     def _value(columns: dict, column: str, place: str):  # type: ignore[no-untyped-def]
@@ -145,13 +145,13 @@ class Batch:
     def fill(self, name: str, values: Tensor) -> None:
         """Write a column to the groups or responses: `batch.fill("advantage_T", advantage_T)`. It has no gradient."""
         column, axis = self._parse(name)
-        found = values.detach().tolist()
         if axis == "T":
-            start = 0
-            for response in self.responses:
-                response.columns[column] = found[start : start + response.loss_tokens]
-                start += response.loss_tokens
+            lengths = [r.loss_tokens for r in self.responses]
+            parts = np.split(values.detach().cpu().numpy().copy(), np.cumsum(lengths)[:-1]) if lengths else []
+            for response, part in zip(self.responses, parts, strict=True):
+                response.columns[column] = part
         else:
+            found = values.detach().tolist()
             held = [g.columns for g in self.groups] if axis == "G" else [r.columns for r in self.responses]
             for columns, value in zip(held, found, strict=True):
                 columns[column] = value  # type: ignore[index]

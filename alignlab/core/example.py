@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from alignlab.core.group import Column, Group
+from alignlab.core.group import Column, Group, is_per_token
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": …, "content": …}`."""
@@ -86,7 +86,7 @@ class Example:
         for k, columns in enumerate(self.columns):
             steps = len(self.steps[k]) if self.steps else 0
             for name, value in columns.items():
-                numbers = [float(v) for v in value] if isinstance(value, list | tuple) else float(value)
+                numbers = [float(v) for v in value] if is_per_token(value) else float(value)  # type: ignore[union-attr, arg-type]
                 if isinstance(numbers, list) and len(numbers) != steps:
                     return f"responses[{k}] has {steps} steps but {len(numbers)} values of {name}"
                 if not all(map(math.isfinite, numbers if isinstance(numbers, list) else [numbers])):

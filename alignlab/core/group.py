@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-Column = float | list[float]
+if TYPE_CHECKING:  # commands that compute nothing start without NumPy
+    import numpy as np
+
+    Column = float | Sequence[float] | np.ndarray
+else:
+    Column = Any
+"""What is known of a response: a number, or one number for each of its loss-bearing tokens. Those that alignlab itself
+computes (log-probs, values, advantages) are arrays."""
 
 
-@dataclass(slots=True)
+def is_per_token(column: Column) -> bool:
+    """Whether a column has a number for each token, in whatever kind of sequence, rather than one for the response."""
+    return hasattr(column, "__len__")
+
+
+@dataclass(slots=True, eq=False)
 class Response:
     """One answer to a prompt.
 
@@ -16,8 +29,8 @@ class Response:
         token_ids: C >= 1 tokens. The end-of-sequence token is one of them if the response ended with it.
         loss_mask: which tokens bear loss, length C; None: all. Tokens without loss are read but not predicted, such
             as the later user turns of a chat, or the answer of a tool.
-        columns: what is known of the response. A float is one value for the response (`reward`), a list is one value
-            for each loss-bearing token (`ref_logp`). A `Batch` has them as `reward_N` and `ref_logp_T`.
+        columns: what is known of the response. A float is one value for the response (`reward`), an array or list
+            is one value for each loss-bearing token (`ref_logp`). A `Batch` has them as `reward_N` and `ref_logp_T`.
         finished: whether it ended by itself (end token or stop string), not at the length limit.
         text: the text, for people and for scorers that read text.
         source: where it came from: "data" for a record's own response, "policy" for a sampled one, …
@@ -29,6 +42,18 @@ class Response:
     finished: bool = True
     text: str = ""
     source: str = "data"
+
+    def __eq__(self, other: Any) -> bool:
+        """Whether both are the same response, with the same numbers in the same columns."""
+        if not isinstance(other, Response):
+            return NotImplemented
+        import numpy as np
+
+        mine, theirs = self.columns, other.columns
+        same = all(getattr(self, f.name) == getattr(other, f.name) for f in fields(self) if f.name != "columns")
+        return same and mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def loss_tokens(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from alignlab.core.errors import DataError
 from alignlab.core.files import write_text
-from alignlab.core.group import Column, Group, Response
+from alignlab.core.group import Column, Group, Response, is_per_token
 
 KEPT = ("step_label",)
 """Columns with a value for each loss-bearing token that are written."""
@@ -48,7 +48,7 @@ def group_to_record(group: Group) -> dict[str, Any]:
                 "finished": r.finished,
                 "source": r.source,
                 **({} if r.loss_mask is None else {"loss_mask": r.loss_mask}),
-                "columns": {k: _plain(v) for k, v in r.columns.items() if not per_token(v) or k in KEPT},
+                "columns": {k: _plain(v) for k, v in r.columns.items() if not is_per_token(v) or k in KEPT},
             }
             for r in group.responses
         ],
@@ -68,7 +68,7 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
             Response(
                 list(map(int, r["token_ids"])),
                 r.get("loss_mask"),
-                {k: [*map(float, v)] if per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
+                {k: [*map(float, v)] if is_per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
                 r.get("text", ""),
                 r.get("source", "data"),
@@ -88,11 +88,6 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
                 raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
     return Group(prompt_ids, responses, prompt=record.get("prompt") or "", columns=dict(columns), extra=dict(extra))
-
-
-def per_token(value: Column) -> bool:
-    """Whether a column has a value for each loss-bearing token, in whatever kind of sequence, rather than one."""
-    return hasattr(value, "__len__")
 
 
 def _plain(value: Column) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignlab.core.errors import DataError
-from alignlab.core.group import Group, Response
-from alignlab.data.groups import per_token
+from alignlab.core.group import Group, Response, is_per_token
 from alignlab.data.settings import DataSettings
 
 
@@ -73,7 +72,7 @@ def _cut_response(response: Response, limit: int) -> None:
     if response.loss_mask is not None:
         response.loss_mask = response.loss_mask[:limit]
     response.columns = {
-        name: value[: response.loss_tokens] if per_token(value) else value  # type: ignore[index]
+        name: value[: response.loss_tokens] if is_per_token(value) else value  # type: ignore[index]
         for name, value in response.columns.items()
     }
     response.finished = False

@@ -14,8 +14,7 @@ from typing import Any
 
 from alignlab.core.errors import ConfigError
 from alignlab.core.example import BadRecord
-from alignlab.core.group import Response
-from alignlab.data.groups import per_token
+from alignlab.core.group import Response, is_per_token
 
 CONTEXT = 8
 """Tokens decoded before those that matter, for tokenizers that write a token by what stands before it."""
@@ -28,7 +27,7 @@ def label_steps(response: Response, ends: Sequence[int], labels: Sequence[float]
     """
     place = {token: i for i, token in enumerate(response.predicted)}
     for name, column in list(response.columns.items()):
-        if per_token(column):
+        if is_per_token(column):
             if all(end in place for end in ends):
                 response.columns[name] = [float(column[place[end]]) for end in ends]  # type: ignore[index]
             else:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Sampler, require
 from alignlab.core.example import BadRecord
 from alignlab.data import DataSettings
@@ -162,7 +164,7 @@ class MultiTurn:
     def _response(self, conversation: _Conversation) -> Response:
         c = conversation
         before = self.tokenizer.decode(c.tokens[: c.start], skip_special_tokens=True)
-        columns: dict[str, Any] = {"behaviour_logp": c.logp, "reward": float(c.reward)}
+        columns: dict[str, Any] = {"behaviour_logp": np.asarray(c.logp), "reward": float(c.reward)}
         columns |= {name: float(value) for name, value in call(self.columns, dict, c.group, c.state).items()}
         if missing := sorted(set(self.fills) - set(columns)):
             raise AlignlabError(f"{type(self).__name__}.columns: gives no {', '.join(missing)}, which is in fills")

@@ -50,4 +50,4 @@ def fill_outputs(
     responses = [r for g in groups for r in g.responses]
     for output, column in columns.items():
         for response, values in zip(responses, found.get(output, []), strict=True):
-            response.columns[column] = values.tolist()
+            response.columns[column] = values.numpy()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alignlab.algorithms.importance import importance
 from alignlab.algorithms.policy_gradient import kl_estimate
 from alignlab.core import Group, Response
+from alignlab.core.group import is_per_token
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +32,13 @@ def compare(groups: Sequence[Group], cap: float | None) -> dict[str, float]:
     old_T, behaviour_T = [], []
     for response in (r for g in groups for r in g.responses):
         if cap is not None and "old_logp" in response.columns:
-            response.columns["importance"] = [1.0] * response.loss_tokens
+            response.columns["importance"] = np.ones(response.loss_tokens)
         if (pair := _pair(response)) is None:
             continue
         old_T.append(pair[0])
         behaviour_T.append(pair[1])
         if cap is not None:
-            response.columns["importance"] = importance(*pair, cap).tolist()
+            response.columns["importance"] = importance(*pair, cap).numpy()
     if not old_T:
         return {}
     old, behaviour = torch.cat(old_T), torch.cat(behaviour_T)
@@ -63,6 +65,12 @@ def warn(report: dict[str, float]) -> None:
 def _pair(response: Response) -> tuple[Tensor, Tensor] | None:
     """old_logp and behaviour_logp of a response, float64, where it has both and still has the tokens drawn."""
     old, behaviour = (response.columns.get(name) for name in ("old_logp", "behaviour_logp"))
-    if not isinstance(old, list) or not isinstance(behaviour, list) or len(old) != len(behaviour) or not old:
+    if (
+        old is None
+        or behaviour is None
+        or not is_per_token(old)
+        or np.shape(old) != np.shape(behaviour)
+        or not np.size(old)
+    ):
         return None
     return torch.tensor(old, dtype=torch.float64), torch.tensor(behaviour, dtype=torch.float64)

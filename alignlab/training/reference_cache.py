@@ -172,10 +172,10 @@ def _pack(values: Sequence[float]) -> bytes:
     return zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _unpack(packed: bytes, count: int) -> list[float] | None:
+def _unpack(packed: bytes, count: int) -> np.ndarray | None:
     """The numbers; None where these are not `count` numbers as they were written."""
     body = packed[4:]
     size = {4 * count: np.float32, 8 * count: np.float64}.get(len(body))
     if size is None or zlib.crc32(body).to_bytes(4, "little") != packed[:4]:
         return None
-    return [float(v) for v in np.frombuffer(body, size)]
+    return np.frombuffer(body, size)

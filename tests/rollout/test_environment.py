@@ -106,7 +106,8 @@ def test_a_conversation_token_by_token() -> None:
     assert group.prompt_ids == ids("a") and group.origin == "f:1"
     assert response.token_ids == ids("b|b|d|c|d")
     assert response.loss_mask == [True, False, True, False, True]
-    assert response.columns == {"behaviour_logp": [0.0] * 3, "reward": 3.0}
+    assert list(response.columns["behaviour_logp"]) == [0.0] * 3
+    assert (sorted(response.columns), response.columns["reward"]) == (["behaviour_logp", "reward"], 3.0)
     assert response.finished and response.source == "policy" and response.text == "bbdcd"
     assert environment.report == {"environment_turns": 3.0, "environment_over": 1.0}
 

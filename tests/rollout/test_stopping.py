@@ -32,7 +32,7 @@ def answer(wishes: dict[str, str] = ALPHABET, prompt: str = "d", **settings: Any
 def test_end_token_is_kept_and_ends() -> None:
     response = answer()
     assert (response.token_ids, response.text, response.finished) == (ids("a|b|ca|e|<eos>"), "abcae", True)
-    assert response.columns["behaviour_logp"] == [0.0] * 5
+    assert list(response.columns["behaviour_logp"]) == [0.0] * 5
 
 
 def test_length_limit_is_unfinished() -> None:

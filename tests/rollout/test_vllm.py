@@ -155,7 +155,8 @@ def test_greedy_is_asked_for_once(fake: FakeVllm, policy: PackedModel, tmp_path:
     (group,) = engine.sample(prompts(5), 3, 0)
     assert [a["n"] for a in fake.completions] == [1]
     assert [r.token_ids for r in group.responses] == [ids("a|b|c")] * 3
-    assert all(r.columns == {"behaviour_logp": [0.0] * 3} for r in group.responses)
+    assert all(list(r.columns) == ["behaviour_logp"] for r in group.responses)
+    assert all(list(r.columns["behaviour_logp"]) == [0.0] * 3 for r in group.responses)
 
 
 def test_log_probs_that_are_no_numbers_stop_it(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def save_state(
         weights = reference.state() if reference is not None else {}
     if processes.is_main:
         scaler = processes.accelerator.scaler
-        torch.save(asdict(state) | {"scaler": scaler.state_dict() if scaler else {}}, folder / "state.pt")
+        torch.save(_as_tensors(asdict(state)) | {"scaler": scaler.state_dict() if scaler else {}}, folder / "state.pt")
         if weights:
             torch.save(weights, folder / REFERENCE)
         if known := _known(records):
@@ -129,9 +129,10 @@ def load_state(
         if (folder / KNOWN).exists():
             for i, columns in torch.load(folder / KNOWN, weights_only=True).items():
                 for response, values in zip(records[i].responses, columns, strict=True):
-                    response.columns["ref_logp"] = values.tolist()
+                    response.columns["ref_logp"] = values.numpy()
     except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
         raise AlignlabError(f"{folder}: this checkpoint does not fit the run: {error}") from error
+    raw = _as_arrays(raw)
     pending = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in raw.pop("pending")]
     return State(**raw, pending=pending)
 
@@ -145,6 +146,29 @@ def _known(records: Sequence[Group]) -> dict[int, list[Tensor]]:
             narrow = [v.float() for v in exact]
             found[i] = narrow if all(torch.equal(n.double(), e) for n, e in zip(narrow, exact, strict=True)) else exact
     return found
+
+
+def _as_tensors(value: Any) -> Any:
+    """A value with tensors for arrays: torch reads these without unpickling anything else."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {k: _as_tensors(v) for k, v in value.items()}
+    return [_as_tensors(v) for v in value] if _holds_more(value) else value
+
+
+def _as_arrays(value: Any) -> Any:
+    """The inverse."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {k: _as_arrays(v) for k, v in value.items()}
+    return [_as_arrays(v) for v in value] if _holds_more(value) else value
+
+
+def _holds_more(value: Any) -> bool:
+    """Whether a value is a list of lists or mappings, not of numbers."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | list)
 
 
 class Saved(Mapping[str, Tensors]):
