@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import IO, ClassVar
 
 from tests.training import runs
+
+PR_SET_PDEATHSIG = 1
+"""Linux's number for: the signal to get when the parent dies."""
 
 
 def fork(action: Callable[[], object], log: Path | None = None) -> int:
@@ -87,6 +91,7 @@ def members(action: Callable[[], object], log: Path, processes: int = 2) -> list
         def act() -> None:
             from accelerate.state import AcceleratorState
 
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where a test's time is over, so is theirs
             AcceleratorState._reset_state(reset_partial_state=True)
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             os.environ |= {k: str(v) for k, v in place.items()}
