@@ -14,7 +14,7 @@ from alignlab.rollout.produce import produce
 from alignlab.scoring import JudgePairs, JudgeScores
 from tests.components import need
 from tests.scoring.judge_server import completion, more_a, serving
-from tests.training import runs
+from tests.training import forks, runs
 
 need("openai")
 
@@ -103,9 +103,9 @@ def test_scores_in_two_processes_share_the_cache(folder: Path, tmp_path: Path, m
         more = [*judged(server.url, tmp_path, "judge_scores"), *words, f"out={tmp_path}/two"]
         own = [w for w in runs.ALGORITHMS["rejection_sampling"] if not w.startswith("scoring")]
         monkeypatch.setitem(runs.ALGORITHMS, "scored", own)
-        done = runs.spawn(runs.command(folder, "scored", "x", *more, processes=2))
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert " in this process" in done.stderr
+        log = tmp_path / "two.log"
+        words = ["train", *runs.words_for(folder, "scored", "x", *more, "distributed=ddp")]
+        assert " in this process" in forks.finish(forks.group(words, log), log)
         count = len(server.requests)
         assert count > 0
         runs.train(folder, "scored", "x", *more[:-1], f"out={tmp_path}/one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import IO, ClassVar
 
 from tests.training import runs
+
+PR_SET_PDEATHSIG = 1
+"""Linux's number for: the signal to get when the parent dies."""
 
 
 def fork(action: Callable[[], object], log: Path | None = None) -> int:
@@ -70,6 +74,15 @@ def command(words: Sequence[str]) -> Callable[[], None]:
 
 def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
     """Begin a command in several processes of one run, as torchrun would; their ids, by rank."""
+    return members(command(words), log, processes)
+
+
+def members(action: Callable[[], object], log: Path, processes: int = 2) -> list[int]:
+    """Begin an action in several processes that are members of one group; their ids, by rank.
+
+    Args:
+        log: where the output of rank N goes, with `.N` added.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -78,11 +91,12 @@ def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
         def act() -> None:
             from accelerate.state import AcceleratorState
 
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where a test's time is over, so is theirs
             AcceleratorState._reset_state(reset_partial_state=True)
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             os.environ |= {k: str(v) for k, v in place.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command(words)()
+            action()
 
         return act
 
@@ -91,13 +105,28 @@ def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
 
 def train(folder: Path, algorithm: str, out: str, *more: str, processes: int = 2) -> None:
     """A run of several processes to its end."""
-    log = folder / f"{out}.log"
     if not any(w.startswith("distributed=") for w in more):
         more = (*more, "distributed=ddp")
-    pids = group(["train", *runs.words_for(folder, algorithm, out, *more)], log, processes)
-    statuses = [wait(pid) for pid in pids]
-    said = "\n".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in range(processes))
-    assert statuses == [0] * processes, said
+    log = folder / f"{out}.log"
+    finish(group(["train", *runs.words_for(folder, algorithm, out, *more)], log, processes), log)
+
+
+def finish(pids: Sequence[int], log: Path) -> str:
+    """Wait for the members of a group, all of which succeed; what they said, by rank.
+
+    Where one fails, the others, which may be waiting for it, are killed.
+    """
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        for pid in set(pids) - statuses.keys():
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                statuses[pid] = wait(pid)
+            elif any(statuses.values()):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    said = "\n".join(log.with_name(f"{log.name}.{rank}").read_text() for rank in range(len(pids)))
+    assert not any(statuses.values()), said
+    return said
 
 
 class Forked:

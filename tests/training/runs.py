@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +121,35 @@ def train(folder: Path, algorithm: str, out: str, *more: str) -> dict[str, Any]:
     """Run in this process; the result."""
     from alignlab.training.run import train as run
 
-    config = resolve(compose("train", words_for(folder, algorithm, out, *more)))
+    config = config_of(folder, words_for(folder, algorithm, out, *more))
     return run(config, Path(config["out"]))
+
+
+def config_of(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The resolved config of a run. Composing one takes as long as such a run: it is done once for the same overrides,
+    whatever the folder and the run's name in it."""
+    out = next(w.removeprefix("out=") for w in reversed(words) if w.startswith("out="))
+    names = {"/the/run": out, "/the/folder": str(folder)}
+    for stands_for, name in names.items():
+        words = [re.sub(rf"{re.escape(name)}(?![\w.-])", stands_for, word) for word in words]
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: named(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [named(v) for v in value]
+        if isinstance(value, str):
+            for stands_for, name in names.items():
+                value = value.replace(stands_for, name)
+        return value
+
+    found: dict[str, Any] = named(_composed(tuple(words)))
+    return found
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> dict[str, Any]:
+    return resolve(compose("train", words))
 
 
 def scored_samples(folder: Path) -> Path:

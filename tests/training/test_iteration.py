@@ -13,7 +13,7 @@ import torch
 from alignlab.core import ConfigError, Interrupted
 from alignlab.training import collect
 from alignlab.training.callbacks.progress import ProgressDisplay
-from tests.training import runs
+from tests.training import forks, runs
 
 PROBE = ["algorithm=sft", "algorithm._target_=tests.training.probes.Probe", "data=demonstrations"]
 EXACT = 1e-5
@@ -74,8 +74,7 @@ def test_nothing_depends_on_how_the_work_is_split(folder: Path) -> None:
     for out, more in {"split": "training.max_tokens_per_microbatch=20", "plain": "model.layout=plain"}.items():
         for a, b in zip(straight, watched(lines(folder, "probe", out, more)), strict=True):
             assert a == pytest.approx(b, abs=1e-4)
-    done = runs.spawn(runs.command(folder, "probe", "two", processes=2))
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.train(folder, "probe", "two")
     for a, b in zip(straight, watched(runs.metrics(folder, "two")), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
@@ -175,8 +174,7 @@ def test_the_reference_is_refreshed(folder: Path, adapter: str) -> None:
 def test_the_reference_is_refreshed_in_two_processes(folder: Path) -> None:
     more = ["source.ref_update_interval=2", "training.batch_size=5"]
     runs.train(folder, "dpo", "refresh-one", *more)
-    done = runs.spawn(runs.command(folder, "dpo", "refresh-two", *more, processes=2))
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.train(folder, "dpo", "refresh-two", *more)
     assert runs.difference(runs.weights(folder, "refresh-one"), runs.weights(folder, "refresh-two")) < EXACT
 
 

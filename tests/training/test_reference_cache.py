@@ -20,7 +20,7 @@ from alignlab.models import FullFineTuning, LoRA, ModelSettings, Reference, load
 from alignlab.training import collect
 from alignlab.training.reference_cache import ReferenceCache, identity, keys
 from tests import tiny
-from tests.training import runs
+from tests.training import forks, runs
 
 NAME = "a" * 64
 
@@ -395,8 +395,7 @@ def test_a_reference_that_moves_and_one_of_samples_are_not_kept(folder: Path) ->
 
 def test_several_processes_share_it(folder: Path, asked: list[int]) -> None:
     """Each keeps what it has read; another run, of one process, need not ask."""
-    done = runs.spawn(runs.command(folder, "dpo", "two", f"training.reference_cache={folder}/cache-two", processes=2))
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.train(folder, "dpo", "two", f"training.reference_cache={folder}/cache-two")
     (path,) = (folder / "cache-two").iterdir()
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM logps").fetchone() == (24,)

@@ -62,7 +62,7 @@ def test_a_checkpoint_of_a_divided_run_stopped_on_the_way(folder: Path, monkeypa
         }
         for m in ("fsdp", "zero3")
     ]
-    many.spawn(folder, jobs)
+    many.together(folder, jobs)
     for mode in ("fsdp", "zero3"):
         out = folder / f"sft-{mode}-exported"
         assert main(["export", f"run={folder}/sft-{mode}", f"out={out}", "checkpoint=step-4"]) == 0
