@@ -21,7 +21,7 @@ CURVES = (
 )
 """Metrics of training that the report draws, where a run has them."""
 BOARD = "leaderboard.json"
-NOT_FIGURES = ("benchmark", "frontier", "samples")
+NOT_METRICS = ("benchmark", "frontier", "samples")
 
 
 def collect(out: Path) -> board.Leaderboard:
@@ -36,9 +36,9 @@ def collect(out: Path) -> board.Leaderboard:
             continue
         algorithm, seed = folder.name.rsplit("-seed", 1)
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
-        figures = {k: v for k, v in evaluation.items() if k not in NOT_FIGURES}
+        measured = {k: v for k, v in evaluation.items() if k not in NOT_METRICS}
         costs = {k: result.get(k, 0) for k in COSTS}
-        row = {"algorithm": algorithm, "seed": int(seed), **figures, **costs}
+        row = {"algorithm": algorithm, "seed": int(seed), **measured, **costs}
         rows.append(row | {name: None for name in board.REQUIRED if name not in row})
         frontier = evaluation.get("frontier", frontier)
         for sample in evaluation.get("samples", []):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from alignlab.comparison.graph.node import Node
-from alignlab.comparison.metrics import format_number
+from alignlab.comparison.report import format_number
 from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.progress import progress
 from alignlab.sweeps import results

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignlab.comparison.collect import BOARD, is_complete
 from alignlab.comparison.graph.node import Outcome, outcome, planned, read, write_plan
-from alignlab.comparison.metrics import METRICS, MISSING, format_number
+from alignlab.comparison.report import METRICS, MISSING, format_number
 from alignlab.core import AlignlabError, did_you_mean
 from alignlab.core.files import write_json, write_text
 from alignlab.core.storage import storage_errors
