@@ -85,7 +85,7 @@ An adapter left off after a pass, the critic's left on, or weights frozen or fre
 BOS twice, from the tokenizer and from the template:
     data/test_encode.py::test_a_bos_that_the_template_writes_is_not_doubled_and_one_it_leaves_out_not_added
 The same samples on every process:
-    training/test_modes.py::test_two_processes_equal_one
+    training/distributed/test_modes.py::test_two_processes_equal_one
     rollout/test_local.py::test_a_response_depends_on_seed_prompt_and_index_alone
 """
 
