@@ -142,9 +142,12 @@ def test_the_commands_own_keys() -> None:
     assert set(sections["pairs"]) == set(Pairs.model_fields)
 
 
-@pytest.mark.parametrize(("option", "kind"), [("local", LocalRollout), ("vllm", VllmRollout)])
+@pytest.mark.parametrize(
+    ("option", "kind"), [("local", LocalRollout), ("compiled", LocalRollout), ("vllm", VllmRollout)]
+)
 def test_an_engine_s_section_has_the_class_s_values(option: str, kind: type[Settings]) -> None:
-    assert build(composed("train", f"rollout={option}")["rollout"], "rollout") == kind()
+    found = build(composed("train", f"rollout={option}")["rollout"], "rollout")
+    assert found == kind(**({"compile": True} if option == "compiled" else {}))
 
 
 def test_a_server_s_section_has_every_key() -> None:

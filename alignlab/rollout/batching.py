@@ -16,6 +16,9 @@ from alignlab.core.group import Column
 LOGITS = 1 << 26
 """Logits of one step at most, in numbers (256 MB in float32): rows beyond wait, however short."""
 
+STRIDE = 64
+"""Lengths are multiples of this where shapes should be few."""
+
 
 @dataclass(slots=True)
 class Row:
@@ -121,6 +124,12 @@ class Space:
     def tokens(self) -> int:
         return self.contexts * self.longest + self.rows * self.room
 
+    def rounded(self) -> Space:
+        """A little more, so that few shapes occur."""
+        contexts, rows = (1 << (count - 1).bit_length() for count in (self.contexts, self.rows))
+        longest, room = (-(-length // STRIDE) * STRIDE for length in (self.longest, self.room))
+        return Space(contexts, longest, rows, room)
+
 
 class Queue:
     """Rows that wait for room; the longest contexts come first.
@@ -128,9 +137,11 @@ class Queue:
     Args:
         max_batch_tokens: tokens held at a time, see `Space`; a single row may exceed it.
         most_rows: rows at a time.
+        few_shapes: space is taken as in `Space.rounded`.
     """
 
-    def __init__(self, rows: Sequence[Row], max_batch_tokens: int, most_rows: int) -> None:
+    def __init__(self, rows: Sequence[Row], max_batch_tokens: int, most_rows: int, few_shapes: bool = False) -> None:
+        self._few_shapes = few_shapes
         self._waiting = deque(units(rows))
         self._budget, self._most = max_batch_tokens, most_rows
 
@@ -162,7 +173,7 @@ class Queue:
             longest = len(taken[0].context) if taken else len(unit.context)
             wider = max(room, unit.room)
             space = Space(contexts + 1, longest, count + len(unit.rows), wider)
-            if space.tokens > free or count + len(unit.rows) > places:
+            if (space.rounded() if self._few_shapes else space).tokens > free or count + len(unit.rows) > places:
                 break
             taken.append(self._waiting.popleft())
             contexts, count, room = contexts + 1, count + len(unit.rows), wider

@@ -42,6 +42,7 @@ class Cohort:
         lengths: of the prompts.
         counts: rows of each prompt.
         room: tokens that a row may still get.
+        few_shapes: keep all tensors at their full size, rounded up, and mask what is not there: for a compiled step.
 
     Attributes:
         rows: which prompt each row has.
@@ -49,19 +50,25 @@ class Cohort:
         space: what is kept.
     """
 
-    def __init__(self, lengths: Sequence[int], counts: Sequence[int], room: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], counts: Sequence[int], room: int, device: torch.device, few_shapes: bool = False
+    ) -> None:
         self.device = device
         self.lengths = list(lengths)
         self.rows = [prompt for prompt, count in enumerate(counts) for _ in range(count)]
         self.length = 0
-        self.space = Space(len(self.lengths), max(self.lengths), len(self.rows), room)
+        self._few_shapes = few_shapes
+        self.space = self._rounded(Space(len(self.lengths), max(self.lengths), len(self.rows), room))
         self._layers: dict[int, Layer] = {}
         self._arrange()
+
+    def _rounded(self, space: Space) -> Space:
+        return space.rounded() if self._few_shapes else space
 
     @property
     def needed(self) -> Space:
         """For the rows that are left."""
-        return replace(self.space, contexts=len(self.lengths), rows=len(self.rows))
+        return self._rounded(replace(self.space, contexts=len(self.lengths), rows=len(self.rows)))
 
     @property
     def contexts(self) -> list[int]:
@@ -72,7 +79,8 @@ class Cohort:
         """The prompts' own attention, one after the other in a varlen row; see `AttentionPlan.attend`."""
         key_, value_ = self._stacked(key[0]), self._stacked(value[0])
         own = (self.space.rows, key.shape[1], self.space.room)
-        own_key, own_value = (torch.empty((*own, x.shape[-1]), dtype=x.dtype, device=x.device) for x in (key, value))
+        empty = torch.zeros if self._few_shapes else torch.empty  # what is masked must be finite all the same
+        own_key, own_value = (empty((*own, x.shape[-1]), dtype=x.dtype, device=x.device) for x in (key, value))
         self._layers[module.layer_idx] = Layer(key_, value_, own_key, own_value)
         heads, shared = query.shape[1], query.shape[1] != key.shape[1]
         out = value.new_empty(query.shape[2], heads, value.shape[-1])
@@ -109,6 +117,14 @@ class Cohort:
         prompts = len(self.lengths)
         trunk = at.trunk_key[:prompts], at.trunk_value[:prompts]
         return attend_to_both(query, own, trunk, self._grid, self._place, scaling, trunk_bias=self._bias)
+
+    def masked_step(self) -> MaskedStep:
+        """The same as a plan for all places at once, whether there is a row or not."""
+        beyond = torch.arange(self.space.room, device=self.device) > self.length
+        bias = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[None, None, None]
+        assert self._grid is not None and self._place is not None and self._bias is not None
+        last = torch.tensor([self.length], device=self.device)
+        return MaskedStep(self._layers, self._grid, self._place, self._bias, bias, last)
 
     def retain(self, going: Sequence[int]) -> list[int]:
         """Let the other rows go.
@@ -155,13 +171,17 @@ class Cohort:
         for row, prompt in enumerate(self.rows):
             places[prompt].append(row)
         widest, lengths, rows = max(map(len, places), default=0), self.lengths, len(self.rows)
+        if self._few_shapes:
+            widest = 1 << (widest - 1).bit_length()
+            missing = self.space.contexts - len(lengths)
+            places, lengths, rows = places + [[0]] * missing, lengths + [1] * missing, self.space.rows
         table = [row for some in places for row in [*some, *[some[0]] * (widest - len(some))]]
         self._grid = self._place = self._bias = None
-        if table != list(range(rows)):
+        if self._few_shapes or table != list(range(rows)):
             place = {row: i for i, row in reversed(list(enumerate(table)))}
             self._grid = torch.tensor(table, device=self.device)
             self._place = torch.tensor([place.get(row, 0) for row in range(rows)], device=self.device)
-        if min(lengths, default=0) < self.space.longest:
+        if self._few_shapes or min(lengths, default=0) < self.space.longest:
             beyond = (
                 torch.arange(self.space.longest, device=self.device)
                 >= torch.tensor(lengths, device=self.device)[:, None]
@@ -180,6 +200,27 @@ class Cohort:
         return stacked
 
 
+class MaskedStep:
+    """A step of a cohort with few shapes; see `Cohort.masked_step`. Nothing in it but tensors changes from step to
+    step: a compiled pass stays good."""
+
+    def __init__(
+        self, layers: dict[int, Layer], grid: Tensor, place: Tensor, trunk_bias: Tensor, own_bias: Tensor, last: Tensor
+    ) -> None:
+        self.layers, self.grid, self.place, self.last = layers, grid, place, last
+        self.trunk_bias, self.own_bias = trunk_bias, own_bias
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """See `AttentionPlan.attend`."""
+        at = self.layers[module.layer_idx]
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        at.own_key.index_copy_(2, self.last, key[:, :, None])
+        at.own_value.index_copy_(2, self.last, value[:, :, None])
+        own, trunk = (at.own_key, at.own_value), (at.trunk_key, at.trunk_value)
+        biases = {"own_bias": self.own_bias, "trunk_bias": self.trunk_bias}
+        return attend_to_both(query, own, trunk, self.grid, self.place, scaling, **biases)[None]
+
+
 def attend_to_both(
     query: Tensor,
     own: tuple[Tensor, Tensor],
@@ -187,6 +228,7 @@ def attend_to_both(
     grid: Tensor | None,
     place: Tensor | None,
     scaling: float | None,
+    own_bias: Tensor | None = None,
     trunk_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of R tokens, one of each row, to the row's own tokens and to its prompt.
@@ -198,13 +240,13 @@ def attend_to_both(
         grid: the rows that ask the first prompt, then those that ask the second, equally many of each; None where
             these are all rows in order.
         place: where in the grid each row is.
-        trunk_bias: added to the scores, shape (T, 1, 1, P).
+        own_bias, trunk_bias: added to the scores, shape (1 or R, 1, 1, C) and (T, 1, 1, P).
 
     Returns:
         shape (R, H, d).
     """
     query = query.unflatten(1, (own[0].shape[1], -1))  # (R, H', g, d): g heads share keys
-    out, weight = _attend(query, *own, scaling)
+    out, weight = _attend(query, *own, scaling, own_bias)
     asked = (query if grid is None else query[grid]).unflatten(0, (trunk[0].shape[0], -1)).transpose(1, 2)
     found, found_weight = _attend(asked.flatten(2, 3), *trunk, scaling, trunk_bias)  # (T, H', n·g, d)
     found = found.unflatten(2, asked.shape[2:4]).transpose(1, 2).flatten(0, 1)

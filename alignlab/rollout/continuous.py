@@ -6,10 +6,12 @@ import inspect
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignlab.models import PackedModel, evaluating
 from alignlab.models.attention import PLAN, AttentionPlan, shortest_window, use_plans
@@ -18,6 +20,9 @@ from alignlab.rollout.decoding import REFUSALS, is_exact, random_tokens
 
 log = logging.getLogger(__name__)
 
+MOST_SHAPES = 256
+"""A compiled step is compiled anew for so many shapes and networks."""
+
 _exact: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
@@ -25,13 +30,16 @@ class ContinuousDecoding:
     """Rows being extended, of which any may leave, and others join, at every step (continuous batching: Yu et al. 2022,
     Orca). A plan: its step's attention is each cohort's own.
 
+    Args:
+        compiled: compile the step; its first run in each of a few shapes takes long.
+
     Attributes:
         logits_RV: logits of the next token of each of the R rows, as the network's own forward gives them.
     """
 
-    def __init__(self, model: PackedModel) -> None:
+    def __init__(self, model: PackedModel, compiled: bool = False) -> None:
         self._network = model.base
-        self._device = model.device
+        self._device, self._compiled = model.device, compiled
         self._trims = "logits_to_keep" in inspect.signature(self._network.forward).parameters
         kinds = set(getattr(model.config, "layer_types", None) or ())
         # Has four axes, so that transformers makes none of its own. The plan is what counts.
@@ -55,7 +63,7 @@ class ContinuousDecoding:
         """
         for other in self._cohorts:
             other.compact()
-        cohort = Cohort([len(c) for c in contexts], counts, room, self._device)
+        cohort = Cohort([len(c) for c in contexts], counts, room, self._device, self._compiled)
         ends = torch.tensor([len(c) for c in contexts], device=self._device).cumsum(0) - 1
         ids = torch.tensor([token for context in contexts for token in context], device=self._device)
         positions = torch.cat([torch.arange(len(c), device=self._device) for c in contexts])
@@ -85,7 +93,7 @@ class ContinuousDecoding:
 
     def append(self, token_R: Tensor) -> None:
         """One more token for each row."""
-        self.logits_RV = self._run(self, token_R, self._position_R)
+        self.logits_RV = self._compiled_step(token_R) if self._compiled else self._run(self, token_R, self._position_R)
         for cohort in self._cohorts:
             cohort.length += 1
         self._position_R += 1
@@ -101,6 +109,19 @@ class ContinuousDecoding:
             start = end
         return (found[0] if len(found) == 1 else torch.cat(found))[None]
 
+    def _compiled_step(self, token_R: Tensor) -> Tensor:
+        """Each cohort by itself, so that shapes are few."""
+        found, start = [], 0
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            for cohort in self._cohorts:
+                count, places = len(cohort.rows), cohort.space.rows
+                part = slice(start, start + count)
+                ids, positions = (pad(x[part], (0, places - count)) for x in (token_R, self._position_R))
+                logits = _compiled()(self._network, ids, positions, self._mask, cohort.masked_step())
+                found.append(logits[:count])
+                start += count
+        return torch.cat(found)
+
     def _place(self) -> None:
         """Where the rows stand."""
         places = [length + cohort.length for cohort in self._cohorts for length in cohort.contexts]
@@ -109,9 +130,20 @@ class ContinuousDecoding:
     def _run(self, plan: AttentionPlan, ids: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Logits after some of the tokens of a varlen row, or after each."""
         trimmed = {"logits_to_keep": wanted} if self._trims and wanted is not None else {}
-        given = {"position_ids": positions[None], "attention_mask": self._mask, "use_cache": False, PLAN: plan}
-        logits: Tensor = self._network(input_ids=ids[None], **given, **trimmed).logits[0]
+        logits = _forward(self._network, ids, positions, self._mask, plan, **trimmed)
         return logits if trimmed or wanted is None else logits[wanted]
+
+
+def _forward(network: Any, ids: Tensor, positions: Tensor, mask: Any, plan: AttentionPlan, **options: Any) -> Tensor:
+    """Logits of the tokens of a flat row, shape (L, V)."""
+    given = {"position_ids": positions[None], "attention_mask": mask, "use_cache": False, PLAN: plan, **options}
+    logits: Tensor = network(input_ids=ids[None], **given).logits[0]
+    return logits
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(_forward, dynamic=False)
 
 
 def takes_plans(model: PackedModel, longest: int) -> bool:

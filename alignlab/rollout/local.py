@@ -27,8 +27,13 @@ log = logging.getLogger(__name__)
 
 
 class LocalRollout(RolloutSettings):
-    """The policy in this process draws, token by token."""
+    """The policy in this process draws, token by token.
 
+    Attributes:
+        compile: compile the decoding step, whose shapes are then few and fixed; for GPUs.
+    """
+
+    compile: bool = False
     _show_progress: bool = True
 
     def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
@@ -36,7 +41,7 @@ class LocalRollout(RolloutSettings):
         return nullcontext()
 
     def sampler(self, policy: PackedModel) -> LocalSampler:
-        return LocalSampler(policy, self, self._show_progress)
+        return LocalSampler(policy, self, self._show_progress, self.compile)
 
 
 class LocalSampler(RowSampler):
@@ -48,7 +53,14 @@ class LocalSampler(RowSampler):
 
     Args:
         progress: show a bar, on a terminal, for what takes over a second.
+        compile: compile the decoding step.
     """
+
+    def __init__(
+        self, model: PackedModel, settings: RolloutSettings, progress: bool = True, compile: bool = False
+    ) -> None:
+        super().__init__(model, settings, progress)
+        self._compiled = compile
 
     @property
     def exact_logp(self) -> bool:
@@ -67,7 +79,9 @@ class LocalSampler(RowSampler):
         for row in rows:
             row.begun = len(row.tokens)
         network = self.model.network
-        with torch.no_grad(), evaluating(self.model), merged(network), quick_products(network):
+        # A compiler knows quick products of its own.
+        quick = nullcontext() if self._compiled else quick_products(network)
+        with torch.no_grad(), evaluating(self.model), merged(network), quick:
             ended = self._draw(rows, settings, until)
             for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
                 pass
@@ -97,15 +111,18 @@ class LocalSampler(RowSampler):
             if some := going(rows):
                 fewer = len(places) < most
                 budget = settings.max_batch_tokens * len(places) // most
-                queue = Queue(some, budget, len(places) if fewer else self._most_rows())
-                yield from finish(ContinuousDecoding(self.model), queue)
+                queue = Queue(some, budget, len(places) if fewer else self._most_rows(), self._compiled)
+                yield from finish(ContinuousDecoding(self.model, self._compiled), queue)
 
+        name = type(self.model.base).__name__
         longest = max((row.final_length for row in rows), default=0)
         if rows and takes_plans(self.model, longest):
-            most = Queue(rows, settings.max_batch_tokens, self._most_rows()).first
+            most = Queue(rows, settings.max_batch_tokens, self._most_rows(), self._compiled).first
             yield from in_halves([list(range(most))], in_places, "sampling")
         elif rows:
             mode = decoding_mode(self.model)
+            if self._compiled:
+                log.warning("rollout.compile: %s is not compiled, it goes through transformers' own cache", name)
             yield from in_halves(batches(rows, settings.max_batch_tokens, mode.padded), in_batch, "sampling")
 
     def _decode(

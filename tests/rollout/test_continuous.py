@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from alignlab.core import AlignlabError
 from alignlab.models import PackedModel
 from alignlab.rollout import LocalRollout, cohort, continuous, local, quick
-from alignlab.rollout.batching import Queue, Row
+from alignlab.rollout.batching import Queue, Row, Space
 from alignlab.rollout.cohort import Cohort
 from alignlab.rollout.continuous import ContinuousDecoding, takes_plans
 from tests.rollout.tiny import EOS, model, plain_logp, prompts
@@ -54,11 +54,12 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
     return torch.einsum("hl,hld->hd", weight, values)
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("by_scores", [False, True])
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (9, 9, 4, 1), (6,)])
 @pytest.mark.parametrize("shared", [1, 3])
 def test_rows_attend_to_their_prompt_and_to_themselves(
-    by_scores: bool, lengths: tuple[int, ...], shared: int, monkeypatch: pytest.MonkeyPatch
+    few_shapes: bool, by_scores: bool, lengths: tuple[int, ...], shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through steps in which rows and whole prompts leave, against each row's own list of keys and values."""
     if by_scores:  # what other devices than CPUs do
@@ -70,7 +71,7 @@ def test_rows_attend_to_their_prompt_and_to_themselves(
         return torch.randn(shape, generator=generator)
 
     counts = [rng.randint(1, 4) for _ in lengths]
-    rows = Cohort(lengths, counts, 20, torch.device("cpu"))
+    rows = Cohort(lengths, counts, 20, torch.device("cpu"), few_shapes)
     layer, total = SimpleNamespace(layer_idx=0), sum(lengths)
     query, key, value = rand(1, heads * shared, total, size), rand(1, heads, total, size), rand(1, heads, total, size)
     out = rows.attend(layer, query, key, value, scale)
@@ -89,7 +90,14 @@ def test_rows_attend_to_their_prompt_and_to_themselves(
             seen = [
                 (torch.cat([a, k[i][:, None]], 1), torch.cat([b, v[i][:, None]], 1)) for i, (a, b) in enumerate(seen)
             ]
-            found = rows.step(0, q, k, v, scale)
+            if few_shapes:
+                places = rows.space.rows - count
+                given = [
+                    torch.cat([x, x.new_full((places, *x.shape[1:]), 9.0)]).transpose(0, 1)[None] for x in (q, k, v)
+                ]
+                found = rows.masked_step().attend(layer, given[0], given[1], given[2], scale)[0, :count]
+            else:
+                found = rows.step(0, q, k, v, scale)
             rows.length += 1
             expected = torch.stack([attention(q[i], *seen[i], scale) for i in range(count)])
             torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
@@ -97,7 +105,7 @@ def test_rows_attend_to_their_prompt_and_to_themselves(
         order = rows.retain(going)
         assert sorted(order) == going
         seen = [seen[i] for i in order]
-        assert not going or rows.space.rows < 2 * max(1, len(going)) + 1
+        assert not going or rows.space.rows < 2 * max(1, len(going)) * (2 if few_shapes else 1) + 1
         assert rows.contexts == [s[0].shape[1] - rows.length for s in seen]
 
 
@@ -164,6 +172,12 @@ def test_tokens_drawn_before_are_context() -> None:
     assert (len(unit.context), unit.room) == (25, 5)
 
 
+def test_few_shapes() -> None:
+    assert Space(3, 65, 9, 64).rounded() == Space(4, 128, 16, 64)
+    assert Space(1, 1, 1, 1).rounded() == Space(1, 64, 1, 64)
+    assert taken(Queue([row(60, 60)] * 9, 64 + 8 * 64, 99, few_shapes=True), 0, 0) == [(60, 8)]
+
+
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, tokens held) of each step."""
@@ -224,7 +238,7 @@ def plain_logits_without(packed: PackedModel, prompt: list[int], response: list[
     return [x - torch.tensor(end).exp().neg().log1p().item() for x, end in zip(plain, ends, strict=True)]
 
 
-# ---------------------------------------------------------------------- memory, adapters
+# ---------------------------------------------------------------------- memory, adapters, compiled steps
 
 
 def test_nothing_is_lost_where_memory_runs_out(
@@ -287,6 +301,39 @@ def test_an_adapter_is_multiplied_out_once(monkeypatch: pytest.MonkeyPatch, tmp_
     for group, responses in zip(prompts(*LENGTHS), found, strict=True):
         for ids, logp in responses:
             assert logp == pytest.approx(plain_logp(packed.network, group.prompt_ids, ids), abs=1e-5)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Compile without the compiler: the step is captured as a graph, whose shapes are fixed, and run as it is."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    made = torch.compile(continuous._forward, dynamic=False, backend=backend, fullgraph=True)
+    monkeypatch.setattr(continuous, "_compiled", lambda: made)
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_changes_nothing(captured: list[int]) -> None:
+    packed = model("qwen2")
+    expected = drawn(packed, (2, 13, 7, 13, 30, 9, 9), n=4)
+    check_same(drawn(packed, (2, 13, 7, 13, 30, 9, 9), n=4, compile=True), expected)
+    once = len(captured)
+    assert 1 <= once <= 8, "one for each power of two rows"
+    check_same(drawn(packed, (2, 13, 7, 13, 30, 9, 9), n=4, compile=True), expected)
+    assert len(captured) == once, "nothing is compiled twice"
+
+
+def test_what_cannot_be_compiled_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    packed = model("bloom")
+    with caplog.at_level(logging.WARNING):
+        check_same(drawn(packed, compile=True), drawn(packed))
+    assert "rollout.compile: BloomForCausalLM is not compiled" in caplog.text
 
 
 def test_networks_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
