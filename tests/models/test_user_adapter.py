@@ -149,7 +149,11 @@ def logp(model: PackedModel) -> torch.Tensor:
     return torch.cat(model.outputs(tiny.some_groups())["logp"])
 
 
-@pytest.mark.parametrize(("kind", "fresh"), [(Scaled(), True), (LoRA(r=4), True), (Random(r=4), False)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "fresh"),
+    [(Scaled(), True), (LoRA(r=4), True), (Random(r=4), False)],
+    ids=["IA3", "LoRA", "not zero at first"],
+)
 @pytest.mark.parametrize("moves", [False, True])
 def test_the_reference_of_a_peft_method_is_the_policy_at_the_start(
     folder: Path, kind: AdapterKind, fresh: bool, moves: bool
