@@ -130,12 +130,13 @@ class Composer:
 
     def _tracking(self, config: dict[str, Any], name: str) -> list[str]:
         """What a tracker is to call a run, where the user does not say: a comparison names those it consists of."""
-        tracker = config.get("tracker") or {}
-        if self.command != "train" or tracker.get("mode") in ("off", False, None):
+        if self.command != "train":
             return []
-        group = self.folder.resolve().name
-        ours = {"group": group, "name": f"{group}/{name}"}
-        return [f"++tracker.{k}={quoted(v)}" for k, v in ours.items() if tracker.get(k) is None]
+        from alignlab.training.callbacks.trackers import named
+
+        tracker, group = dict(config.get("tracker") or {}), self.folder.resolve().name
+        told = named(tracker, group=group, name=f"{group}/{name}")
+        return [f"++tracker.{k}={quoted(v)}" for k, v in told.items() if tracker.get(k) != v]
 
     def _cache(self, config: dict[str, Any]) -> list[str]:
         """Where the runs keep what a fixed reference says of the data: what one has computed, the others know."""

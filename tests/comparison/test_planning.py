@@ -143,7 +143,7 @@ def test_where_metrics_go_changes_no_part(planned: Planned) -> None:
     quiet, tracked = planned(best_of=4), planned(words=["tracker=wandb", "tracker.tags=[a]"], best_of=4)
     assert {name: node.key for name, node in quiet.items()} == {name: node.key for name, node in tracked.items()}
     assert all(
-        c.config["tracker"] == {"mode": "off"} for n in quiet.values() for c in n.commands if "tracker" in c.config
+        c.config["tracker"] == {"_target_": None} for n in quiet.values() for c in n.commands if "tracker" in c.config
     )
 
 
@@ -164,7 +164,7 @@ def test_in_wandb_a_comparison_is_a_group_and_its_runs_say_what_they_are(planned
     assert names("runs/mine-seed0", "train") == ["demo", "y", "x"]
     for command in ("train", "evaluate"):
         assert names("runs/dpo-seed0", command) == ["demo", "dpo", "demo/dpo-seed0"]
-        assert ran(nodes, "runs/silent-seed0", command)["tracker"] == {"mode": "off"}
+        assert ran(nodes, "runs/silent-seed0", command)["tracker"] == {"_target_": None}
     assert names("runs/sft-seed0", "evaluate") == ["demo", "evaluate", "demo/sft-seed0"]
     assert names("runs/best_of_4-seed0", "evaluate") == ["demo", "evaluate", "demo/best_of_4-seed0"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import shlex
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from alignlab.build import section
+from alignlab.build import locate, section
 from alignlab.core.files import write_text
 from alignlab.core.settings import Settings
 from alignlab.training.callbacks.logging import METRICS, read_metrics
@@ -135,14 +136,15 @@ def named(tracker: Mapping[str, Any], **names: str) -> dict[str, Any]:
     """The section `tracker` of a run that is part of something larger, told what it is there.
 
     Args:
-        names: `group`, `job_type`, `name`; those that the tracker has keys for and the user has not given.
+        names: `group`, `job_type`, `name`; those that the tracker takes and the user has not given.
 
     Raises:
         ConfigError: the section is wrong.
     """
     if not tracks(tracker):
         return dict(tracker)
-    return {**tracker, **{k: v for k, v in names.items() if k in tracker and tracker[k] is None}}
+    takes = inspect.signature(locate(tracker["_target_"], "tracker._target_")).parameters
+    return {**tracker, **{k: v for k, v in names.items() if k in takes and tracker.get(k) is None}}
 
 
 def tracks(tracker: Mapping[str, Any]) -> bool:
