@@ -1,4 +1,4 @@
-"""From command-line words to settings: Hydra composes, pydantic checks, and what is wrong is said in one line."""
+"""From overrides on the command line to settings: Hydra composes, pydantic checks, errors are one line."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
     from yaml import YAMLError
 
     folders = [config_folder(), *([own] if own else [])]
-    words = [w for word in overrides for w in _several(_by_path(word, folders))]
+    given = [w for override in overrides for w in _several(_by_path(override, folders))]
     if own is not None:
-        words.append(_search_path(own))
+        given.append(_search_path(own))
     with hydra_ready():
         try:
-            return hydra_compose(config_name=name, overrides=words)
+            return hydra_compose(config_name=name, overrides=given)
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            raise explain(error, name, words, folders) from error
+            raise explain(error, name, given, folders) from error
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def _several(word: str) -> list[str]:
     return [f"+scoring@scoring.{name}={name}" for name in found[1].split(",")] if found else [word]
 
 
-def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence[Path]) -> ConfigError:
-    """What Hydra found wrong with `words` for the config `name`, as one line with a suggestion."""
+def explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> ConfigError:
+    """What Hydra found wrong with `overrides` for the config `name`, as one line with a suggestion."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from yaml import YAMLError
     from yaml.error import MarkedYAMLError
@@ -173,26 +173,28 @@ def explain(error: Exception, name: str, words: Sequence[str], folders: Sequence
     if isinstance(error, YAMLError):
         return ConfigError(f"a config is not YAML: {shorten(error)}")
     if isinstance(error, TypeError):
-        listed = next((word for word in words if re.match(r"[\w/]+=\[\s*\{", word)), None)
+        listed = next((o for o in overrides if re.match(r"[\w/]+=\[\s*\{", o)), None)
         if listed is None:
             raise error
         key = listed.partition("=")[0]
         return ConfigError(f"{listed}: options are listed, as in {key}=[a,b]; a class is +{key}.NAME._target_=CLASS")
     if "Config group override must be" in text:
-        for word in words:
-            group, _, value = word.partition("=")
+        for override in overrides:
+            group, _, value = override.partition("=")
             options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
             if not group:
-                return ConfigError(f"{word}: a setting is written KEY=VALUE")
+                return ConfigError(f"{override}: a setting is written KEY=VALUE")
             if options and value not in options:
-                return ConfigError(f"{word}: is a choice between {', '.join(options)}")
+                return ConfigError(f"{override}: is a choice between {', '.join(options)}")
     if unknown := re.search(r"Could not override '([^']+)'|Could not delete from config. '([^']+)'", text):
         exact = re.search(r"full_key: (\S+)", text)
         key = exact[1] if exact else unknown[1] or unknown[2]
         parent, _, leaf = key.rpartition(".")
         if option := _option_with(parent, leaf, folders):
             return ConfigError(f"{key}: is a key of {option}: add {option}")
-        return ConfigError(f"{key}: unknown key{renamed(key) or did_you_mean(leaf, _siblings(name, parent, words))}")
+        return ConfigError(
+            f"{key}: unknown key{renamed(key) or did_you_mean(leaf, _siblings(name, parent, overrides))}"
+        )
     if there := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"+{there[1]}: there is such a key already: leave out the +")
     if several := re.search(r"Ambiguous value for argument '([^']+)'", text):
@@ -220,11 +222,11 @@ def _option_with(group: str, key: str, folders: Sequence[Path]) -> str:
     return ""
 
 
-def _siblings(name: str, parent: str, words: Sequence[str]) -> list[str]:
-    """Keys known beside a mistyped one, in the config without the words that set values."""
+def _siblings(name: str, parent: str, overrides: Sequence[str]) -> list[str]:
+    """Keys known beside a mistyped one, in the config without the overrides that set values."""
     from hydra import compose as hydra_compose
 
-    groups = [w for w in words if "." not in w.split("=")[0] or w.startswith("hydra.searchpath")]
+    groups = [w for w in overrides if "." not in w.split("=")[0] or w.startswith("hydra.searchpath")]
     for kept in (groups, []):
         try:
             with hydra_ready():

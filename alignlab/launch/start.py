@@ -47,7 +47,7 @@ class Member:
     """One of the processes.
 
     Attributes:
-        log: where it writes, unless that is the terminal; `begun` is where its words of this time start.
+        log: where it writes, unless that is the terminal; `begun` is where its messages of this time start.
     """
 
     rank: int

@@ -61,7 +61,7 @@ class Search:
 
     def run(self, launch: Callable[..., None]) -> None:
         """Launch batch after batch, until there are as many trials as are wanted."""
-        given_up: set[int] = set()  # failed in this sitting: the next one tries again
+        given_up: set[int] = set()  # failed in this session: the next one tries again
         while batch := self._batch(given_up):
             self._note()
             over = sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))

@@ -27,7 +27,7 @@ class Shortage:
         tokens: its tokens; `longest` of them are of one group, which cannot be divided.
         groups: how many groups it had.
         origin: the record of the longest group.
-        said: the allocator's words.
+        said: the allocator's message.
     """
 
     rank: int

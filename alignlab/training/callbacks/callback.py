@@ -119,7 +119,7 @@ class Samples(Callback):
         self.path = folder / SAMPLES
 
     def on_start(self, trainer: Trainer) -> None:
-        """Forget what an earlier sitting wrote after this iteration: it will be sampled again."""
+        """Forget what an earlier session wrote after this iteration: it will be sampled again."""
         if not trainer.processes.is_main or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

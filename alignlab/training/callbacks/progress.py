@@ -69,11 +69,11 @@ class ProgressDisplay:
         self._latest.update(metrics)
         done = metrics.get("done", step / self.total if self.total else None)
         where = f"{step}/{self.total}" if self.total else f"{step}" if done is None else f"{step} ({done:.0%})"
-        figures = self._figures(done)
+        shown = self._shown(done)
         if self.mode == "rich":
-            self._draw(where, done, figures)
+            self._draw(where, done, shown)
             return
-        self._unprinted = f"step {where}  {figures}"
+        self._unprinted = f"step {where}  {shown}"
         due = self._printed_at is None or self.clock() - self._printed_at >= self.seconds
         if due or (done is not None and done >= 1):
             self._print()
@@ -96,7 +96,7 @@ class ProgressDisplay:
     ) -> None:
         self.close()
 
-    def _figures(self, done: float | None) -> str:
+    def _shown(self, done: float | None) -> str:
         parts = [f"{name} {self._latest[name]:.4g}" for name in SHOWN if name in self._latest]
         if "tokens_per_second" in self._latest:
             parts.append(f"{self._latest['tokens_per_second']:,.0f} tokens/s")
@@ -114,15 +114,15 @@ class ProgressDisplay:
         self._unprinted = None
         self._printed_at = self.clock()
 
-    def _draw(self, where: str, done: float | None, figures: str) -> None:
+    def _draw(self, where: str, done: float | None, shown: str) -> None:
         if self._live is None:
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = TextColumn("step {task.fields[where]}"), BarColumn(20), TextColumn("{task.fields[figures]}")
+            columns = TextColumn("step {task.fields[where]}"), BarColumn(20), TextColumn("{task.fields[shown]}")
             self._live = Progress(*columns, console=self.console, refresh_per_second=4)
-            self._live.add_task("training", total=None if done is None else 1.0, where=where, figures=figures)
+            self._live.add_task("training", total=None if done is None else 1.0, where=where, shown=shown)
             self._live.start()
-        self._live.update(self._live.task_ids[0], completed=done or 0.0, where=where, figures=figures)
+        self._live.update(self._live.task_ids[0], completed=done or 0.0, where=where, shown=shown)
 
 
 def _duration(seconds: float) -> str:

@@ -42,12 +42,12 @@ class State:
         trained_tokens, generated_tokens: response tokens trained on and sampled, over all processes.
         sampled: how many of them were sampled for the current iteration.
         refreshed: the iteration before which the reference was last refreshed.
-        seconds: time spent, start-up not counted, over all sittings.
+        seconds: time spent, start-up not counted, over all sessions of the run.
         best: the best value of the watched metric so far.
         bad_evaluations: evaluations since then.
         skipped: steps left out because a loss or gradient was not finite.
         reward: mean reward of the current iteration's samples.
-        report: the algorithm's figures of the current iteration.
+        report: metrics of the current iteration: the algorithm's, the scorers'.
         algorithm: what the algorithm wants to keep.
         order: what the order of the records wants to keep.
         callbacks: what callbacks want to keep, by name.

@@ -152,8 +152,7 @@ class Processes:
 def launched(environment: MutableMapping[str, str] = os.environ) -> int | None:
     """How many processes a launcher started, this one among them; None where there was none.
 
-    torchrun, accelerate and deepspeed say so in RANK, WORLD_SIZE and their like; srun in words of its own, which are
-    put into theirs here.
+    torchrun, accelerate and deepspeed set RANK, WORLD_SIZE and their like. srun sets others: theirs are set from them.
     """
     if "WORLD_SIZE" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
         count = environment["SLURM_STEP_NUM_TASKS"]

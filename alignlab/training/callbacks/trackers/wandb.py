@@ -63,7 +63,7 @@ class Wandb(Settings):
         """Begin, or go on with the run whose id is in the folder.
 
         Returns:
-            How many lines wandb has of earlier sittings.
+            How many lines wandb has of earlier sessions.
         """
         if self.mode == "off":
             return lines
@@ -100,11 +100,11 @@ class Wandb(Settings):
         self._run.define_metric("*", step_metric="step")
         if self.mode == "online":
             return int(self._run.starting_step)
-        # `wandb sync` takes the summary of the last sitting for that of the run.
+        # `wandb sync` takes the summary of the last session for that of the run.
         latest = {name: value for _, line in read_metrics(folder / METRICS) for name, value in line.items()}
         self._run.summary.update({k: v for k, v in latest.items() if v is not None and k != "time"})
-        sitting = Path(self._run.dir).parent
-        return recorded(sitting.parent, self._run.id, sitting)
+        session = Path(self._run.dir).parent
+        return recorded(session.parent, self._run.id, session)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._run is not None:
@@ -163,7 +163,7 @@ def tracks(tracker: Mapping[str, Any]) -> bool:
 def how_to_sync(folder: Path) -> str:
     """What to tell the user of offline runs in a folder, at any depth: the command that uploads them.
 
-    A run that was interrupted has a folder of each sitting there, all with its id. `wandb sync` puts them together, in
+    A run that was interrupted has a folder of each session there, all with its id. `wandb sync` puts them together, in
     the order of their times, and on repetition uploads what is new.
     """
     kept = os.environ.get("WANDB_DIR") or folder

@@ -22,16 +22,16 @@ WHOLE, LAST = 1, 4
 
 
 def recorded(folder: Path, run: str, but: Path) -> int:
-    """How many lines of metrics the earlier sittings of a run have left in wandb's folder.
+    """How many lines of metrics the earlier sessions of a run have left in wandb's folder.
 
-    Logs of sittings that were killed are put in order, for `wandb sync` stumbles over them, and then uploads nothing of
+    Logs of sessions that were killed are put in order, for `wandb sync` stumbles over them, and then uploads nothing of
     what comes after: a record that was not written whole is cut off, and a log that does not even name its run, and so
     holds nothing, is removed.
 
     Args:
-        folder: wandb's folder, with one for each sitting.
+        folder: wandb's folder, with one for each session.
         run: the run's id.
-        but: the folder of this sitting.
+        but: the folder of this session.
     """
     lines = 0
     for log in sorted(folder.glob(f"*run-*-{run}/*.wandb")):
