@@ -30,7 +30,7 @@ from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.scoring import FunctionScorer
 from alignlab.training.distributed.processes import launched
 from alignlab.training.policy import Policy
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 
 Function = Callable[[str, str, dict[str, Any]], float]
 """(prompt, response, the record's other fields) → reward."""

@@ -21,7 +21,7 @@ from alignlab.models import ModelSettings, QuantizationSettings
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
 from alignlab.rollout.produce import ProduceSettings
 from alignlab.sweeps.settings import GridSettings, LocalSettings, OptunaSettings
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 
 FOLDER = config_folder()

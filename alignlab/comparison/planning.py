@@ -20,7 +20,7 @@ from alignlab.comparison.settings import ComparisonSettings, Overrides, Pairs
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, HasBaseModel, HasReward, Scorer, TrainingBenchmark
 from alignlab.training.callbacks.trackers import named
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 from alignlab.training.run_folder import REFERENCE_CACHE
 
 SHARED = ("model", "adapter", "quantization", "distributed", "rollout", "tracker")

@@ -20,7 +20,7 @@ from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer
 from alignlab.planning.shapes import Shapes, dtype_of, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 
 FEW, MORE = 2, 4
 """Layers of the models that are traced; everything is linear in them from there on."""

@@ -74,7 +74,7 @@ class Launch:
 
     def _left(self, combinations: Sequence[Combination]) -> list[Combination]:
         """Those that are not done. What cannot be right is noted as failed at once."""
-        from alignlab.training.run import check
+        from alignlab.training.run_config import check
 
         left = []
         for combination in progress(combinations, "looking for what is finished", len(combinations)):

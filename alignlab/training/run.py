@@ -5,54 +5,38 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignlab.build import build, build_type, section
 from alignlab.core import (
-    AdapterKind,
-    Algorithm,
     Callback,
     ConfigError,
     DataError,
-    DataOrder,
-    Environment,
     RolloutContext,
-    RolloutEngine,
-    Scorer,
-    Tracker,
-    require,
 )
 from alignlab.core.files import write_json
-from alignlab.data import DataSettings, Splits, load
+from alignlab.data import Splits, load
 from alignlab.models import (
-    ModelSettings,
     PackedModel,
-    QuantizationSettings,
-    check_adapter,
     load_model,
     save_model,
 )
-from alignlab.rollout import build_engine, build_environment
-from alignlab.scoring import build_scorers
 from alignlab.training import provenance
 from alignlab.training.callbacks import CheckpointEvery, Evaluation, Samples
 from alignlab.training.callbacks.logging import Logging, MetricsLog
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.callbacks.pruning import PRUNED, Pruning
 from alignlab.training.callbacks.run_lock import RunLock
-from alignlab.training.callbacks.trackers import build_tracker
 from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
+from alignlab.training.optimizer import build_optimizer
+from alignlab.training.run_config import RunConfig, check
 from alignlab.training.run_folder import RESULT, claim
-from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.trainer import Trainer, wants_reference
+from alignlab.training.trainer import Trainer
 
 
 def train(
@@ -93,142 +77,6 @@ def train(
     with run.sampling(context), processes.peers():
         trainer.run()
     return _finish(out, run, trainer)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The sections of a run's config, each possible in itself and with the others."""
-
-    training: TrainingSettings
-    distributed: DistributedSettings
-    source: SourceSettings
-    model: ModelSettings
-    adapter: AdapterKind
-    quantization: QuantizationSettings
-    data: DataSettings
-    algorithm: Algorithm
-    scorers: list[Scorer]
-    rollout: RolloutEngine
-    environment: Environment | None
-    tracker: Tracker | None
-    schedule: Any
-    order: Any
-    callbacks: list[Callback]
-    optimizer: dict[str, Any]
-
-    @property
-    def samples(self) -> bool:
-        """Whether responses are sampled."""
-        return self.source.kind == "rollout"
-
-    @property
-    def engine(self) -> RolloutEngine | None:
-        """What samples in this run; None where nothing does."""
-        return self.rollout if self.samples else None
-
-    def sampling(self, context: RolloutContext) -> Any:
-        """What must live while responses are sampled, such as a server."""
-        return self.rollout.start(context) if self.samples else nullcontext()
-
-
-# ---------------------------------------------------------------------------------------------- the config
-
-
-def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: list[Scorer] | None = None) -> RunConfig:
-    """All that can be known to be wrong with a run before a model or data are loaded.
-
-    Args:
-        algorithm, scorers: instead of those that the config names.
-
-    Raises:
-        ConfigError: a setting is unknown, impossible, or at odds with another.
-    """
-    run = RunConfig(
-        training=section(TrainingSettings, config["training"], "training"),
-        distributed=section(DistributedSettings, config.get("distributed", {}), "distributed"),
-        source=section(SourceSettings, config["source"], "source"),
-        model=section(ModelSettings, config["model"], "model"),
-        adapter=build_type(AdapterKind, config["adapter"], "adapter"),
-        quantization=section(QuantizationSettings, config.get("quantization", {}), "quantization"),
-        data=section(DataSettings, config["data"], "data"),
-        algorithm=algorithm or build_algorithm(config["algorithm"]),
-        scorers=build_scorers(config["scoring"]) if scorers is None else scorers,
-        rollout=build_engine(config["rollout"]),
-        environment=build_environment(config.get("environment")),
-        tracker=build_tracker(config.get("tracker")),
-        schedule=build(config.get("schedule"), "schedule"),
-        order=_order_maker(config.get("order")),
-        callbacks=[
-            build_type(Callback, values, f"callbacks.{name}")
-            for name, values in (config.get("callbacks") or {}).items()
-        ],
-        optimizer=config["optimizer"],
-    )
-    build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
-    check_adapter(run.quantization, run.adapter)
-    _check_limits(run.training)
-    if run.samples:
-        temperature = run.rollout.temperature
-        require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
-        _check_columns(run)
-        parts = {"source": run.source, "distributed": run.distributed, "quantization": run.quantization}
-        run.rollout.check({**parts, "environment": run.environment}, run.algorithm)
-    elif run.environment is not None:
-        raise ConfigError("environment: a policy acts in one only with source=rollout")
-    if run.source.ref_update_interval and not wants_reference(run.algorithm, run.source):
-        raise ConfigError(f"source.ref_update_interval: {type(run.algorithm).__name__} uses no reference policy")
-    return run
-
-
-def build_algorithm(values: dict[str, Any]) -> Algorithm:
-    """The algorithm that `_target_` names: one of ours or anyone's on the Python path."""
-    algorithm = build(values, "algorithm")
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"algorithm._target_={values['_target_']}: not a subclass of alignlab.core.Algorithm")
-    return algorithm
-
-
-def _order_maker(values: dict[str, Any] | None) -> Any:
-    """What makes the order of the records; None for the usual one."""
-    return None if not values else partial(_make_order, values)
-
-
-def _make_order(values: dict[str, Any], **arguments: Any) -> Any:
-    return build_type(DataOrder, values, "order", **arguments)
-
-
-def build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimiser that `_target_` names, for parameter groups."""
-    optimizer = build(values, "optimizer", groups)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError("optimizer._target_: must name a subclass of torch.optim.Optimizer")
-    return optimizer
-
-
-def _check_limits(settings: TrainingSettings) -> None:
-    ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
-    if settings.steps is None and settings.epochs is None and not any(ends):
-        raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
-    watching = {"patience": settings.patience, "final": settings.final == "best"}
-    for name, wanted in watching.items():
-        if wanted and settings.eval_every is None:
-            raise ConfigError(f"training.{name}: needs evaluations: give training.eval_every, in steps")
-
-
-def _check_columns(run: RunConfig) -> None:
-    """Find out before anything is loaded that nobody fills in what the algorithm needs. Records bring columns of their
-    own; a missing one is reported with the record."""
-    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in run.scorers for c in s.fills)}
-    filled |= set(run.environment.fills) if run.environment is not None else set()
-    for column in run.algorithm.needs:
-        if column not in filled:
-            raise ConfigError(
-                f"scoring: {type(run.algorithm).__name__} needs the column '{column}' and nothing fills it: "
-                "choose a scorer, as in scoring=reward_model scoring.path=DIR"
-            )
-
-
-# ---------------------------------------------------------------------------------------------- the steps of a run
 
 
 def _take_folder(out: Path, config: dict[str, Any], run: RunConfig, processes: Processes) -> RunLock | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,16 +48,6 @@ class Pass:
     """Loss-bearing tokens, over all processes."""
     units: int
     """What the loss is a mean over: tokens, responses, pairs or groups; 0 means that there was nothing to learn."""
-
-
-def parameter_groups(trained: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups as torch's optimisers take them: weight decay is for matrices alone."""
-    trained = list(trained)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2]},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
 
 
 def run_with_memory(

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alignlab.core import (
     Algorithm,
     AlignlabError,
@@ -37,16 +35,14 @@ from alignlab.training.distributed.engine import Engine, make_engine
 from alignlab.training.distributed.processes import Processes, launched
 from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
+from alignlab.training.optimizer import MakeOptimizer, optimizer_of
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.step import Pass, parameter_groups, run_with_memory
+from alignlab.training.step import Pass, run_with_memory
 
 log = logging.getLogger(__name__)
-
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""From parameter groups, as torch's optimisers take them, to an optimiser."""
 
 
 class Trainer:
@@ -135,7 +131,7 @@ class Trainer:
         cache = self._reference_cache(reference, rollout)
         if "value" in algorithm.reads and model.value_head is None:
             add_value_head(model, algorithm.critic, self.settings.seed)
-        made = _optimizer(model, lr, optimizer)
+        made = optimizer_of(model, lr, optimizer)
         with self.processes.peers():
             self.engine: Engine = make_engine(distributed, model, made, self.processes, self.settings.max_grad_norm)
             self.processes.same_timeout()
@@ -416,14 +412,3 @@ def _model_for(policy: Any, algorithm: Algorithm) -> PackedModel:
             f"load it with alignlab.load(…, kind={algorithm.model!r})"
         )
     return model
-
-
-def _optimizer(model: PackedModel, lr: float | None, make: MakeOptimizer | None) -> torch.optim.Optimizer:
-    groups = parameter_groups([p for p in model.parameters() if p.requires_grad])
-    if make is not None:
-        if lr is not None:
-            raise ConfigError("lr: the optimizer has a learning rate already: give one of them")
-        return make(groups)
-    if lr is None:
-        raise ConfigError("lr: must be given, as in lr=1e-5; or give an optimizer")
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)

@@ -14,7 +14,7 @@ from alignlab.planning import PlanSettings, plan
 from alignlab.planning.memory import GB, MODES
 from alignlab.planning.run import PlannedRun, Variant
 from alignlab.planning.search import COUNTS, choices, variants
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 from tests import tiny
 from tests.training import runs
 

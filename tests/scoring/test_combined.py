@@ -11,8 +11,7 @@ import pytest
 
 from alignlab.config import compose, resolve
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer
-from alignlab.scoring import CombinedScorer, FunctionScorer
-from alignlab.training.run import build_scorers
+from alignlab.scoring import CombinedScorer, FunctionScorer, build_scorers
 from tests.training import runs
 
 TABLE = {"a": (1.0, 4.0, 1.0), "b": (0.0, -3.0, 6.0)}

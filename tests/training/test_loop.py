@@ -158,7 +158,7 @@ def test_nothing_to_learn_is_said_not_reported_as_zero(
     monkeypatch.setattr(loop, "EMPTY_ITERATIONS", 3)
     target = runs.ALGORITHMS[algorithm][0].removeprefix("algorithm=")
     from alignlab.config import compose
-    from alignlab.training.run import build_algorithm
+    from alignlab.training.run_config import build_algorithm
 
     kind = type(build_algorithm(dict(compose("train", [f"algorithm={target}"])["algorithm"])))
     assert issubclass(kind, Algorithm)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config import compose, resolve
-from alignlab.training.run import build_optimizer
-from alignlab.training.step import parameter_groups
+from alignlab.training.optimizer import build_optimizer, parameter_groups
 from tests import components
 
 components.need("bitsandbytes")

@@ -16,7 +16,7 @@ from alignlab.core import ConfigError, Group, Response
 from alignlab.rollout.produce import produce
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.training.off_policy import compare
-from alignlab.training.run import check
+from alignlab.training.run_config import check
 from alignlab.training.run_folder import fingerprint
 from tests import tiny
 from tests.rollout.fake_vllm import Choice, FakeVllm

@@ -25,7 +25,7 @@ from alignlab.models import (
 from alignlab.training.checkpoints.state import Saved
 from alignlab.training.checkpoints.store import Checkpoints, verify
 from alignlab.training.distributed.engine import Tensors
-from alignlab.training.run import build_algorithm
+from alignlab.training.run_config import build_algorithm
 from alignlab.training.run_folder import RESULT
 from alignlab.training.settings import TrainingSettings
 

@@ -1,0 +1,45 @@
+"""Optimizers over a model's trained weights: as the config's `optimizer._target_` says, or AdamW at a learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from alignlab.build import build
+from alignlab.core import ConfigError
+from alignlab.models import PackedModel
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""From parameter groups, as torch's optimisers take them, to an optimiser."""
+
+
+def parameter_groups(trained: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups as torch's optimisers take them: weight decay is for matrices alone."""
+    trained = list(trained)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2]},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser that `_target_` names, for parameter groups."""
+    optimizer = build(values, "optimizer", groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError("optimizer._target_: must name a subclass of torch.optim.Optimizer")
+    return optimizer
+
+
+def optimizer_of(model: PackedModel, lr: float | None, make: MakeOptimizer | None) -> torch.optim.Optimizer:
+    """The optimizer of a trainer: AdamW with a learning rate, or what `make` makes."""
+    groups = parameter_groups([p for p in model.parameters() if p.requires_grad])
+    if make is not None:
+        if lr is not None:
+            raise ConfigError("lr: the optimizer has a learning rate already: give one of them")
+        return make(groups)
+    if lr is None:
+        raise ConfigError("lr: must be given, as in lr=1e-5; or give an optimizer")
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
