@@ -16,7 +16,7 @@ import torch
 import alignlab as al
 from alignlab.core import ConfigError
 from tests import tiny
-from tests.training import runs
+from tests.training import forks, runs
 
 
 @pytest.fixture
@@ -85,6 +85,26 @@ def test_a_step_is_the_step_of_a_run(base: Path, tmp_path: Path) -> None:
     logged = [line["loss"] for line in runs.metrics(tmp_path, "run")]
     assert [m["loss"] for m in metrics] == pytest.approx(logged, rel=1e-6)
     assert runs.difference(runs.weights(tmp_path, "run"), runs.weights_of(tmp_path / "stepped")) < 1e-6
+
+
+def test_under_torchrun_every_process_does_the_same(tmp_path: Path) -> None:
+    """Two processes, each with a loop of its own: the same weights as from one, to rounding."""
+    runs.prepare(tmp_path)
+
+    def loop(out: str) -> None:
+        policy = al.load(tmp_path / "base")
+        pairs = al.records(tmp_path / "preferences.jsonl", policy)
+        trainer = al.Trainer(policy, al.DPO(beta=0.1), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
+        for _ in range(2):
+            trainer.step(pairs)
+        assert trainer.processes.world == (2 if out == "two" else 1)
+        trainer.save(tmp_path / out)
+
+    log = tmp_path / "log"
+    forks.finish(forks.members(lambda: loop("two"), log), log)
+    assert forks.wait(forks.fork(lambda: loop("one"), log)) == 0, log.read_text()
+    one, two = runs.weights_of(tmp_path / "one"), runs.weights_of(tmp_path / "two")
+    assert runs.difference(one, two) < 1e-5
 
 
 def test_two_models_and_a_loop_of_ones_own(base: Path) -> None:
