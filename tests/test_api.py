@@ -107,6 +107,19 @@ def test_under_torchrun_every_process_does_the_same(tmp_path: Path) -> None:
     assert runs.difference(one, two) < 1e-5
 
 
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_each_trainer_has_a_reference_of_its_own(tmp_path: Path, adapter: str) -> None:
+    """DPO's loss is ln 2 at the first step of every trainer, on the very groups that the one before it has read."""
+    runs.prepare(tmp_path)
+    policy = al.load(tmp_path / "base", adapter=adapter)
+    pairs = al.records(tmp_path / "preferences.jsonl", policy)
+    for _ in range(3):
+        trainer = al.Trainer(policy, al.DPO(beta=0.1), lr=1e-2)
+        first, second = (trainer.step(pairs)["loss"] for _ in range(2))
+        assert first == pytest.approx(math.log(2), abs=1e-6)
+        assert abs(second - math.log(2)) > 1e-3
+
+
 def test_two_models_and_a_loop_of_ones_own(base: Path) -> None:
     """A policy and a reward model, trained in turns; each `step` with a learning rate of its own."""
     policy, judge = al.load(base), al.load(base, kind="score")

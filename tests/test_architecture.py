@@ -38,7 +38,7 @@ EXCEPTIONS = {  # what makes objects of a config's sections
     "alignlab.scoring": {"build"},
 }
 
-LONGEST, LONGEST_ALGORITHM = 415, 150
+LONGEST, LONGEST_ALGORITHM = 430, 150
 """Lines of a file."""
 
 

@@ -21,7 +21,7 @@ def is_per_token(column: Column) -> bool:
     return hasattr(column, "__len__")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Response:
     """One answer to a prompt.
 

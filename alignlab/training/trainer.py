@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from alignlab.core import (
     Algorithm,
@@ -23,6 +24,7 @@ from alignlab.core import (
     Group,
     NeedsPolicy,
     NonFiniteError,
+    Response,
     RolloutEngine,
     Schedule,
     Scorer,
@@ -161,6 +163,7 @@ class Trainer:
         self.evaluation: dict[str, float] = {}
         self.last = Pass({}, 0, 0, 0)  # of the last step
         self.stopped: str | None = None
+        self._read_here: WeakValueDictionary[int, Response] = WeakValueDictionary()  # by its reference, by `id`
         self.checkpoint_asked = False
         self.discarded = False
 
@@ -186,10 +189,13 @@ class Trainer:
         for group in groups:
             if (reason := self.algorithm.check(group)) is not None:
                 raise AlignlabError(f"{group.origin or 'a group'}: {reason}")
+        self._forget_other_references(groups)
         state = self.state
         found = self.collector.collect(list(groups), iteration_seed(self.settings.seed, state.iteration), state.step)
         state.iteration += 1
         self.remember(found.report, found.reward)
+        for response in (r for g in groups for r in g.responses if "ref_logp" in r.columns):
+            self._read_here[id(response)] = response
         if not found.groups:
             return {}
         peak = float(self.engine.optimizer.param_groups[0]["initial_lr"])
@@ -197,6 +203,13 @@ class Trainer:
         state.step += 1
         self.each("on_step")
         return dict(self.metrics)
+
+    def _forget_other_references(self, groups: Sequence[Group]) -> None:
+        """Drop `ref_logp` where it is not this trainer's reference that said it, but that of a trainer before it."""
+        if self.reference is None:
+            return
+        for response in (r for g in groups for r in g.responses if self._read_here.get(id(r)) is not r):
+            response.columns.pop("ref_logp", None)
 
     def save(self, folder: str | Path, merge: bool = False) -> list[str]:
         """Write the model to a folder from which plain transformers and peft load it. Called by all processes.
