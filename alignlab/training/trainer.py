@@ -334,7 +334,7 @@ class Trainer:
 
     def remember(self, report: Mapping[str, float], reward: float | None) -> None:
         """What the steps on an iteration's groups report."""
-        self.state.report = {**self.algorithm.report, **report}
+        self.state.report = {name: float(value) for name, value in {**self.algorithm.report, **report}.items()}
         self.state.algorithm = dict(self.algorithm.state)
         self.state.reward = reward
 

@@ -286,7 +286,6 @@ def test_jobs_run_what_they_say(submit: Callable[..., int], cluster: Cluster, tm
         work.dump(tmp_path / "work.pkl")
         again = submitit.core.utils.DelayedSubmission.load(tmp_path / "work.pkl").function
         assert (again.folder, again.commands) == (f"its out/runs/dpo-seed{seed}", ("train",))
-        assert again.checkpoint().function == again
 
 
 def test_a_folder_that_slurm_cannot_write_to(

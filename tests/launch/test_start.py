@@ -253,7 +253,7 @@ def test_no_memory_where_passes_communicate_starts_all_again(
 ) -> None:
     """They go on from the last checkpoint with half the tokens, and keep to that."""
     marker, budgets = folder / "starved", folder / "budgets"
-    run_batch = trainer.run_batch
+    run_batch = step.run_batch
 
     def noting(*arguments: Any, **options: Any) -> Any:
         with budgets.open("a") as file:
@@ -261,7 +261,7 @@ def test_no_memory_where_passes_communicate_starts_all_again(
         return run_batch(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "run_batch", noting)
+        patch.setattr(step, "run_batch", noting)
         at_call(patch, step, "aggregate", 4, lambda: forked.once(1, marker, no_memory))
         assert start(folder, "starved-run", "zero2") == 0
     used = [int(word) for word in budgets.read_text().split()]

@@ -224,7 +224,7 @@ def test_usr1_does_not_end_a_run_that_saves_its_model(monkeypatch: pytest.Monkey
     def dies(number: int, frame: FrameType | None) -> None:
         raise AssertionError("the process would have ended")
 
-    def saves(config: object, out: Path) -> dict[str, int]:
+    def saves(config: object, out: Path, callbacks: object, checked: object) -> dict[str, int]:
         signal.raise_signal(signal.SIGUSR1)
         return {"step": 1}
 

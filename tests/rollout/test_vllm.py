@@ -143,7 +143,8 @@ def test_what_comes_back(fake: FakeVllm, policy: PackedModel, tmp_path: Path) ->
     (group,) = engine.sample(given, 3, 0)
     assert (group.prompt_ids, group.origin) == (given[0].prompt_ids, given[0].origin)
     assert [r.token_ids for r in group.responses] == [t for t, _, _ in answers]
-    assert [r.columns for r in group.responses] == [{"behaviour_logp": p} for _, p, _ in answers]
+    assert [[*r.columns] for r in group.responses] == [["behaviour_logp"]] * len(answers)
+    assert [list(r.columns["behaviour_logp"]) for r in group.responses] == [p for _, p, _ in answers]
     assert [r.text for r in group.responses] == ["ab", "abda", "b"]
     assert [r.finished for r in group.responses] == [True, False, True]
     assert {r.source for r in group.responses} == {"policy"}

@@ -235,7 +235,7 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 from alignlab.config import compose, resolve
-from alignlab.training import run, trainer
+from alignlab.training import run, step
 run_batch = step.run_batch
 def limited(*arguments, **options):
     if options["max_tokens_per_microbatch"] == 8192:  # first call: from now on there is room for a part of it

@@ -67,7 +67,7 @@ def filled(folder: Path, found: list[Group], name: str = NAME, shift: float = 0.
 
 
 def columns(found: Sequence[Group]) -> list[Any]:
-    return [r.columns["ref_logp"] for g in found for r in g.responses]
+    return [list(r.columns["ref_logp"]) for g in found for r in g.responses]
 
 
 EXPECTED = [said(g.prompt_ids, r) for g in groups() for r in g.responses]

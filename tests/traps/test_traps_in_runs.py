@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -51,7 +52,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[Collected]:
 def column(groups: list[Group], name: str) -> list[float]:
     """A column of all responses in one list."""
     found = [r.columns[name] for g in groups for r in g.responses]
-    return [v for value in found for v in (value if isinstance(value, list) else [value])]
+    return [float(v) for value in found for v in np.ravel(value)]
 
 
 # ------------------------------------------------------------------ several processes

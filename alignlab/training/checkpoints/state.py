@@ -149,9 +149,11 @@ def _known(records: Sequence[Group]) -> dict[int, list[Tensor]]:
 
 
 def _as_tensors(value: Any) -> Any:
-    """A value with tensors for arrays: torch reads these without unpickling anything else."""
+    """A value with tensors for arrays, and Python's numbers for NumPy's: torch reads these without other pickles."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, dict):
         return {k: _as_tensors(v) for k, v in value.items()}
     return [_as_tensors(v) for v in value] if _holds_more(value) else value
