@@ -19,7 +19,7 @@ BUDGET = 2048
 OPTIONS = {
     "quantization": {"kind": "nf4"},
     "training": {"max_tokens_per_microbatch": BUDGET},
-    "rollout": {"max_tokens_per_microbatch": BUDGET},
+    "rollout": {"max_batch_tokens": BUDGET},
 }
 
 
