@@ -17,7 +17,7 @@ from alignlab.core import Group, Response, Scorer
 from alignlab.core.settings import RENAMED
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "runs"} & set(p.relative_to(ROOT).parts[:1]))
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not p.relative_to(ROOT).parts[0].startswith((".", "runs")))
 
 
 def text(name: str) -> str:
