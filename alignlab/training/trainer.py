@@ -175,7 +175,7 @@ class Trainer:
 
         Args:
             groups: with responses, and with the columns that nothing here fills in, such as rewards. Under torchrun the
-                same on every process.
+                same on every process. A `ref_logp` that another trainer, or a record, brought is computed anew.
             lr: the learning rate of this step; by default the peak.
 
         Returns:

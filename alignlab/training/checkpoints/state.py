@@ -50,7 +50,6 @@ class State:
         report: metrics of the current iteration: the algorithm's, the scorers'.
         algorithm: what the algorithm wants to keep.
         order: what the order of the records wants to keep.
-        callbacks: what callbacks want to keep, by name.
         watched: the watched metric, where this step was evaluated.
         stopped: why a callback has ended the run.
     """
@@ -70,7 +69,6 @@ class State:
     report: dict[str, float] = field(default_factory=dict)
     algorithm: dict[str, float] = field(default_factory=dict)
     order: dict[str, Any] = field(default_factory=dict)
-    callbacks: dict[str, Any] = field(default_factory=dict)
     watched: float | None = None
     stopped: str | None = None
     pending: list[Group] = field(default_factory=list)
