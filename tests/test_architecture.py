@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,17 @@ def test_the_core_imports_nothing_of_ours_but_itself_nor_anything_heavy() -> Non
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+SCRIPTS = sorted((PACKAGE.parent / "experiments").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(PACKAGE.parent / "experiments")))
+def test_what_an_experiment_imports_is_there(path: Path) -> None:
+    """No other test runs the scripts: what moves would be missed where they name it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("alignlab", "tests"):
+            found = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(found, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")

@@ -33,22 +33,23 @@ def kto_loss(
     return torch.where(desirable_N > 0, weights[0] * torch.sigmoid(-gain_N), weights[1] * torch.sigmoid(gain_N))
 
 
-def baseline(groups: Sequence[Group]) -> float:
+def baseline(groups: Sequence[Group]) -> float | None:
     """z_ref (section 4.1), in nats: max(0, mean of log π/π_ref over the mismatched responses), from their columns
-    `old_logp` and `ref_logp`; 0 if there are none."""
+    `old_logp` and `ref_logp`; None if there are none."""
     ratios = [
         sum(map(float, r.columns["old_logp"])) - sum(map(float, r.columns["ref_logp"]))  # type: ignore[arg-type]
         for g in groups
         for r in g.responses
         if MISMATCHED in r.columns
     ]
-    return max(0.0, fmean(ratios)) if ratios else 0.0
+    return max(0.0, fmean(ratios)) if ratios else None
 
 
 class KTO(Algorithm):
     """Raises desirable responses above a baseline and pushes undesirable ones below it.
 
-    The baseline is one number for each iteration, estimated from all its prompts. The first of these columns that a
+    The baseline is one number for each iteration, estimated from all its prompts; where these are all equal, as in the
+    last batch of an epoch that has one record left, the last estimate holds. The first of these columns that a
     group has decides which responses are desirable: `desirable` (1 or 0); `lost_to`, `preference` or `score`
     (responses that win more often than they lose); `reward` (responses above `threshold`). Responses that win as often
     as they lose, or have exactly the mean reward, are left out.
@@ -97,7 +98,15 @@ class KTO(Algorithm):
         return found
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
-        z_ref = baseline(groups)
+        estimate = baseline(groups)
+        if estimate is not None:
+            self.state = {"z_ref": estimate}
+        elif groups and "z_ref" not in self.state:
+            raise AlignlabError(
+                f"{groups[0].place}: KTO takes its baseline from responses to other prompts, and this iteration has "
+                "one prompt only: training.batch_size must be at least 2, and the data hold different prompts"
+            )
+        z_ref = self.state.get("z_ref", 0.0)
         groups = [g.with_responses([r for r in g.responses if MISMATCHED not in r.columns]) for g in groups]
         rewards = [r.columns["reward"] for g in groups for r in g.responses if "reward" in r.columns]
         found = []

@@ -42,11 +42,13 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float) -> Tensor:
-    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), elementwise. R is the target.
+def clipped_value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Tensor:
+    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), elementwise. R is the target. With ε = None it is ½·(V − R)².
 
     From OpenAI's PPO code rather than the paper (Huang et al. 2022, "The 37 implementation details of PPO", detail 9).
     """
+    if clip is None:
+        return 0.5 * (value - target).square()
     near = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * torch.maximum((value - target).square(), (near - target).square())
 

@@ -21,22 +21,20 @@ from alignlab.algorithms.policy_gradient import (
 )
 from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, require, require_choice
 
-HORIZON = 10_000
-"""Responses in which an adaptive KL coefficient changes by about 20 % at most, as in the code of Ziegler et al."""
 
-
-def adapted(kl_coef: float, kl: float, target: float, samples: int) -> float:
+def adapted(kl_coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """The KL coefficient of the next iteration: β·(1 + K·e), e = clip(KL/target − 1, ±0.2) (Ziegler et al., section
-    2.2). K is 0.1 in the paper; in the authors' code and here it is samples / HORIZON, at most 1.
+    2.2). K is 0.1 in the paper; in the authors' code and here it is samples / horizon, at most 1.
 
     Args:
         kl_coef: β of this iteration.
         kl: KL to the reference, measured over this iteration, in nats per response.
         target: KL that is wanted, in nats per response, > 0.
         samples: number of responses in this iteration.
+        horizon: responses in which the coefficient changes by about 20 % at most, > 0.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * min(samples / HORIZON, 1.0))
+    return kl_coef * (1 + error * min(samples / horizon, 1.0))
 
 
 class PPO(Algorithm):
@@ -46,14 +44,16 @@ class PPO(Algorithm):
     epochs is `source.ppo_epochs`; a minibatch has `training.batch_size` groups.
 
     Args:
-        clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1); the value loss is clipped
-            at the same distance from the old value.
+        clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1).
+        value_clip: largest distance from the old value at which a value still counts, in units of reward, > 0; None:
+            the value loss is not clipped.
         value_weight: weight of the value loss, >= 0.
         gamma: discount, in [0, 1].
         lam: λ of generalised advantage estimation, in [0, 1].
         kl_coef: price of a nat of KL to the reference, in units of reward, >= 0. With `kl_target`, its initial value.
         kl_estimator: of the penalty: "k1", "k2" or "k3". The sum of k1 over a response is an unbiased KL(π‖π_ref).
         kl_target: KL that kl_coef is adapted to, in nats per response, > 0; None: kl_coef is constant.
+        kl_horizon: responses in which kl_coef is adapted by about 20 % at most, > 0.
         rewards: what is earned besides the penalty. "outcome": the column `reward`, at the last token. "steps": the
             column `step_reward`, at the end of each step. "both": their sum.
         whiten_rewards: scale the rewards of all tokens of the iteration to variance 1; their mean stays.
@@ -72,12 +72,14 @@ class PPO(Algorithm):
     def __init__(
         self,
         clip: float = 0.2,
+        value_clip: float | None = 0.2,
         value_weight: float = 0.1,
         gamma: float = 1.0,
         lam: float = 0.95,
         kl_coef: float = 0.05,
         kl_estimator: KLEstimator = "k1",
         kl_target: float | None = None,
+        kl_horizon: int = 10_000,
         rewards: Literal["outcome", "steps", "both"] = "outcome",
         whiten_rewards: bool = False,
         missing_eos_score: float | None = None,
@@ -90,13 +92,15 @@ class PPO(Algorithm):
             require(0 <= share <= 1, f"algorithm.{name}", share, "must be in [0, 1]")
         for name, weight in (("value_weight", value_weight), ("kl_coef", kl_coef), ("entropy_weight", entropy_weight)):
             require(weight >= 0, f"algorithm.{name}", weight, "must be >= 0")
-        for name, limit in (("kl_target", kl_target), ("target_kl", target_kl)):
+        require(kl_horizon > 0, "algorithm.kl_horizon", kl_horizon, "must be > 0")
+        for name, limit in (("value_clip", value_clip), ("kl_target", kl_target), ("target_kl", target_kl)):
             require(limit is None or limit > 0, f"algorithm.{name}", limit, "must be > 0")
         require_choice("algorithm.kl_estimator", kl_estimator, get_args(KLEstimator))
         require_choice("algorithm.rewards", rewards, ("outcome", "steps", "both"))
         require_choice("algorithm.critic", critic, ("shared", "own"))
-        self.clip, self.value_weight, self.gamma, self.lam = clip, value_weight, gamma, lam
-        self.kl_coef, self.kl_estimator, self.kl_target = kl_coef, kl_estimator, kl_target
+        self.clip, self.value_clip, self.value_weight = clip, value_clip, value_weight
+        self.gamma, self.lam = gamma, lam
+        self.kl_coef, self.kl_estimator, self.kl_target, self.kl_horizon = kl_coef, kl_estimator, kl_target, kl_horizon
         self.whiten_rewards, self.missing_eos_score, self.target_kl = whiten_rewards, missing_eos_score, target_kl
         self.entropy_weight, self.critic = entropy_weight, critic
         self.outcome, self.steps = rewards != "steps", rewards != "outcome"
@@ -126,13 +130,13 @@ class PPO(Algorithm):
         report = {"kl_coef": kl_coef, "explained_variance": explained_variance(value_T, target_T)}
         self.report = rollout_report(batch) | report
         if self.kl_target is not None:
-            self.state = {"kl_coef": adapted(kl_coef, self.report["kl"], self.kl_target, batch.N)}
+            self.state = {"kl_coef": adapted(kl_coef, self.report["kl"], self.kl_target, batch.N, self.kl_horizon)}
         return list(groups)
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
         ratio_T = (outputs.logp_T - batch["old_logp_T"]).exp()
         policy_T = weighted(clipped_surrogate(ratio_T, batch["advantage_T"], self.clip), batch)
-        value_T = clipped_value_loss(outputs.value_T, batch["old_value_T"], batch["value_target_T"], self.clip)
+        value_T = clipped_value_loss(outputs.value_T, batch["old_value_T"], batch["value_target_T"], self.value_clip)
         loss_T = policy_T + self.value_weight * value_T - self.entropy_weight * outputs.entropy_T
         return loss_T, policy_metrics(outputs.logp_T, batch["old_logp_T"], self.clip) | {
             "policy_loss": policy_T,

@@ -58,8 +58,10 @@ class ProcessRewardModel(Algorithm):
 
     Args:
         supervise: "first_error": learn from the steps up to the first wrong one (Lightman et al., section 2.6); "all":
-            from all steps.
-        neutral: what a label of exactly 0 means: "soft" (P(right) = 1/2), "right", "wrong", or "skip" (no loss).
+            from all steps (Math-Shepherd). None: "all" from the first label on that is neither -1, 0 nor 1, such as a
+            share of continuations that succeed; "first_error" where there is none, as in people's labels.
+        neutral: what a label of exactly 0 means: "soft" (P(right) = 1/2, which is what it says as a share), "right" or
+            "wrong" (Lightman et al. tell neutral steps so, when they test), or "skip" (no loss).
 
     Raises:
         ConfigError: a value is not one of these.
@@ -73,10 +75,11 @@ class ProcessRewardModel(Algorithm):
 
     def __init__(
         self,
-        supervise: Literal["first_error", "all"] = "first_error",
+        supervise: Literal["first_error", "all"] | None = None,
         neutral: Literal["soft", "right", "wrong", "skip"] = "soft",
     ) -> None:
-        require_choice("algorithm.supervise", supervise, ("first_error", "all"))
+        if supervise is not None:
+            require_choice("algorithm.supervise", supervise, ("first_error", "all"))
         require_choice("algorithm.neutral", neutral, ("soft", "right", "wrong", "skip"))
         self.supervise, self.neutral = supervise, neutral
 
@@ -87,18 +90,22 @@ class ProcessRewardModel(Algorithm):
 
     def prepare(self, groups: Sequence[Group]) -> list[Group]:
         """Mask out the steps that are not learned from: the loss is a mean over the others."""
+        labels = (x for g in groups for r in g.responses for x in r.columns["step_label"])  # type: ignore[union-attr]
+        if self.supervise is None and any(x not in (-1, 0, 1) for x in labels):
+            self.state = {"shares": 1.0}
+        cut = self.supervise == "first_error" or (self.supervise is None and not self.state)
         found = []
         for group in groups:
-            responses = [self._supervised(r) for r in group.responses]
+            responses = [self._supervised(r, cut) for r in group.responses]
             found.append(group.with_responses([r for r in responses if r.loss_tokens]))
         return [g for g in found if g.responses]
 
-    def _supervised(self, response: Response) -> Response:
+    def _supervised(self, response: Response, cut: bool) -> Response:
         labels: list[float] = response.columns["step_label"]  # type: ignore[assignment]
         if self.neutral != "skip":
             labels = [label or NEUTRAL[self.neutral] for label in labels]
         count = len(labels)
-        if self.supervise == "first_error":
+        if cut:
             count = next((i + 1 for i, label in enumerate(labels) if label < 0), count)
         kept = [(i, x) for i, x in zip(response.predicted[:count], labels, strict=False) if x or self.neutral != "skip"]
         ends = {i for i, _ in kept}

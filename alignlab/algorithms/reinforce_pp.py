@@ -24,8 +24,9 @@ class ReinforcePP(Algorithm):
 
     The advantage of a token is the return from there on, with the KL penalty in it: A_t = r − β·Σ_{i>=t}
     log(π_old/π_ref)_i, normalised over all tokens of the iteration (equations 4 and 5). With `baseline` it is the
-    reward minus the mean of the group, normalised over all responses of the iteration; then the penalty is in the
-    loss, as ½·β·log(π/π_ref)² (k2; equations 6 to 8).
+    reward minus the mean of the group, the same for each of a response's tokens, normalised over all tokens of the
+    iteration as in the authors' code (github.com/OpenRLHF/OpenRLHF); then the penalty is in the loss, as
+    ½·β·log(π/π_ref)² (k2; equations 6 to 8).
 
     Args:
         clip: ε, largest distance from 1 at which the ratio π/π_old still counts, in (0, 1).
@@ -52,8 +53,8 @@ class ReinforcePP(Algorithm):
         reward_N = batch["reward_N"].double()
         if self.baseline:
             require_siblings(groups, "REINFORCE++ with baseline")
-            advantage_N = whiten(group_advantage(reward_N, batch.group_N, batch.G, normalize=False))
-            batch.fill("advantage_T", advantage_N[batch.response_T])
+            advantage_N = group_advantage(reward_N, batch.group_N, batch.G, normalize=False)
+            batch.fill("advantage_T", whiten(advantage_N[batch.response_T]))
         else:
             penalty_T = self.kl_coef * (batch["old_logp_T"] - batch["ref_logp_T"]).double()
             earned_T = shaped_reward(penalty_T, batch.response_T, reward_N, None)

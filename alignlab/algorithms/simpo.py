@@ -12,13 +12,16 @@ from alignlab.core import Batch, Metrics, Outputs, require
 def simpo_loss(margin_P: Tensor, beta: float, gamma: float, probability_P: Tensor | float = 1.0) -> Tensor:
     """Equation 6, per pair, in nats, shape (P,).
 
+    A soft label mirrors all of the logit, target margin included, as the authors' label smoothing does
+    (github.com/princeton-nlp/SimPO): p·−log σ(u) + (1 − p)·−log σ(−u), u = beta·m − gamma. It is least where σ(u) = p.
+
     Args:
         margin_P: log-prob of the winner minus that of the loser, each a mean over tokens, in nats, shape (P,).
         beta: scale of the reward beta / |y| · log π (equation 4), > 0.
         gamma: how far the winner's reward should be above the loser's, >= 0.
         probability_P: probability that the winner is preferred, in [0.5, 1].
     """
-    return soft_label_loss(lambda margin: -logsigmoid(beta * margin - gamma), margin_P, probability_P)
+    return soft_label_loss(lambda logit: -logsigmoid(logit), beta * margin_P - gamma, probability_P)
 
 
 class SimPO(PairAlgorithm):

@@ -29,7 +29,8 @@ KINDS = [read(path)[0] for path in CONFIGS]
 
 OUT_OF_RANGE = {
     "aggregation": "batch", "baseline": None, "beta": 0.0, "center": -1.0, "clip": 1.0, "critic": "none", "delta": -1.0,
-    "entropy_weight": -1.0, "gamma": -1.0, "keep": 0, "kl_coef": -0.1, "kl_estimator": "k4", "kl_target": 0.0,
+    "entropy_weight": -1.0, "gamma": -1.0, "keep": 0, "kl_coef": -0.1, "kl_estimator": "k4",
+    "kl_horizon": 0, "kl_target": 0.0, "value_clip": 0.0,
     "label_smoothing": 0.5, "lam": 1.1, "length_penalty": -1.0, "lm_weight": -1.0, "margin": -1.0, "max_length": 3,
     "mean_over": "groups", "minimum": None, "missing_eos_score": None, "neutral": "yes", "normalize": None,
     "ratio_weight": 0.0, "rewards": "none", "separator": None, "sft_weight": -1.0, "supervise": "none",

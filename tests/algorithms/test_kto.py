@@ -135,12 +135,17 @@ def test_mismatched_responses_make_no_text_longer_than_the_longest() -> None:
     assert arranged[1].responses[1].loss_tokens == 2, "what is left of a mask without loss is none"
 
 
-def test_a_single_prompt_has_no_baseline() -> None:
+@pytest.mark.parametrize("given", [[one(1, 3.0, 1)], [one(1, 3.0, 1), one(1, 2.0, 0)]], ids=["single", "equal"])
+def test_a_single_prompt_takes_the_last_baseline_and_none_is_refused(given: list[Group]) -> None:
+    """A run of batches of one would train on a baseline of 0 throughout."""
     algorithm = KTO()
-    for given in ([one(1, 3.0, 1)], [one(1, 3.0, 1), one(1, 2.0, 0)]):
-        arranged = algorithm.arrange(given)
-        assert [len(g.responses) for g in arranged] == [1] * len(given)
-        assert [g.columns["z_ref"] for g in algorithm.prepare(arranged)] == [0.0] * len(given)
+    arranged = algorithm.arrange(given)
+    assert [len(g.responses) for g in arranged] == [1] * len(given)
+    with pytest.raises(AlignlabError, match=r"one prompt only: training\.batch_size must be at least 2"):
+        algorithm.prepare(arranged)
+    resumed = KTO()
+    resumed.state = {"z_ref": 0.7}
+    assert [g.columns["z_ref"] for g in resumed.prepare(arranged)] == [0.7] * len(given)
 
 
 def signs(*columns: dict[str, float], threshold: float | None = None, mean: float = 0.0) -> list[int]:
@@ -170,20 +175,27 @@ def test_an_unscored_response_of_a_record_is_neither() -> None:
         desirability(made, 0.5, 0.0)
 
 
+def going_on(threshold: float | None = None) -> KTO:
+    """One that has a baseline already: the records at hand have no mismatched responses."""
+    algorithm = KTO(threshold=threshold)
+    algorithm.state = {"z_ref": 0.0}
+    return algorithm
+
+
 def test_rewards_are_judged_by_the_mean_of_the_iteration() -> None:
     """1, 2 and 6: only the last is above the mean; equal rewards say nothing."""
-    kept = KTO().prepare([one(1, 0.0, reward=1.0), one(2, 0.0, reward=2.0), one(3, 0.0, reward=6.0)])
+    kept = going_on().prepare([one(1, 0.0, reward=1.0), one(2, 0.0, reward=2.0), one(3, 0.0, reward=6.0)])
     assert [g.responses[0].columns["desirable"] for g in kept] == [0.0, 0.0, 1.0]
-    assert KTO().prepare([one(i, 0.0, reward=0.1) for i in (1, 2, 3)]) == []
-    kept = KTO(threshold=1.5).prepare([one(1, 0.0, reward=1.0), one(2, 0.0, reward=2.0)])
+    assert going_on().prepare([one(i, 0.0, reward=0.1) for i in (1, 2, 3)]) == []
+    kept = going_on(threshold=1.5).prepare([one(1, 0.0, reward=1.0), one(2, 0.0, reward=2.0)])
     assert [g.responses[0].columns["desirable"] for g in kept] == [0.0, 1.0]
 
 
 def test_desirability_is_decided_anew_in_each_iteration() -> None:
     """The mean is another one each time, and records are there again in the next epoch."""
     record = one(1, 0.0, reward=2.0)
-    (first,) = [g for g in KTO().prepare([record, one(2, 0.0, reward=0.0)]) if g.origin == record.origin]
-    (second,) = [g for g in KTO().prepare([record, one(2, 0.0, reward=9.0)]) if g.origin == record.origin]
+    (first,) = [g for g in going_on().prepare([record, one(2, 0.0, reward=0.0)]) if g.origin == record.origin]
+    (second,) = [g for g in going_on().prepare([record, one(2, 0.0, reward=9.0)]) if g.origin == record.origin]
     assert [g.responses[0].columns["desirable"] for g in (first, second)] == [1.0, 0.0]
     assert "desirable" not in record.responses[0].columns
 

@@ -63,6 +63,7 @@ ALGORITHMS = {
     "rrhf": RRHF(),
     "kto": KTO(weight_undesirable=1.5),
 }
+ALGORITHMS["kto"].state = {"z_ref": 0.25}  # of an iteration before: these groups have no mismatched responses
 
 
 def groups() -> list[Group]:

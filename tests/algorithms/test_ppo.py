@@ -215,15 +215,29 @@ def test_a_response_without_a_loss_bearing_token_changes_no_advantage() -> None:
     assert PPO().prepare([]) == []
 
 
+def test_values_are_clipped_at_a_distance_of_their_own() -> None:
+    """Values 0.75, 0.5, 0.2 for old ones that the test above clips at 0.2; not at all, each counts as it is."""
+    groups = responses()
+    for group, target in ((groups[0], [1.0, 0.0]), (groups[1], [0.0])):
+        group.responses[0].columns |= {"advantage": [0.0] * len(target), "value_target": target}
+    given = {"logp_T": [-1.0, -2.0, -3.0], "value_T": [0.75, 0.5, 0.2], "entropy_T": [0.0] * 3}
+    for clip in (0.1, 0.9):
+        _, free = evaluate(PPO(clip=clip, value_clip=None), groups, **given)
+        assert free["value_loss"].tolist() == pytest.approx([0.5 * 0.0625, 0.5 * 0.25, 0.5 * 0.04], abs=1e-6)
+        _, bound = evaluate(PPO(clip=clip, value_clip=0.2), groups, **given)
+        assert bound["value_loss"].tolist() == pytest.approx([0.5 * 0.55**2, 0.5 * 0.25, 0.5 * 0.04], abs=1e-6)
+
+
 # ------------------------------------------------------------------ the adaptive coefficient
 
 
 def test_the_adaptive_kl_coefficient_by_hand() -> None:
     """(KL, target, responses): 50 % too much and 90 % too little count as 20 %; a tenth counts as it is."""
-    assert adapted(0.2, 9.0, 6.0, 500) == pytest.approx(0.2 * (1 + 0.2 * 0.05))
-    assert adapted(0.2, 0.6, 6.0, 500) == pytest.approx(0.2 * (1 - 0.2 * 0.05))
-    assert adapted(0.2, 6.6, 6.0, 1000) == pytest.approx(0.2 * (1 + 0.1 * 0.1))
-    assert adapted(0.2, -5.0, 6.0, 10**6) == pytest.approx(0.2 * 0.8), "never negative, however many the responses"
+    assert adapted(0.2, 9.0, 6.0, 500, 10_000) == pytest.approx(0.2 * (1 + 0.2 * 0.05))
+    assert adapted(0.2, 0.6, 6.0, 500, 10_000) == pytest.approx(0.2 * (1 - 0.2 * 0.05))
+    assert adapted(0.2, 6.6, 6.0, 1000, 10_000) == pytest.approx(0.2 * (1 + 0.1 * 0.1))
+    assert adapted(0.2, -5.0, 6.0, 10**6, 10_000) == pytest.approx(0.2 * 0.8), "never negative, however many"
+    assert adapted(0.2, 9.0, 6.0, 500, 1000) == pytest.approx(0.2 * (1 + 0.2 * 0.5))
 
 
 def test_the_adaptive_kl_coefficient_follows_the_kl_and_survives_a_resume() -> None:

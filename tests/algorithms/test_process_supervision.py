@@ -83,7 +83,8 @@ def test_the_algorithm_turns_labels_into_targets() -> None:
         ({}, (1, -1, 1), [(1, 1.0), (3, -1.0)]),
         ({}, (-1, -1, 1), [(1, -1.0)]),
         ({}, (1, 0, -1, 0), [(1, 1.0), (3, 0.0), (5, -1.0)]),
-        ({}, (0.5, -0.1, 0.9), [(1, 0.5), (3, -0.1)]),
+        ({}, (0.5, -0.1, 0.9), [(1, 0.5), (3, -0.1), (5, 0.9)]),
+        ({"supervise": "first_error"}, (0.5, -0.1, 0.9), [(1, 0.5), (3, -0.1)]),
         ({"supervise": "all"}, (1, -1, 0, 1), [(1, 1.0), (3, -1.0), (5, 0.0), (7, 1.0)]),
         ({"neutral": "right"}, (0, -1), [(1, 1.0), (3, -1.0)]),
         ({"neutral": "wrong"}, (1, 0, 1), [(1, 1.0), (3, -1.0)]),
@@ -100,6 +101,19 @@ def test_which_steps_bear_loss(settings: dict[str, Any], labels: tuple, left: li
     assert given[0].responses[0].columns == {"step_label": list(labels)}, "the records must not change"
     assert given[0].responses[0].loss_tokens == len(labels)
     assert made[0].origin == "data.jsonl:1"
+
+
+def test_one_share_among_the_labels_says_that_all_are_shares() -> None:
+    """A solution whose steps happen to succeed always or never is not cut; nor in later iterations, nor on resuming."""
+    algorithm = ProcessRewardModel()
+    made = algorithm.prepare(groups(solution(0.5), solution(1, -1, 1)))
+    assert [r.loss_tokens for g in made for r in g.responses] == [1, 3]
+    resumed = ProcessRewardModel()
+    resumed.state = algorithm.state
+    assert [
+        g.responses[0].loss_tokens for a in (algorithm, resumed) for g in a.prepare(groups(solution(1, -1, 1)))
+    ] == [3, 3]
+    assert [g.responses[0].loss_tokens for g in ProcessRewardModel().prepare(groups(solution(1, -1, 1)))] == [2]
 
 
 def test_a_solution_without_a_step_to_learn_from_is_left_out() -> None:

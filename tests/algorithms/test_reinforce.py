@@ -202,13 +202,12 @@ def test_reinforce_pp_by_hand() -> None:
 
 
 def test_reinforce_pp_with_baseline_by_hand() -> None:
-    """Rewards minus their group's mean, whitened over responses, not tokens; k2 in the loss."""
+    """Rewards minus their group's mean, whitened over tokens; k2 in the loss."""
     longer = group(*({"reward": r, "old_logp": [-1.0] * 4, "ref_logp": [-1.0] * 4} for r in (3.0, 5.0)), length=4)
     groups = [two_responses(), longer]
     algorithm = ReinforcePP(kl_coef=0.5, baseline=True)
-    a = whitened([0.5, -0.5, 0.0, -1.0, 1.0])
-    expected = [v for v, n in zip(a, (2, 2, 2, 4, 4), strict=True) for _ in range(n)]
-    assert prepared_tokens(algorithm, groups) == pytest.approx(expected, abs=1e-5)
+    by_token = [v for v, n in zip((0.5, -0.5, 0.0, -1.0, 1.0), (2, 2, 2, 4, 4), strict=True) for _ in range(n)]
+    assert prepared_tokens(algorithm, groups) == pytest.approx(whitened(by_token), abs=1e-5)
     found, _ = losses(algorithm, [two_responses()], [-1.0, -2.0, -1.0, -1.0, -3.0, -1.0])
     b = whitened([0.5, -0.5, 0.0])
     kl = [0.5 * 0.25, 0.5 * 0.25, 0.0]
