@@ -221,16 +221,19 @@ RECIPES = sorted(p.stem for p in FOLDER.glob("recipe/*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_run_that_the_command_line_can_still_change(recipe: str) -> None:
-    words = [f"recipe={recipe}", "model.path=m", "scoring=reward_model", "scoring.path=r", "optimizer.lr=0.5"]
-    config = resolve(compose("train", words))
+    given = ["scoring.path=r", "scoring.normalize_data.path=s"] if recipe != "none" else []
+    config = resolve(compose("train", [f"recipe={recipe}", "model.path=m", "optimizer.lr=0.5", *given]))
     assert config["optimizer"]["lr"] == 0.5
     check(config)
+    with_a_rule = ["scoring=function", "scoring.function.path=len"]
+    assert "normalize" not in composed("train", f"recipe={recipe}", *with_a_rule)["scoring"]
 
 
 def test_recipes_have_the_values_of_their_papers() -> None:
     """Huang et al. 2024, table of PPO's hyper-parameters; Ziegler et al. 2019, their launch.py."""
     for recipe, kl_coef, kl_target, lr in (("ppo_tldr", 0.05, None, 3e-6), ("ppo_2019", 0.15, 6.0, 1e-5)):
         found = composed("train", f"recipe={recipe}")
+        assert found["scoring"]["normalize"] == {"ppo_tldr": "mean", "ppo_2019": "std"}[recipe]
         algorithm = {k: found["algorithm"][k] for k in ("clip", "value_weight", "gamma", "lam", "kl_coef", "kl_target")}
         assert list(algorithm.values()) == [0.2, 0.1, 1.0, 0.95, kl_coef, kl_target]
         assert (found["optimizer"]["lr"], found["optimizer"]["eps"]) == (lr, 1e-5)

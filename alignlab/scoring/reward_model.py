@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar, Literal
+from statistics import fmean, pstdev
+from typing import Any, ClassVar, Literal
 
-from alignlab.core import AlignlabError, Group
+from alignlab.core import AlignlabError, ConfigError, Group
 from alignlab.models import ModelSettings, PackedModel, load_model
 
 
@@ -64,11 +65,75 @@ class ScoreModel:
 
 
 class RewardModelScorer(ScoreModel):
-    """Fills `reward` with the score of a sequence classifier with one output; arguments as those of `ScoreModel`."""
+    """Fills `reward` with the score s of a sequence classifier with one output, or with gain·s + bias.
+
+    Gain and bias are such that the rewards of a given set of responses have mean 0, and with "std" variance 1, too.
+    Ziegler et al. (2019, arXiv:1909.08593, section 2) do that with 256 samples of the reference policy, and Stiennon et
+    al. (2020, arXiv:2009.01325, section 3.4) with the mean of the demonstrations. A `kl_coef` and a `missing_eos_score`
+    hold for the scale of the rewards that they were chosen for.
+
+    Args:
+        path, max_tokens_per_microbatch, dtype, device: as of `ScoreModel`.
+        normalize: "mean", "std" or None: the scores as they are.
+        normalize_data: those responses: settings of `data` (path, parser, fields, …), prepared with the policy's
+            tokenizer. A file that `alignlab sample` wrote, or one of demonstrations.
+
+    Raises:
+        ConfigError: one of `normalize` and `normalize_data` is given without the other.
+    """
 
     fills = ("reward",)
 
+    def __init__(
+        self,
+        path: str,
+        max_tokens_per_microbatch: int = 16384,
+        dtype: str = "auto",
+        device: str | None = None,
+        normalize: Literal["mean", "std"] | None = None,
+        normalize_data: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(path, max_tokens_per_microbatch, dtype, device)
+        if normalize is not None and normalize_data is None:
+            raise ConfigError(
+                f"scoring.normalize={normalize}: name the responses that are to have mean 0, with "
+                "scoring=reward_model_centered or scoring=reward_model_standardized, and "
+                "scoring.normalize_data.path=FILE"
+            )
+        if normalize is None and normalize_data is not None:
+            raise ConfigError("scoring.normalize_data: say what for: scoring.normalize=mean or scoring.normalize=std")
+        self.normalize, self.normalize_data = normalize, normalize_data or {}
+        self.report: dict[str, float] = {}
+        self._tokenizer: Any = None
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """The policy's tokenizer prepares the responses that the scores are normalised by."""
+        self._tokenizer = tokenizer
+
     def score(self, groups: Sequence[Group]) -> None:
+        gain, bias = self._line
         scores = self.scores(groups)
         for response, score in zip((r for g in groups for r in g.responses), scores, strict=True):
-            response.columns["reward"] = score
+            response.columns["reward"] = score if self.normalize is None else gain * score + bias
+
+    @cached_property
+    def _line(self) -> tuple[float, float]:
+        """Gain and bias."""
+        if self.normalize is None:
+            return 1.0, 0.0
+        if self._tokenizer is None:
+            raise ConfigError("scoring.normalize: needs the policy's tokenizer: call `bind` before `score`")
+        from alignlab.data import DataSettings, load
+
+        splits = load(DataSettings(**self.normalize_data), self._tokenizer)
+        groups = [g for g in (*splits.train, *splits.validation, *splits.test) if g.responses]
+        scores = self.scores(groups)
+        place = f"scoring.normalize_data.path={self.normalize_data.get('path')}"
+        if not scores:
+            raise ConfigError(f"{place}: there are no responses in it, by whose scores others could be normalised")
+        spread = pstdev(scores) if self.normalize == "std" else 1.0
+        if not spread > 0:
+            raise ConfigError(f"{place}: its {len(scores)} responses have equal scores: there is no scale in them")
+        gain = 1 / spread
+        self.report = {"reward_gain": gain, "reward_bias": -gain * fmean(scores)}
+        return gain, -gain * fmean(scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer
+from alignlab.data import group_to_record, write_jsonl
 from alignlab.models import ModelSettings, PackedModel, load_model
 from alignlab.scoring import BradleyTerryLabels, FunctionScorer, RewardModelScorer, fill_log_probs
 from tests import tiny
@@ -242,6 +244,45 @@ def test_a_reward_model_is_loaded_when_needed_and_once(saved: Callable[..., Path
         scorer.score(tiny.some_groups())
     scorer = RewardModelScorer(str(saved("llama", "score")))
     assert scorer.model is scorer.model
+
+
+@pytest.mark.parametrize("kind", ["mean", "std"])
+def test_scores_are_normalised_by_those_of_given_responses(
+    kind: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By hand from the plain scores of the same responses; the scores of others go through the same line."""
+    given, groups = tiny.some_groups(), tiny.some_groups(seed=5)
+    write_jsonl(tmp_path / "samples.jsonl", [group_to_record(g) for g in given])
+    plain = RewardModelScorer(str(saved("llama", "score")))
+    plain.score(given)
+    base = [r.columns["reward"] for g in given for r in g.responses]
+    plain.score(groups)
+    expected = [r.columns["reward"] for g in groups for r in g.responses]
+    spread = statistics.pstdev(base) if kind == "std" else 1.0
+    expected = [(x - statistics.fmean(base)) / spread for x in expected]
+
+    data = {"path": str(tmp_path / "samples.jsonl"), "parser": "groups"}
+    scorer = RewardModelScorer(str(saved("llama", "score")), normalize=kind, normalize_data=data)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs the policy's tokenizer"):
+        scorer.score(groups)
+    scorer.bind(None, tiny.tokenizer())
+    scorer.score(groups)
+    assert [r.columns["reward"] for g in groups for r in g.responses] == pytest.approx(expected, abs=1e-5)
+    assert scorer.report["reward_gain"] == pytest.approx(1 / spread)
+
+
+def test_what_scores_cannot_be_normalised_by(saved: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scoring\.normalize=std: name the responses "):
+        RewardModelScorer("r", normalize="std")
+    with pytest.raises(ConfigError, match=r"^scoring\.normalize_data: say what for"):
+        RewardModelScorer("r", normalize_data={"path": "x"})
+    one = Group([5], [Response([6])])
+    write_jsonl(tmp_path / "one.jsonl", [group_to_record(one)])
+    data = {"path": str(tmp_path / "one.jsonl"), "parser": "groups"}
+    scorer = RewardModelScorer(str(saved("llama", "score")), normalize="std", normalize_data=data)
+    scorer.bind(None, tiny.tokenizer())
+    with pytest.raises(ConfigError, match=r"its 1 responses have equal scores: there is no scale in them"):
+        scorer.score([one])
 
 
 def test_a_reward_model_with_fewer_tokens(saved: Callable[..., Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import signal
 import socket
@@ -32,7 +31,6 @@ def fork(action: Callable[[], object], log: Path | None = None) -> int:
     pid = os.fork()
     if pid:
         return pid
-    gc.freeze()  # what was imported need not be looked through, page by page a copy, in each collection (ZeRO-3: two a run)
     status = 1
     try:
         if log is not None:
