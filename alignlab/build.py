@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import traceback
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.errors import failure
 from alignlab.core.settings import Settings, renamed
 
 S = TypeVar("S", bound=Settings)
@@ -203,16 +202,3 @@ def _invalid(error: Any, values: Any, key: str, kind: type[BaseModel] | None = N
 def _shown(value: Any) -> str:
     """As one would write it on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def failure(error: BaseException) -> str:
-    """An error of someone else's code in one line, with the place it comes from."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
-    return f"{type(error).__name__}: {shorten(error)} ({Path(file or '?').name}:{line})"
-
-
-def shorten(error: BaseException) -> str:
-    """An error's first two lines in one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:2]) if lines else type(error).__name__

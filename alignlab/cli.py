@@ -17,6 +17,7 @@ options:
   --config-dir DIR   a folder of your own configs, laid out as ours (algorithm/mine.yaml, experiment/mine.yaml, ...)
   --cfg              print the resolved config and stop
   -m, --multirun     run every combination of comma-separated values:  alignlab train -m algorithm=sft,dpo ...
+  --debug            show where an error comes from (the traceback)
   --help             this text; after a command: its config groups and their options
   --version          the version
 """

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignlab.build import build, locate, section, shorten
+from alignlab.build import build, locate, section
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.errors import shorten
 from alignlab.core.settings import renamed
 
 __all__ = [

@@ -3,8 +3,11 @@ the exit status. Here is what they share. Heavy imports wait inside the function
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignlab.core.errors import Interrupted
+
+DEBUG = "--debug"
+"""The option of every command that shows where an error comes from."""
+
+DEBUGGING = "ALIGNLAB_DEBUG"
+"""The variable that says so to the processes which a command starts."""
+
+UNEXPECTED = 70
+"""The exit status after an error that is none of ours: EX_SOFTWARE of sysexits.h."""
 
 COMPOSING = ("--cfg", "--config-dir")
 """Options of the commands that have a config."""
@@ -26,10 +38,13 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     Args:
         known: every command's one-line help.
     """
-    from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean
+    from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean, failure
     from alignlab.launch import quiet
 
     quiet()
+    if DEBUG in arguments:
+        os.environ[DEBUGGING] = "1"  # for the processes of a run and the parts of a comparison, too
+        arguments = [a for a in arguments if a != DEBUG]
     try:
         if name not in known:
             raise AlignlabError(f"{name}: unknown command{did_you_mean(name, known)}")
@@ -41,19 +56,49 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     except Interrupted as stop:
         return _stopped(stop)
     except AlignlabError as error:
-        print(f"alignlab: {error}", file=sys.stderr)
+        _say_error(str(error), error)
         return error.status
     except KeyboardInterrupt:
-        print("alignlab: stopped", file=sys.stderr)
+        _say("stopped")
         return 130
+    except BrokenPipeError:  # of what this command prints, as in `alignlab status runs | head`
+        return _without_reader()
+    except (Exception, SystemExit) as error:
+        hint = "" if os.environ.get(DEBUGGING) else f"; {DEBUG} shows where it comes from"
+        _say_error(f"an error that alignlab did not expect: {failure(error)}{hint}", error)
+        return UNEXPECTED
 
 
 def _stopped(stop: Interrupted) -> int:
     """Say so; the exit status."""
     import signal
 
-    print(f"alignlab: {stop}", file=sys.stderr)
+    _say(str(stop))
     return 128 + signal.Signals[stop.signal].value
+
+
+def _say(text: str) -> None:
+    """Print a message for people as one line."""
+    from alignlab.core.errors import one_line
+
+    with suppress(OSError):  # nobody reads it, or the disk that it goes to is full
+        print(f"alignlab: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def _say_error(text: str, error: BaseException) -> None:
+    """Print what was wrong; with --debug after the traceback."""
+    if os.environ.get(DEBUGGING):
+        with suppress(OSError):
+            traceback.print_exception(error)
+    _say(text)
+
+
+def _without_reader() -> int:
+    """Let no later flush raise again; the exit status, as of other programs that SIGPIPE ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):
+        os.dup2(null, sys.stdout.fileno())
+    return 128 + 13
 
 
 @dataclass(frozen=True)

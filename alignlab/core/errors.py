@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class AlignlabError(Exception):
@@ -72,3 +74,23 @@ def require_choice(key: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         *others, last = map(repr, choices)
         raise ConfigError(f"{key}={value!r}: must be {', '.join(others)} or {last}")
+
+
+def failure(error: BaseException) -> str:
+    """An error of someone else's code in one line, with the place it comes from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
+    return f"{type(error).__name__}: {shorten(error)} ({Path(file or '?').name}:{line})"
+
+
+def one_line(text: str, limit: int = 4000) -> str:
+    """A text without line ends and other control characters, cut where it is too long for anyone to read."""
+    plain = "".join(" " if c in "\n\r\t" else c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return plain if len(plain) <= limit else f"{plain[:limit]} … ({len(plain):,} characters)"
+
+
+def shorten(error: BaseException, limit: int = 500) -> str:
+    """An error's first two lines in one, of at most `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = "; ".join(lines[:2]) if lines else type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} …"

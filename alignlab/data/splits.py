@@ -10,8 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignlab.build import failure
-from alignlab.core.errors import ConfigError, DataError
+from alignlab.core.errors import ConfigError, DataError, failure
 from alignlab.core.example import BadRecord, Example
 from alignlab.core.group import Group
 from alignlab.core.interfaces import Parser

@@ -21,6 +21,7 @@ from alignlab.core import (
     Sampler,
     Scorer,
 )
+from alignlab.core.parts import calling, groups_of, numbers_of, records
 from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
@@ -123,10 +124,12 @@ class Collector:
             if following is not None and self.rollout is not None and self.rollout.prefetches:
                 self._prefetch(*following(), step)
         for scorer in self.scorers:
-            scorer.score(mine)
+            with calling(scorer, "score", records(mine)):
+                scorer.score(mine)
         for reporting in (*self.scorers, self.environment):
             if isinstance(reporting, Reports):
-                report |= {name: float(value) for name, value in reporting.report.items()}
+                with calling(reporting, "report"):
+                    report |= numbers_of(reporting, "report", reporting.report)
 
         # An algorithm that arranges anew looks at all groups at once; for others, one exchange does for everything.
         arranges = type(self.algorithm).arrange is not Algorithm.arrange
@@ -134,7 +137,7 @@ class Collector:
         found, tokens, report = self._exchange(groups, mine, share, drawn, report, filled)
         arranged = found
         if arranges:
-            arranged = self.algorithm.arrange(found)
+            arranged = groups_of(self.algorithm, "arrange", found)
             share = shares(arranged, self.processes.world)
             mine = [arranged[i] for i in share[self.processes.rank]]
             filled = self._fill(mine, arranged, _drawn_for(found, exact))
@@ -143,7 +146,7 @@ class Collector:
             report |= {"rollout_staleness": float(stale), **compare(arranged, self.rollout.importance_cap)}
             if not stale and self.processes.is_main:
                 warn(report)
-        return Collected(found, self.algorithm.prepare(arranged), tokens, _mean_reward(found), report)
+        return Collected(found, groups_of(self.algorithm, "prepare", arranged), tokens, _mean_reward(found), report)
 
     # ------------------------------------------------------------------ sampling
 

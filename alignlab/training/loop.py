@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Group, Interrupted, SamplerLost
+from alignlab.core.parts import calling
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.signals import StopRequest
@@ -71,7 +72,9 @@ class Loop:
                             )
                         continue
                     trainer.update(self._minibatch(), trainer.schedule(self.done))
-                    self._advance(enough=trainer.algorithm.enough(trainer.last.metrics))
+                    with calling(trainer.algorithm, "enough"):
+                        enough = bool(trainer.algorithm.enough(trainer.last.metrics))
+                    self._advance(enough)
                     trainer.state.seconds = time.monotonic() - started
                     trainer.each("on_step")
                     self._heed(stop.signal)
@@ -82,6 +85,18 @@ class Loop:
             kept = f"checkpoint of step {trainer.state.step} saved: the same command goes on"
             raise type(lost)(f"{lost}; {kept}") from lost
         trainer.state.seconds = time.monotonic() - started
+        if trainer.state.step and not trainer.state.trained_tokens and not trainer.discarded:
+            skipped = trainer.state.skipped
+            why = (
+                f"{skipped} were left out because they were not finite (training.non_finite=skip): lower the learning "
+                "rate, or use a wider precision"
+                if skipped
+                else "their records have no token that bears loss (do prompts have responses? see data and source)"
+            )
+            raise AlignlabError(
+                f"nothing was trained: of {trainer.state.step} steps {why}; no model was written, its weights would be "
+                "those of the base"
+            )
 
     def _heed(self, signal: str | None) -> None:
         """Do what signals and callbacks have asked for in any of the processes."""

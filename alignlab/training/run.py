@@ -18,6 +18,7 @@ from alignlab.core import (
     RolloutContext,
 )
 from alignlab.core.files import write_json
+from alignlab.core.parts import calling, complaint
 from alignlab.data import Splits, load
 from alignlab.models import (
     PackedModel,
@@ -103,7 +104,8 @@ def _load_model(run: RunConfig, processes: Processes) -> PackedModel:
         device="cpu" if run.distributed.divides and run.quantization.kind == "none" else processes.device,
         seed=run.training.seed,
     )
-    algorithm.setup(model.tokenizer)
+    with calling(algorithm, "setup"):
+        algorithm.setup(model.tokenizer)
     torch.manual_seed(run.training.seed)
     for note in model.notes if processes.is_main else ():
         print(f"note: {note}", file=sys.stderr)
@@ -119,7 +121,7 @@ def _load_data(run: RunConfig, model: PackedModel, processes: Processes) -> Spli
     for line in splits.report.lines() if processes.is_main else ():
         print(line)
     for group in [*splits.train, *splits.validation]:
-        reason = None if run.samples else run.algorithm.check(group)
+        reason = None if run.samples else complaint(run.algorithm, group)
         if reason:
             raise DataError(f"{group.origin}: {reason}")
     if run.training.eval_every is not None and not splits.validation:

@@ -23,6 +23,7 @@ from alignlab.core import (
     Tracker,
     require,
 )
+from alignlab.core.parts import check_algorithm
 from alignlab.data import DataSettings
 from alignlab.models import (
     ModelSettings,
@@ -124,6 +125,7 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     algorithm = build(values, "algorithm")
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"algorithm._target_={values['_target_']}: not a subclass of alignlab.core.Algorithm")
+    check_algorithm(algorithm)
     return algorithm
 
 

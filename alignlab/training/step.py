@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outputs, StartAgain, aggregate
 from alignlab.core.memory import is_memory_error, release_memory
+from alignlab.core.parts import calling, loss_of, numbers_of
 from alignlab.training.distributed.engine import Engine
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.micro_batch_budget import OutOfMemory, Shortage, TokenBudget, random_state, set_random_state
@@ -160,7 +161,10 @@ def run_batch(
         engine.exchange()
     totals = processes.gather((tokens, sum(b.T for b in batches)))
     metrics = means.means(processes)
-    metrics |= algorithm.derive(metrics) if metrics else {}
+    if metrics:
+        with calling(algorithm, "derive"):
+            derived = algorithm.derive(metrics)
+        metrics |= numbers_of(algorithm, "derive", derived)
     shown = {name: value for name, value in metrics.items() if not name.startswith("_")}
     return Pass(shown, sum(t for t, _ in totals), sum(t for _, t in totals), units)
 
@@ -171,10 +175,10 @@ def _micro_batch(
     """Forward, and backward where training; the loss of each unit, what was measured, tokens read."""
     rows = engine.model.lay_out(batch.groups)
     outputs = Outputs(**engine(rows, algorithm.reads, temperature))
-    loss, measured = algorithm.loss(outputs, batch)
+    loss, measured = loss_of(algorithm, outputs, batch)
     if train:
         value = aggregate(loss, units, engine.processes.world)
-        if not value.requires_grad:  # every item was dropped by the loss
+        if not value.requires_grad:  # there is no item in this micro-batch
             value = value + 0.0 * sum(v.sum() for v in outputs.values.values())
         engine.backward(value * 0.0 if spare else value)
     return loss.detach(), measured, rows.tokens

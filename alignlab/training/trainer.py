@@ -29,6 +29,7 @@ from alignlab.core import (
     Schedule,
     Scorer,
 )
+from alignlab.core.parts import calling, check_algorithm, complaint
 from alignlab.models import PackedModel, Reference, add_value_head, save_model
 from alignlab.training.checkpoints.state import State, load_state, save_state
 from alignlab.training.checkpoints.store import Checkpoints
@@ -110,6 +111,7 @@ class Trainer:
         processes: Processes | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
+        check_algorithm(algorithm)
         self.algorithm = algorithm
         self.settings, self.source = settings or TrainingSettings(), source or SourceSettings()
         self.model = model = _model_for(policy, algorithm)
@@ -187,7 +189,7 @@ class Trainer:
             NonFiniteError: the loss or the gradient is not finite; nothing has been changed.
         """
         for group in groups:
-            if (reason := self.algorithm.check(group)) is not None:
+            if (reason := complaint(self.algorithm, group)) is not None:
                 raise AlignlabError(f"{group.origin or 'a group'}: {reason}")
         self._forget_other_references(groups)
         state = self.state
@@ -359,7 +361,8 @@ class Trainer:
 
     def each(self, point: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, point)(self, *arguments)
+            with calling(callback, point):
+                getattr(callback, point)(self, *arguments)
 
     def end(self, error: BaseException | None) -> None:
         """Let every callback end, the last one first, whatever one of them raises; the first error is the run's."""
