@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Collection
 from typing import Any, TypeVar, get_type_hints
 
@@ -46,11 +47,17 @@ def build(values: Any, key: str, *arguments: Any, **given: Any) -> Any:
     Raises:
         ConfigError: where there is no such object, or it refuses its values.
     """
+    return _build(None, values, key, arguments, given)
+
+
+def _build(kind: Any, values: Any, key: str, arguments: tuple[Any, ...], given: dict[str, Any]) -> Any:
     if values is None:
         return None
     if not isinstance(values, dict) or not values.get("_target_"):
         raise ConfigError(f"{key}._target_: must name a class, as in {key}._target_=my_module.MyClass")
     name, target = str(values["_target_"]), locate(values["_target_"], f"{key}._target_")
+    if name not in BY_NAME:
+        _check_target(kind, target, f"{key}._target_={name}")
     made = {k: _built(v, f"{key}.{k}") for k, v in values.items() if k != "_target_"}
     if name in BY_NAME and isinstance(made.get("path"), str):
         return locate(made["path"], f"{key}.path")
@@ -66,11 +73,11 @@ def build(values: Any, key: str, *arguments: Any, **given: Any) -> Any:
         nested, where = (made[place], f"{key}.{place}") if place else (made, key)
         kind = target if inspect.isclass(target) and issubclass(target, BaseModel) else None
         raise _invalid(error, nested, where, kind) from error
-    except Exception as error:  # the target may be the user's own: say where it failed
+    except (Exception, SystemExit) as error:  # the target may be the user's own: say where it failed
         raise ConfigError(f"{key}._target_={name}: {failure(error)}") from error
 
 
-def build_type(kind: Any, values: Any, key: str, **given: Any) -> Any:
+def build_type(kind: Any, values: Any, key: str, *arguments: Any, **given: Any) -> Any:
     """The object that `_target_` names, which must be what a Protocol asks for.
 
     Args:
@@ -79,7 +86,35 @@ def build_type(kind: Any, values: Any, key: str, **given: Any) -> Any:
     Raises:
         ConfigError: it lacks something, with what that is.
     """
-    return check_type(kind, build(values, key, **given), f"{key}._target_={values['_target_']}")
+    made = _build(kind, values, key, arguments, given)
+    return made if made is None else check_type(kind, made, f"{key}._target_={values['_target_']}")
+
+
+def _check_target(kind: Any, target: Any, where: str) -> None:
+    """Refuse to call what can be none of the kind that is wanted: a config may come from someone else, and what it
+    names would run.
+
+    Raises:
+        ConfigError: the target is a function, a class of Python's own, or one that lacks the kind's methods.
+    """
+    if not inspect.isclass(target):
+        raise ConfigError(f"{where}: not a class; a function is named by _target_=hydra.utils.get_method and path=…")
+    if kind is not None and not getattr(kind, "_is_protocol", False):
+        if not issubclass(target, kind):
+            package = ".".join(kind.__module__.split(".")[:2])
+            raise ConfigError(f"{where}: not a subclass of {package}.{kind.__name__}")
+    elif kind is not None:
+        methods = [n for n in _attributes(kind) if inspect.isfunction(getattr(kind, n, None))]
+        if not all(hasattr(target, n) for n in methods):
+            missing = sorted(n for n in _attributes(kind) if not hasattr(target, n))
+            raise ConfigError(f"{where}: not a {kind.__name__}: it has no {', '.join(missing)}")
+    if target.__module__.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(f"{where}: a class of Python's own library, which nothing here is made of")
+
+
+def _attributes(kind: Any) -> set[str]:
+    """What a Protocol asks for."""
+    return getattr(kind, "__protocol_attrs__", None) or {n for n in dir(kind) if not n.startswith("_")}
 
 
 def check_type(kind: Any, made: Any, where: str) -> Any:
@@ -93,8 +128,7 @@ def check_type(kind: Any, made: Any, where: str) -> Any:
     """
     if isinstance(made, kind):
         return made
-    wanted = getattr(kind, "__protocol_attrs__", None) or {n for n in dir(kind) if not n.startswith("_")}
-    missing = sorted(name for name in wanted if not hasattr(made, name))
+    missing = sorted(name for name in _attributes(kind) if not hasattr(made, name))
     what = f"it has no {', '.join(missing)}" if missing else f"it is a {type(made).__name__}"
     raise ConfigError(f"{where}: not a {kind.__name__}: {what}")
 
@@ -126,7 +160,7 @@ def locate(name: Any, key: str) -> Any:
             near = did_you_mean(part, there)
             near = "" if near.startswith("; known") and len(there) > 10 else near
             raise ConfigError(f"{where}: {'.'.join(parts[:i])} has no '{part}'{near}") from error
-        except Exception as error:  # the user's module
+        except (Exception, SystemExit) as error:  # the user's module
             raise ConfigError(f"{where}: importing {module} failed: {failure(error)}") from error
     return found
 

@@ -228,6 +228,7 @@ class Callback(Protocol):
         ...
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """A learning-rate schedule. Config: `schedule`."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alignlab.build import build
+from alignlab.build import build_type
 from alignlab.core import ConfigError
 from alignlab.models import PackedModel
 
@@ -27,9 +27,7 @@ def parameter_groups(trained: Iterable[torch.nn.Parameter]) -> list[dict[str, An
 
 def build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser that `_target_` names, for parameter groups."""
-    optimizer = build(values, "optimizer", groups)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError("optimizer._target_: must name a subclass of torch.optim.Optimizer")
+    optimizer: torch.optim.Optimizer = build_type(torch.optim.Optimizer, values, "optimizer", groups)
     return optimizer
 
 

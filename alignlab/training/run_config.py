@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alignlab.build import build, build_type, section
+from alignlab.build import build_type, section
 from alignlab.core import (
     AdapterKind,
     Algorithm,
@@ -19,6 +19,7 @@ from alignlab.core import (
     Environment,
     RolloutContext,
     RolloutEngine,
+    Schedule,
     Scorer,
     Tracker,
     require,
@@ -96,7 +97,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         rollout=build_engine(config["rollout"]),
         environment=build_environment(config.get("environment")),
         tracker=build_tracker(config.get("tracker")),
-        schedule=build(config.get("schedule"), "schedule"),
+        schedule=build_type(Schedule, config.get("schedule"), "schedule"),
         order=_order_maker(config.get("order")),
         callbacks=[
             build_type(Callback, values, f"callbacks.{name}")
@@ -122,9 +123,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:
     """The algorithm that `_target_` names: one of ours or anyone's on the Python path."""
-    algorithm = build(values, "algorithm")
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"algorithm._target_={values['_target_']}: not a subclass of alignlab.core.Algorithm")
+    algorithm: Algorithm = build_type(Algorithm, values, "algorithm")
     check_algorithm(algorithm)
     return algorithm
 

@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "modules/my_own.py").write_text(
         "from alignlab.core import Algorithm\n\n\n"
         "class Own(Algorithm):\n"
+        "    unit = 'token'\n\n"
         "    def __init__(self, gamma: float = 1.0):\n"
         "        self.gamma = gamma\n\n"
         "    def loss(self, outputs, batch):\n"

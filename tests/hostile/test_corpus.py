@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 
 from alignlab.cli import main
-from tests.hostile.corpus import Case, cases
+from tests.hostile.corpus import Case, cases, short
 from tests.training import runs
 
 CASES = cases()
@@ -44,6 +44,7 @@ def patience() -> Iterator[None]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     runs.prepare(folder)
+    assert main(["train", *short("sft", folder, folder), f"out={folder}/run", "training.checkpoint_every=1"]) == 0
     return folder
 
 

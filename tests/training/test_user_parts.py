@@ -186,7 +186,7 @@ def test_a_tracker_is_told_every_line(folder: Path) -> None:
             "callbacks.bad._target_=square_root.InverseSquareRoot",
             r"callbacks\.bad\._target_.*not a Callback: it has no on_",
         ),
-        ("tracker._target_=good_enough.StopAtLoss", r"tracker\.below: must be given"),
+        ("tracker._target_=good_enough.StopAtLoss", r"not a Tracker: it has no finish, log, start, summarize"),
         ("tracker._target_=square_root.InverseSquareRoot", r"not a Tracker: it has no finish, log, start, summarize"),
     ],
 )
