@@ -196,7 +196,7 @@ def _checked(target: Any, values: dict[str, Any], key: str, first: int, given: C
     checked = dict(values)
     for name in values.keys() & hints.keys():
         try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
         except Exception:  # not a type that pydantic can check: what is wrong will show in the call
             continue
         try:

@@ -44,4 +44,6 @@ def renamed(key: str) -> str:
 class Settings(BaseModel):
     """A section of the config."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True, allow_inf_nan=False
+    )

@@ -27,7 +27,7 @@ class DataSettings(Settings):
 
     validation: float | str = 0.0
     test: float | str = 0.0
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
     chat_template: str = "auto"
     loss_on: Literal["all_assistant", "last_assistant"] = "all_assistant"

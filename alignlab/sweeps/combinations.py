@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from alignlab.training.run_folder import REFERENCE_CACHE
 
 GROUP = "sweep"
 """A cluster runs them as one array."""
+
+MOST = 10_000
+"""Combinations of a sweep: with more, somebody has mistaken a range."""
 
 LONGEST = 200
 """Bytes that the name of a combination's folder may have; file systems end at 255."""
@@ -109,7 +113,12 @@ class Composer:
         for override in (o for o in self.overrides if o.is_sweep_override()):
             if not override.is_discrete_sweep():
                 raise ConfigError(f"{override.input_line}: an interval has no end of values: add sweeper=optuna")
-            swept[override.get_key_element()] = list(override.sweep_string_iterator())
+            found = list(itertools.islice(override.sweep_string_iterator(), MOST + 1))
+            if len(found) > MOST:
+                raise ConfigError(f"{override.input_line}: more than {MOST:,} values: no sweep is that large")
+            swept[override.get_key_element()] = found
+        if (count := math.prod(len(found) for found in swept.values())) > MOST:
+            raise ConfigError(f"{' '.join(swept)}: {count:,} combinations: at most {MOST:,}; see sweeper=optuna")
         for values in itertools.product(*swept.values()):
             yield dict(zip(swept, values, strict=True))
 

@@ -26,7 +26,7 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     non_finite: Literal["stop", "skip"] = "stop"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     eval_every: int | None = Field(None, ge=1)
     patience: int | None = Field(None, ge=1)
     metric: str = "eval/loss"
@@ -37,7 +37,7 @@ class TrainingSettings(Settings):
     resume: Literal["auto", "never"] = "auto"
     log_every: int = Field(1, ge=1)
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     save_model: Literal["adapter", "merged"] = "adapter"
 
     @property
