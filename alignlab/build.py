@@ -230,6 +230,8 @@ def _invalid(error: Any, values: Any, key: str, kind: type[BaseModel] | None = N
     told = [p["msg"] for p in alike if p["type"] != "is_instance_of"] or [first["msg"]]
     said = list(dict.fromkeys(m.removeprefix("Value error, ").removeprefix("Input ") for m in told))
     text = ", or ".join([said[0][0].lower() + said[0][1:], *said[1:]])
+    if isinstance(value, dict):  # a rule about several of its keys, which names them
+        return ConfigError(f"{place}: {text}" if place else text)
     return ConfigError(f"{place}={_shown(value)}: {text}" if place else text)
 
 

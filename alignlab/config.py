@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from os.path import exists  # unlike Path's, False for what may not be looked at
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ __all__ = [
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
 
-OPEN = re.compile(r"(launcher\.(stages|additional_parameters)|callbacks)[.=]")
+OPEN = re.compile(r"(launcher\.(stages|additional_parameters)|callbacks|data\.fields|scoring\.normalize_data)[.=]")
 """Settings whose keys the user makes up, which Hydra takes only when told so."""
 
 
@@ -65,9 +66,48 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
         given.append(_search_path(own))
     with hydra_ready():
         try:
-            return hydra_compose(config_name=name, overrides=given)
+            config = hydra_compose(config_name=name, overrides=given)
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise explain(error, name, given, folders) from error
+    check_keys([str(key) for key in config], name)
+    return config
+
+
+def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
+    """Refuse top-level keys that the config `name` lacks, and the lack of one that it has.
+
+    Args:
+        where: put before the message, as in "--from=FILE: ".
+
+    Raises:
+        ConfigError: there is such a key.
+    """
+    keys_of_its_own, sections = _top_level(name)
+    known = keys_of_its_own | sections
+    for key in keys:
+        if key not in known and key != "hydra":
+            raise ConfigError(f"{where}{key}: unknown key{renamed(key) or did_you_mean(key, known)}")
+    if missing := sorted(known - set(keys)):
+        raise ConfigError(f"{where}{missing[0]}: is missing: `alignlab {name}` needs it")
+
+
+@cache
+def _top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Top-level keys of our config `name`: those in its file, and the sections that its groups fill."""
+    folder = config_folder()
+    values = read_yaml(folder / f"{name}.yaml")
+    keys, sections = set(values) - {"defaults", "hydra"}, set[str]()
+    for entry in values.get("defaults", []):
+        if isinstance(entry, str):
+            if entry != "_self_":
+                base = _top_level(entry)
+                keys, sections = keys | base[0], sections | base[1]
+            continue
+        group = next(iter(entry)).removeprefix("override ").removeprefix("/")
+        options = [option.read_text(encoding="utf-8") for option in (folder / group).glob("*.yaml")]
+        if any("@package _global_" not in text or f"\n{group}:" in text for text in options):
+            sections.add(group)
+    return frozenset(keys), frozenset(sections)
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -76,7 +116,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: where a value that must be given is missing.
     """
-    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue
+    from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -85,6 +125,9 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{key}: must be given, as in {key}=VALUE") from error
     except InterpolationKeyError as error:
         raise ConfigError(f"{_full_key(error)}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        what = "refers to itself in a circle" if "ecursi" in str(error) else shorten(error).partition("; full_key")[0]
+        raise ConfigError(f"{_full_key(error) or 'a reference (${…})'}: {what}") from error
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
 
@@ -101,6 +144,8 @@ def _search_path(own: Path) -> str:
         name = path.relative_to(own)
         if (config_folder() / name).exists():
             raise ConfigError(f"{path}: alignlab has a file {name} of its own, which would be taken instead: rename it")
+        if path.is_file():
+            read_yaml(path)
     place = str(own.resolve()).replace("\\", "\\\\").replace("'", "\\'")
     return f"hydra.searchpath=['file://{place}']"
 
@@ -244,13 +289,36 @@ def _full_key(error: Any) -> str:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """A resolved config as a run leaves it."""
+    """A resolved config of a training run, as `alignlab train` leaves it.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    values = read_yaml(path)
+    check_keys(values, "train", f"{path}: ")
+    for key in _top_level("train")[1]:
+        if not isinstance(values[key], dict | None):
+            raise ConfigError(f"{path}: {key}: must be a section with keys")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config file as it is, without what its `defaults` name.
+
+    Raises:
+        ConfigError: it cannot be read or is no YAML of sections, with its name and the line.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--from={path}: cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--from={path}: not a saved config")
-    return values
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
+        raise ConfigError(f"{path}: cannot be read: {shorten(error)}") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: not a config: must hold keys and values; it holds a {type(values).__name__}")
+    return values or {}

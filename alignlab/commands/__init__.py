@@ -189,9 +189,12 @@ def out_folder(config: Mapping[str, Any]) -> Path:
     """
     from alignlab.core.errors import ConfigError
 
-    if not isinstance(config["out"], str) or not config["out"]:
+    out = config["out"]
+    if isinstance(out, int) and not isinstance(out, bool):
+        out = str(out)  # a folder called 17
+    if not isinstance(out, str) or not out:
         raise ConfigError("out: must name a folder, as in out=DIR")
-    return Path(config["out"])
+    return Path(out)
 
 
 def show_help(name: str, summary: str) -> None:

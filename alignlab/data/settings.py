@@ -52,6 +52,14 @@ class DataSettings(Settings):
             return []
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
+    @field_validator("path")
+    @classmethod
+    def _not_empty(cls, path: str | list[str] | None) -> str | list[str] | None:
+        """An empty path would be the current folder."""
+        if path is not None and (not path or "" in ([path] if isinstance(path, str) else path)):
+            raise ValueError("is empty: give a file, a folder or a dataset, as in data.path=my.jsonl")
+        return path
+
     @field_validator("parser")
     @classmethod
     def _known_parser(cls, parser: Any) -> Any:
