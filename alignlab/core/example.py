@@ -97,10 +97,25 @@ class Example:
 
 def _text_fault(value: object) -> str:
     if isinstance(value, str):
-        return "" if value.strip() else "is empty"
+        return _characters_fault(value) or ("" if value.strip() else "is empty")
     if not isinstance(value, list) or not value:
         return f"must be a text or a list of messages, not {type(value).__name__}"
     for message in value:
         if not isinstance(message, dict) or message.get("role") not in ROLES or not message.get("content"):
             return f"has a message {message!r}: it needs content and a role: {', '.join(ROLES)}"
+        if found := _characters_fault(str(message["content"])):
+            return found
+    return ""
+
+
+def _characters_fault(text: str) -> str:
+    """A lone surrogate is half a character, which no tokenizer takes."""
+    if text.isascii():
+        return ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"has half a character, U+{ord(text[error.start]):04X}, at {error.start + 1}: it was cut or escaped wrongly"
+        )
     return ""

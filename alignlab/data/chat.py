@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from alignlab.core.errors import ConfigError
+from alignlab.core.errors import ConfigError, shorten
 from alignlab.core.example import BadRecord, Messages
 
 if TYPE_CHECKING:
@@ -70,7 +70,11 @@ class ChatTemplate:
                 f"data.chat_template={name}: must be auto, tokenizer, plain, chatml or the path of a Jinja file; "
                 "there is no such file"
             )
-        return cls(tokenizer, file.read_text(encoding="utf-8"), builtin=False)
+        try:
+            source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.chat_template={name}: cannot be read: {error}") from error
+        return cls(tokenizer, source, builtin=False)
 
     def prompt(self, messages: Messages) -> str:
         """The conversation so far, up to where the assistant's answer begins."""
@@ -120,8 +124,10 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=answer
             )
-        except jinja2.TemplateError as error:
-            raise BadRecord(f"the chat template refuses it: {error}") from error
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"data.chat_template: line {error.lineno} is no Jinja: {error.message}") from error
+        except Exception as error:  # of the template, which is a program
+            raise BadRecord(f"the chat template refuses it: {shorten(error)}") from error
         if not isinstance(text, str):
             raise TypeError("apply_chat_template(tokenize=False) did not return a text")
         return text

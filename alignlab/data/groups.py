@@ -66,7 +66,7 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
     try:
         responses = [
             Response(
-                list(map(int, r["token_ids"])),
+                _ids(r["token_ids"]),
                 r.get("loss_mask"),
                 {k: [*map(float, v)] if is_per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
@@ -75,7 +75,7 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
             )
             for r in record["responses"]
         ]
-        prompt_ids = list(map(int, record["prompt_ids"]))
+        prompt_ids = _ids(record["prompt_ids"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a group as `alignlab sample` writes it: {type(error).__name__}: {error}") from error
     if not prompt_ids or any(not r.token_ids for r in responses):
@@ -88,6 +88,14 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
                 raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
     return Group(prompt_ids, responses, prompt=record.get("prompt") or "", columns=dict(columns), extra=dict(extra))
+
+
+def _ids(values: Any) -> list[int]:
+    """Token ids, which are whole numbers from 0 on."""
+    found = list(map(int, values))
+    if any(a != b or b < 0 for a, b in zip(values, found, strict=True)):
+        raise ValueError("token ids must be whole numbers, >= 0")
+    return found
 
 
 def _plain(value: Column) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from alignlab.core.errors import did_you_mean
 from alignlab.core.settings import Settings
 from alignlab.data.formats import FIELDS, FORMATS, find_parser
+
+PLACES = ("prompt", "instruction", "input")
+"""What a prompt template may hold, in braces."""
 
 
 class DataSettings(Settings):
@@ -91,6 +95,12 @@ class DataSettings(Settings):
     def _has_place(cls, template: str) -> str:
         if template != "alpaca" and "{prompt}" not in template and "{instruction}" not in template:
             raise ValueError(f"must be 'alpaca' or a text with {{prompt}} or {{instruction}} in it; got {template!r}")
+        for name in re.findall(r"\{(\w+)\}", template):
+            if name not in PLACES:
+                raise ValueError(
+                    f"has a place {{{name}}} that nothing fills{did_you_mean(name, PLACES)}; a template in which "
+                    "braces are text is a Jinja file: data.chat_template"
+                )
         return template
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from alignlab.core.errors import DataError, did_you_mean
+from alignlab.core.example import BadRecord
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -82,6 +83,13 @@ def read(
         DataError: there is no such file or split, or it cannot be read at all. What is wrong with a single record
             is told in that record's `error` instead.
     """
+    try:
+        yield from _read(path, split, subset, separator)
+    except OSError as error:  # a name that is too long, a folder that may not be read, a link to itself
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: str, split: str | None, subset: str | None, separator: str | None) -> Iterator[Record]:
     place = Path(path).expanduser()
     if place.is_dir():
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():
@@ -126,6 +134,8 @@ def _read_file(path: Path, separator: str | None) -> Iterator[Record]:
     kind = _kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}, and .gz of the text ones")
+    if not path.is_file():
+        raise DataError(f"{path}: is no file but a folder, a pipe or a device: name a file of records")
     if kind == "parquet":
         yield from _read_parquet(path)
         return
@@ -151,7 +161,9 @@ def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
             continue
         origin = f"{path}:{number}"
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            value = _json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except BadRecord as error:
+            yield Record(origin, error=str(error))
         except UnicodeDecodeError as error:
             yield Record(origin, error=f"not UTF-8 (byte {error.start + 1} of the line)")
         except json.JSONDecodeError as error:
@@ -160,9 +172,28 @@ def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
             yield _record(origin, value)
 
 
+def _json(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        JSONDecodeError: it is not JSON.
+        BadRecord: it is, and cannot be held.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise BadRecord("lists or objects in it are nested too deeply") from error
+    except ValueError as error:  # Python's limit
+        raise BadRecord("a number in it has more than 4,300 digits") from error
+
+
 def _read_json(path: Path, stream: BinaryIO) -> Iterator[Record]:
     try:
-        values = json.loads(_decode(path, stream))
+        values = _json(_decode(path, stream))
+    except BadRecord as error:
+        raise DataError(f"{path}: {error}") from error
     except json.JSONDecodeError as error:
         hint = "; one JSON object a line is .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}{hint}") from error
@@ -211,10 +242,27 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from _rows(str(path), (row for batch in batches for row in batch.to_pylist()))
+        index = 0
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in _parquet_rows(batch):
+                yield Record(f"{path}:{index}", row) if isinstance(row, dict) else Record(f"{path}:{index}", error=row)
+                index += 1
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch; for one that cannot be read, why."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:  # in one of them, before the first was given
+        pass
+    for i in range(len(batch)):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield "a text in it is not UTF-8"
 
 
 def _read_saved(folder: Path, split: str | None) -> Iterator[Record]:
