@@ -209,11 +209,11 @@ class Logging(Callback):
             return
         self._tokens, self._logged_at = 0, state.seconds
         self.log.log(state.step, trainer.metrics)
-        self.progress.update(state.step, {**trainer.metrics, "done": trainer.done})
+        self.progress.update(state.step, trainer.done, trainer.metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         self.log.log(trainer.state.step, metrics)
-        self.progress.update(trainer.state.step, {**metrics, "done": trainer.done})
+        self.progress.update(trainer.state.step, trainer.done, metrics)
 
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         self.progress.close()
