@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from alignlab.core import AlignlabError, Tracker
+from alignlab.core import AlignlabError, Callback, Tracker
 from alignlab.core.files import write_text
 from alignlab.core.storage import storage_errors
-from alignlab.training.callbacks.callback import Callback
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.provenance import without_secrets
 
@@ -209,11 +208,11 @@ class Logging(Callback):
             return
         self._tokens, self._logged_at = 0, state.seconds
         self.log.log(state.step, trainer.metrics)
-        self.progress.update(state.step, trainer.done, trainer.metrics)
+        self.progress.update(state.step, {**trainer.metrics, "done": trainer.done})
 
     def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         self.log.log(trainer.state.step, metrics)
-        self.progress.update(trainer.state.step, trainer.done, metrics)
+        self.progress.update(trainer.state.step, {**metrics, "done": trainer.done})
 
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         self.progress.close()

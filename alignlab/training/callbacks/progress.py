@@ -54,16 +54,17 @@ class ProgressDisplay:
         self._unprinted: str | None = None
         self._printed_at = -SECONDS
 
-    def update(self, step: int, done: float, metrics: Mapping[str, float]) -> None:
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` is done.
 
         Args:
-            done: the share of the run that is over, in [0, 1].
-            metrics: what is shown are `tokens_per_second` and `SHOWN`, each as last given.
+            metrics: `done`, the share of the run that is over, in [0, 1]; what is shown besides are
+                `tokens_per_second` and `SHOWN`, each as last given.
         """
         if self.mode == "off":
             return
         self._latest.update(metrics)
+        done = metrics["done"]
         where, shown = f"step {step} ({done:.0%})", self._shown(done)
         if self.mode == "rich":
             self._draw(where, done, shown)

@@ -26,7 +26,7 @@ def plain() -> tuple[ProgressDisplay, Clock, Callable[[], list[str]]]:
 def test_a_plain_line_at_most_every_ten_seconds_and_the_first_and_the_last() -> None:
     display, clock, lines = plain()
     for step in range(1, 101):
-        display.update(step, step / 100, {"loss": 0.5})
+        display.update(step, {"done": step / 100, "loss": 0.5})
         clock.now += 1.0
     # First at second 0, then at 10, 20, ..., 90 (steps 11, 21, ..., 91), and the last, without waiting for `close`.
     expected = ["1", *map(str, range(11, 100, 10)), "100"]
@@ -37,9 +37,9 @@ def test_a_plain_line_at_most_every_ten_seconds_and_the_first_and_the_last() -> 
 
 def test_what_a_line_says() -> None:
     display, clock, lines = plain()
-    display.update(1, 0.01, {"loss": 0.69314, "tokens_per_second": 12345.6, "lr": 1e-5})
+    display.update(1, {"done": 0.01, "loss": 0.69314, "tokens_per_second": 12345.6, "lr": 1e-5})
     clock.now += 30.0
-    display.update(11, 0.11, {"loss": 0.5, "kl": 0.125})
+    display.update(11, {"done": 0.11, "loss": 0.5, "kl": 0.125})
     # A tenth took 30 seconds, 89 hundredths are left: 267 seconds.
     assert lines() == [
         "step 1 (1%)  loss 0.6931  12,346 tokens/s",
@@ -49,10 +49,10 @@ def test_what_a_line_says() -> None:
 
 def test_the_time_left_is_reckoned_from_the_first_step_on() -> None:
     display, clock, lines = plain()
-    display.update(7, 0.25, {"loss": 1.0})
+    display.update(7, {"done": 0.25, "loss": 1.0})
     clock.now += 3600.0
-    display.update(8, 0.5, {})  # a quarter in an hour, half is left: two hours
-    display.update(9, 1.0, {})
+    display.update(8, {"done": 0.5})  # a quarter in an hour, half is left: two hours
+    display.update(9, {"done": 1.0})
     assert lines() == [
         "step 7 (25%)  loss 1",
         "step 8 (50%)  loss 1  ETA 2:00:00",
@@ -63,7 +63,7 @@ def test_the_time_left_is_reckoned_from_the_first_step_on() -> None:
 def test_stopped_early_the_last_step_is_still_shown_once() -> None:
     display, _, lines = plain()
     for step in (1, 2, 3):
-        display.update(step, step / 100, {"loss": 1.0})
+        display.update(step, {"done": step / 100, "loss": 1.0})
     display.close()
     display.close()
     assert [line.split()[1] for line in lines()] == ["1", "3"]
@@ -72,7 +72,7 @@ def test_stopped_early_the_last_step_is_still_shown_once() -> None:
 def test_a_line_is_never_wrapped_nor_coloured() -> None:
     file = io.StringIO()
     display = ProgressDisplay("plain", out=Console(file=file, width=20, force_terminal=True))
-    display.update(123456789, 0.5, {"loss": 0.123, "reward": 4.0, "tokens_per_second": 1e6})
+    display.update(123456789, {"done": 0.5, "loss": 0.123, "reward": 4.0, "tokens_per_second": 1e6})
     assert file.getvalue() == "step 123456789 (50%)  loss 0.123  reward 4  1,000,000 tokens/s\n"
 
 
@@ -80,8 +80,8 @@ def test_a_line_is_never_wrapped_nor_coloured() -> None:
 def test_silence(mode: str, is_main: bool) -> None:
     file = io.StringIO()
     display = ProgressDisplay(mode, is_main, out=Console(file=file, force_terminal=True))  # type: ignore[arg-type]
-    display.update(1, 0.5, {"loss": 1.0})
-    display.update(2, 1.0, {"loss": 1.0})
+    display.update(1, {"done": 0.5, "loss": 1.0})
+    display.update(2, {"done": 1.0, "loss": 1.0})
     display.close()
     assert file.getvalue() == ""
 
@@ -93,7 +93,7 @@ def test_a_terminal_gets_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
         display = ProgressDisplay(out=Console(file=terminal, width=120))
         assert display.mode == "rich"
         for step in (1, 2, 3):
-            display.update(step, step / 3, {"loss": 1 / step, "tokens_per_second": 1234.0})
+            display.update(step, {"done": step / 3, "loss": 1 / step, "tokens_per_second": 1234.0})
         display.close()
         terminal.flush()
         written = b""
