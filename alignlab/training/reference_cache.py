@@ -36,6 +36,7 @@ def identity(reference: Reference, temperature: float, mixed_precision: str) -> 
     second for each GB of weights and thread. To be asked before the model is divided among processes."""
     tensors, settings = reference.contents()
     parts = {
+        "file": 2,  # how rows are written
         "versions": [alignlab.__version__, transformers.__version__],
         "settings": settings,
         "temperature": temperature,
@@ -91,9 +92,9 @@ class ReferenceCache:
     def _look_up(self, wanted: Sequence[tuple[bytes, Response]]) -> None:
         found = self._run("SELECT logp FROM logps WHERE key = ?", [(key,) for key, _ in wanted])
         for (_, response), row in zip(wanted, found, strict=False):
-            if row is not None:
-                size = np.float32 if len(row[0]) == 4 * response.loss_tokens else np.float64
-                response.columns[COLUMN] = np.frombuffer(row[0], size)
+            sizes = {4 * response.loss_tokens: np.float32, 8 * response.loss_tokens: np.float64}
+            if row is not None and len(row[0]) in sizes:
+                response.columns[COLUMN] = np.frombuffer(row[0], sizes[len(row[0])])
 
     def _run(self, statement: str, rows: Sequence[tuple[bytes, ...]]) -> list[tuple[bytes] | None]:
         """What the file answers to a statement with each of the rows, all or none; nothing where it cannot be used."""
