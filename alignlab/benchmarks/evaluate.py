@@ -22,7 +22,7 @@ from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, lo
 from alignlab.rollout import build_engine
 from alignlab.scoring import RewardModelScorer, SeveralScorers, build_scorers
 from alignlab.training.callbacks.logging import MetricsLog
-from alignlab.training.callbacks.trackers import build_tracker, tracks
+from alignlab.training.callbacks.trackers import build_tracker
 
 
 class EvaluateSettings(Settings):
@@ -111,7 +111,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", _without_nan(found))
-    if tracks(tracker):
+    if tracker.get("_target_"):
         _track(folder, tracker, config, found)
     return found
 

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
         segment_std,
         segment_sum,
         segments,
-        split_segments,
     )
 
 __all__ = [
@@ -111,7 +110,6 @@ __all__ = [
     "segment_std",
     "segment_sum",
     "segments",
-    "split_segments",
 ]
 
 WITH_TORCH = ("algorithm", "batch", "ragged")

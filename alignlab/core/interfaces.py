@@ -198,34 +198,35 @@ class Environment(Protocol):
 class Callback(Protocol):
     """Does something at certain points of a run: logs, evaluates, saves, ends it. Config: `callbacks`.
 
-    Every process has one and calls it at the same points. `training.callbacks.Callback` is a base class whose methods
-    do nothing. `trainer` is the `Trainer`: its `state`, `model`, `algorithm`, `processes`; `trainer.metrics` are those
-    of this step so far; `trainer.request_checkpoint()` and `trainer.request_stop(reason)` are heeded after the step.
+    As a base class its methods do nothing: override those you need. Every process has one and calls it at the same
+    points; `trainer.processes.is_main` tells the first of them. `trainer` is the `Trainer`: its `state`, `model`,
+    `algorithm`, `processes`; `trainer.metrics` are those of this step so far; `trainer.request_checkpoint()` and
+    `trainer.request_stop(reason)` are heeded after the step, on whichever of the processes they were called.
     """
 
     def on_start(self, trainer: Any) -> None:
-        """Before the first step, after a checkpoint was loaded where there is one."""
-        ...
+        """Before the first step, after a checkpoint was loaded where there is one: `trainer.state.step` tells."""
+        return
 
     def on_iteration(self, trainer: Any, sampled: Sequence[Group]) -> None:
         """The groups of an iteration are there, sampled and scored; before the algorithm chose from them."""
-        ...
+        return
 
     def on_step(self, trainer: Any) -> None:
         """An optimiser step is done."""
-        ...
+        return
 
     def on_evaluate(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """An evaluation is done; its metrics have names that begin with `eval/`."""
-        ...
+        return
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         """A checkpoint is being written: files put into `folder` become part of it."""
-        ...
+        return
 
     def on_end(self, trainer: Any, error: BaseException | None) -> None:
-        """Training is over, or `error` ended it."""
-        ...
+        """Training is over, or `error` ended it. The last callback of the list is called first."""
+        return
 
 
 @runtime_checkable

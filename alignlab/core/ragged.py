@@ -45,8 +45,3 @@ def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None 
     """Index of each item's segment, from the lengths of the segments: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
     lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-
-
-def split_segments(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """The inverse of `segments`: one tensor for each segment, in order (views of `values`)."""
-    return list(torch.split(values, list(lengths)))

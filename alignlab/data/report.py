@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
@@ -110,7 +109,3 @@ class DataReport:
         if self.bad > len(self.bad_records):
             lines.append(f"bad: … and {self.bad - len(self.bad_records):,} more")
         return lines + [f"note: {sentence}" for sentence in self.notes]
-
-    def to_dict(self) -> dict[str, object]:
-        """The report for programs: plain types only."""
-        return dict(json.loads(json.dumps(vars(self))))

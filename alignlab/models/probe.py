@@ -17,9 +17,9 @@ from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
-"""Largest mean absolute difference put down to rounding: in nats, and as a part of what a wrong mask would make. The
-first alone would pass wrong masks where attention contributes little, as in a model with random weights; in trained
-models it contributes 0.1 to 1 nat."""
+"""Largest mean absolute difference of log-probs put down to rounding: in nats, and as a part of what a wrong mask, or
+the lack of the context, would make. The first alone would pass wrong ones where attention contributes little, as in a
+model with random weights; in trained models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
 
 FITS = 64

@@ -100,7 +100,7 @@ class Reference:
         self.refreshed = True
         if self._copy is None and self._fresh:
             self._become_adapter()
-        new = self._current()
+        new = dict(self._policy.network.named_parameters())
         for name, old in self._weights().items():
             old.lerp_(new[name].to(old), weight)
 
@@ -134,6 +134,3 @@ class Reference:
             return dict(self._copy.network.named_parameters())
         named = self._policy.network.named_parameters()
         return {name_in(n, NAME, "default"): p for n, p in named if belongs(n, NAME)}
-
-    def _current(self) -> dict[str, nn.Parameter]:
-        return dict(self._policy.network.named_parameters())

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from alignlab.models import PackedModel, evaluating
+from alignlab.models.probe import FULL_PRECISION, TOLERANCE
 
 log = logging.getLogger(__name__)
-
-ROUNDING = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
-"""Largest mean absolute difference of log-probs put down to rounding: in nats, and as a part of what the context
-contributes. The first alone would pass anything where attention contributes little, as with random weights."""
-FULL_PRECISION = (1e-4, 0.01)
 
 REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
 """What architectures raise at inputs that they were not made for."""
@@ -194,6 +190,6 @@ def is_exact(model: PackedModel, trial: Iterable[tuple[Tensor, list[list[int]]]]
         without_context = torch.stack([plain(ids[-1:]) for ids in sequences])
         differences.append((logits_RV.float().log_softmax(-1) - expected).abs().mean())
         contributions.append((without_context - expected).abs().mean())
-    absolute, relative = ROUNDING.get(model.dtype, FULL_PRECISION)
+    absolute, relative = TOLERANCE.get(model.dtype, FULL_PRECISION)
     limit = min(absolute, relative * float(torch.stack(contributions).mean()))
     return bool(torch.stack(differences).max() <= limit)

@@ -63,13 +63,18 @@ class Sequential(Shuffled):
 
 
 def shares(groups: Sequence[Group], world_size: int) -> list[list[int]]:
-    """Divide groups among processes, each index once, the longest first to whoever has least: near equal tokens."""
+    """Divide groups among processes, each index once: near equal tokens."""
+    return balanced([g.packed_length for g in groups], world_size)
+
+
+def balanced(sizes: Sequence[int], world_size: int) -> list[list[int]]:
+    """Divide things of these sizes among processes, each index once, the largest first to whoever has least."""
     load = [0] * world_size
     share: list[list[int]] = [[] for _ in range(world_size)]
-    for i in sorted(range(len(groups)), key=lambda i: (-groups[i].packed_length, i)):
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         rank = min(range(world_size), key=lambda r: (load[r], r))
         share[rank].append(i)
-        load[rank] += groups[i].packed_length
+        load[rank] += sizes[i]
     return [sorted(s) for s in share]
 
 

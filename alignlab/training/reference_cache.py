@@ -12,11 +12,8 @@ import hashlib
 import json
 import logging
 import sqlite3
-import zlib
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import transformers
@@ -28,15 +25,10 @@ from alignlab.training.checkpoints.hashing import sha256_of_tensors
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 COLUMN = "ref_logp"
 
 PATIENCE = 60.0
 """Seconds to wait while another process writes."""
-
-AT_ONCE = 500
-"""Responses asked for in one query; SQLite allows 999 variables at least."""
 
 
 def identity(reference: Reference, temperature: float, mixed_precision: str) -> str:
@@ -44,6 +36,7 @@ def identity(reference: Reference, temperature: float, mixed_precision: str) -> 
     second for each GB of weights and thread. To be asked before the model is divided among processes."""
     tensors, settings = reference.contents()
     parts = {
+        "file": 2,  # how rows are written
         "versions": [alignlab.__version__, transformers.__version__],
         "settings": settings,
         "temperature": temperature,
@@ -66,8 +59,8 @@ def keys(prompt_ids: Sequence[int], responses: Sequence[Response]) -> list[bytes
 class ReferenceCache:
     """Log-probs of one reference in an SQLite file; safe for several processes, and for those that are killed.
 
-    What cannot be read is computed again. A file that is damaged is put aside, one that cannot be used (a full disk, a
-    file system without locks) is left alone from then on: both with a warning, neither ends a run.
+    A file that cannot be used (damaged, a full disk, a file system without locks) is left alone from then on, with a
+    warning: all is computed, and no run ends.
 
     Args:
         folder: where the files are; made when first used.
@@ -76,7 +69,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / f"{identity[:32]}.sqlite"
-        self._connection: sqlite3.Connection | None = None
+        self._file: sqlite3.Connection | None = None
         self._usable = True
 
     def fill(self, groups: Sequence[Group], compute: Callable[[], None]) -> None:
@@ -90,54 +83,36 @@ class ReferenceCache:
             together = [r for r in group.responses if COLUMN not in r.columns]
             lacking += zip(keys(group.prompt_ids, together), together, strict=True)
         self._look_up(lacking)
-        new = [(k, r) for k, r in lacking if COLUMN not in r.columns]
+        new = [(key, r) for key, r in lacking if COLUMN not in r.columns]
         compute()
-        self._keep(new)
+        rows = [(key, np.asarray(r.columns[COLUMN]).tobytes()) for key, r in new]
+        self._run("INSERT OR IGNORE INTO logps VALUES (?, ?)", rows)
+        self._look_up(new)  # what is kept, where another process was first
 
     def _look_up(self, wanted: Sequence[tuple[bytes, Response]]) -> None:
-        for start in range(0, len(wanted), AT_ONCE):
-            some = wanted[start : start + AT_ONCE]
-            marks = ",".join("?" * len(some))
-            found = self._read(f"SELECT key, logp FROM logps WHERE key IN ({marks})", [k for k, _ in some])
-            for k, response in some:
-                if k in found:
-                    values = _unpack(found[k], response.loss_tokens)
-                    if values is None:
-                        log.warning("%s: damaged log-probs in it, which are computed again", self.path)
-                        self._write("DELETE FROM logps WHERE key = ?", [(k,)])
-                    else:
-                        response.columns[COLUMN] = values
+        found = self._run("SELECT logp FROM logps WHERE key = ?", [(key,) for key, _ in wanted])
+        for (_, response), row in zip(wanted, found, strict=False):
+            sizes = {4 * response.loss_tokens: np.float32, 8 * response.loss_tokens: np.float64}
+            if row is not None and len(row[0]) in sizes:
+                response.columns[COLUMN] = np.frombuffer(row[0], sizes[len(row[0])])
 
-    def _keep(self, new: Sequence[tuple[bytes, Response]]) -> None:
-        if new:
-            rows = [(k, _pack(r.columns[COLUMN])) for k, r in new]  # type: ignore[arg-type]
-            self._write("INSERT OR IGNORE INTO logps VALUES (?, ?)", rows)
-            self._look_up(new)  # what is kept, where another process was first
-
-    def _read(self, query: str, values: Sequence[object]) -> dict[bytes, bytes]:
-        return self._run(lambda file: dict(file.execute(query, values).fetchall())) or {}
-
-    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        """All rows or none."""
-
-        def work(file: sqlite3.Connection) -> None:
-            with file:  # a transaction
-                file.executemany(statement, rows)
-
-        self._run(work)
-
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What is done with the file, if it can be."""
-        for attempt in range(2):
-            if not self._usable:
-                break
-            try:
-                if self._connection is None:
-                    self._connection = self._open()
-                return work(self._connection)
-            except (sqlite3.Error, OSError) as error:
-                self._give_up(error, again=attempt == 0)
-        return None
+    def _run(self, statement: str, rows: Sequence[tuple[bytes, ...]]) -> list[tuple[bytes] | None]:
+        """What the file answers to a statement with each of the rows, all or none; nothing where it cannot be used."""
+        if not self._usable or not rows:
+            return []
+        try:
+            if self._file is None:
+                self._file = self._open()
+            with self._file:  # a transaction
+                return [self._file.execute(statement, row).fetchone() for row in rows]
+        except (sqlite3.Error, OSError) as error:
+            self._usable = False
+            log.warning(
+                "training.reference_cache: %s cannot be used (%s): the reference's log-probs are computed without it. "
+                "If it is damaged, delete it",
+                *(self.path, error),
+            )
+            return []
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,37 +120,3 @@ class ReferenceCache:
         made = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
         made.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp BLOB NOT NULL) WITHOUT ROWID")
         return made
-
-    def _give_up(self, error: Exception, again: bool) -> None:
-        """Without the file: for good, or where it was damaged, with a new one."""
-        if self._connection is not None:
-            with suppress(sqlite3.Error), closing(self._connection):
-                self._connection = None
-        damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-        if damaged and again:
-            with suppress(OSError):
-                self.path.replace(self.path.with_suffix(".damaged"))
-            log.warning("%s: damaged (%s): put aside as .damaged; its log-probs are computed again", self.path, error)
-            return
-        self._usable = False
-        log.warning(
-            "training.reference_cache: %s cannot be used (%s): the reference's log-probs are computed without it",
-            *(self.path, error),
-        )
-
-
-def _pack(values: Sequence[float]) -> bytes:
-    """Numbers with a checksum; in float32 where that is all they are."""
-    exact = np.asarray(values, np.float64)
-    narrow = exact.astype(np.float32)
-    body = (narrow if np.array_equal(narrow, exact, equal_nan=True) else exact).tobytes()
-    return zlib.crc32(body).to_bytes(4, "little") + body
-
-
-def _unpack(packed: bytes, count: int) -> np.ndarray | None:
-    """The numbers; None where these are not `count` numbers as they were written."""
-    body = packed[4:]
-    size = {4 * count: np.float32, 8 * count: np.float64}.get(len(body))
-    if size is None or zlib.crc32(body).to_bytes(4, "little") != packed[:4]:
-        return None
-    return np.frombuffer(body, size)

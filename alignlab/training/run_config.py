@@ -98,7 +98,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         environment=build_environment(config.get("environment")),
         tracker=build_tracker(config.get("tracker")),
         schedule=build_type(Schedule, config.get("schedule"), "schedule"),
-        order=_order_maker(config.get("order")),
+        order=partial(build_type, DataOrder, config["order"], "order") if config.get("order") else None,
         callbacks=[
             build_type(Callback, values, f"callbacks.{name}")
             for name, values in (config.get("callbacks") or {}).items()
@@ -126,15 +126,6 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     algorithm: Algorithm = build_type(Algorithm, values, "algorithm")
     check_algorithm(algorithm)
     return algorithm
-
-
-def _order_maker(values: dict[str, Any] | None) -> Any:
-    """What makes the order of the records; None for the usual one."""
-    return None if not values else partial(_make_order, values)
-
-
-def _make_order(values: dict[str, Any], **arguments: Any) -> Any:
-    return build_type(DataOrder, values, "order", **arguments)
 
 
 def _check_limits(settings: TrainingSettings) -> None:

@@ -17,7 +17,6 @@ from alignlab.core import (
     segment_std,
     segment_sum,
     segments,
-    split_segments,
 )
 
 VALUES = [1.0, 2.0, 6.0, -3.0, 5.0]
@@ -90,12 +89,10 @@ def test_segment_count_by_hand() -> None:
     assert segment_count(torch.tensor([2, 0, 2, 2]), 4).tolist() == [1, 0, 3, 0]
 
 
-def test_segments_and_split_are_inverse() -> None:
+def test_segments_from_lengths() -> None:
     lengths = [2, 0, 1, 3]
     assert segments(lengths).tolist() == [0, 0, 2, 3, 3, 3]
     assert segments(torch.tensor(lengths)).tolist() == [0, 0, 2, 3, 3, 3]
     assert segments([]).tolist() == []
     assert segments(lengths).dtype == torch.int64
-    parts = split_segments(torch.arange(6.0), lengths)
-    assert [p.tolist() for p in parts] == [[0, 1], [], [2], [3, 4, 5]]
-    assert [float(p.sum()) for p in parts] == segment_sum(torch.arange(6.0), segments(lengths), 4).tolist()
+    assert segment_sum(torch.arange(6.0), segments(lengths), 4).tolist() == [1, 0, 2, 12]

@@ -165,8 +165,8 @@ def test_runs_of_a_sweep_are_one_group_of_the_tracker(combined: Callable[..., li
     assert (one.config["tracker"]["group"], one.config["tracker"]["name"]) == ("named", "named/training.seed=0")
     (one, _) = combined("tracker=wandb", "tracker.mode=offline", "training.seed=0,1", "tracker.group=mine")
     assert (one.config["tracker"]["group"], one.config["tracker"]["name"]) == ("mine", "named/training.seed=0")
-    (one, _) = combined("tracker=wandb", "tracker.mode=off", "training.seed=0,1")
-    assert one.config["tracker"]["group"] is None
+    (one, _) = combined("tracker=none", "training.seed=0,1")
+    assert not one.config["tracker"].get("group")
 
 
 def test_no_sweep_to_report(tmp_path: Path) -> None:

@@ -267,8 +267,10 @@ def rows():
     for i in range(5000):
         yield i.to_bytes(16, "little"), bytes(400)
     os.kill(os.getpid(), signal.SIGKILL)
-cache._connection = file
-cache._write("INSERT OR IGNORE INTO logps VALUES (?, ?)", rows())
+cache._file = file
+class Rows(list):
+    __iter__ = lambda self: rows()
+cache._run("INSERT OR IGNORE INTO logps VALUES (?, ?)", Rows([None]))
 """
 
 
@@ -288,24 +290,19 @@ def overwrite(path: Path, start: int, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize("damage", ["not a database", "torn", "bits"])
+@pytest.mark.parametrize("damage", ["not a database", "torn"])
 def test_what_is_damaged_is_computed_again_and_said(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     filled(tmp_path, groups())
     (path,) = tmp_path.glob("*.sqlite")
-    if damage == "bits":
-        whole = path.read_bytes()
-        place = whole.index(torch.tensor(EXPECTED[3]).numpy().tobytes())
-        overwrite(path, place, bytes([whole[place] ^ 1]))
-    else:
-        overwrite(path, 0 if damage == "not a database" else 3900, b"nonsense" * 400)
+    overwrite(path, 0 if damage == "not a database" else 3900, b"nonsense" * 400)
     found = groups()
     with caplog.at_level(logging.WARNING):
-        assert filled(tmp_path, found) == (1 if damage == "bits" else 12)
+        assert filled(tmp_path, found) == 12
     assert columns(found) == EXPECTED
-    assert [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
-    assert filled(tmp_path, groups()) == 0, "whole again"
+    (told,) = caplog.records
+    assert str(path) in told.getMessage() and "delete it" in told.getMessage()
 
 
 def test_where_nothing_can_be_kept_all_is_computed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

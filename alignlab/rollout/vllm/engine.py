@@ -247,7 +247,4 @@ class VllmSampler(RowSampler):
             row.logp += [0.0] * len(tokens) if greedy else logp
             text = self._stopping.ended(row.tokens)
             row.finished = text is not None or ending == "stop"
-            row.text = text if text is not None else choice["text"] if row.finished else self._text(row)
-
-    def _text(self, row: Row) -> str:
-        return self._stopping.text(row.tokens)
+            row.text = text if text is not None else choice["text"] if row.finished else self._stopping.text(row.tokens)

@@ -1,13 +1,13 @@
-"""The base class of callbacks, and the small ones: evaluation, checkpoints, samples for people to read."""
+"""The small callbacks: evaluation, checkpoints, samples for people to read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignlab.core import AlignlabError, Group
+from alignlab.core import AlignlabError, Callback, Group
 from alignlab.core.files import write_text
 
 if TYPE_CHECKING:
@@ -16,32 +16,6 @@ if TYPE_CHECKING:
 SAMPLES = "samples.jsonl"
 SAMPLES_KEPT = 2
 """Groups of each iteration that go to samples.jsonl."""
-
-
-class Callback:
-    """Does something at certain points of a run. Its methods do nothing; override those you need.
-
-    Every process has one, and calls it at the same points: `trainer.processes.is_main` tells the first of them.
-    `trainer.request_stop(reason)` and `trainer.request_checkpoint()` may be called in any of them.
-    """
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, after a checkpoint was loaded where there is one: `trainer.state.step` tells."""
-
-    def on_iteration(self, trainer: Trainer, sampled: Sequence[Group]) -> None:
-        """The responses of an iteration are there, sampled and scored; before the algorithm chose from them."""
-
-    def on_step(self, trainer: Trainer) -> None:
-        """An optimiser step is done: `trainer.metrics` are its metrics."""
-
-    def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done; its metrics have names that begin with `eval/`."""
-
-    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """A checkpoint is being written: files put into `folder` become part of it."""
-
-    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
-        """The run is over, or `error` ended it. The last callback of the list is called first."""
 
 
 class Evaluation(Callback):

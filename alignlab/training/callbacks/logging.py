@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from alignlab.core import AlignlabError, Tracker
+from alignlab.core import AlignlabError, Callback, Tracker
 from alignlab.core.files import write_text
 from alignlab.core.storage import storage_errors
-from alignlab.training.callbacks.callback import Callback
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.provenance import without_secrets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 from alignlab.core.progress import console
@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 ProgressMode = Literal["auto", "rich", "plain", "off"]
 """`rich`: one live line; `plain`: a line now and then; `off`: nothing; `auto`: rich on a terminal, else plain."""
 
+SECONDS = 10.0
+"""Plain lines are at least this far apart."""
+
 SHOWN = ("loss", "reward", "kl", "eval/loss")
 """Metrics shown where there are any, besides `tokens_per_second`."""
 
 
 class ProgressDisplay:
-    """Shows step, loss, tokens per second and the time left.
-
-    Use it as a context manager, or call `close`.
+    """Shows step, share done, loss, tokens per second and the time left.
 
     Args:
         mode: what is shown; see `ProgressMode`.
         is_main: whether this is the main process; the others show nothing.
-        total: the step at which training ends, where that is known beforehand.
-        seconds: plain lines are at least this far apart, seconds >= 0. The first and the last are always shown.
         out: the console to draw on; standard error's by default.
         clock: seconds from an arbitrary origin.
     """
@@ -38,12 +37,10 @@ class ProgressDisplay:
         self,
         mode: ProgressMode = "auto",
         is_main: bool = True,
-        total: int | None = None,
-        seconds: float = 10.0,
         out: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.seconds, self.clock = total, seconds, clock
+        self.clock = clock
         self.mode: ProgressMode = mode if is_main else "off"
         if self.mode == "off":
             return
@@ -55,27 +52,25 @@ class ProgressDisplay:
         self._first: tuple[float, float] | None = None
         self._live: Progress | None = None
         self._unprinted: str | None = None
-        self._printed_at: float | None = None
+        self._printed_at = -SECONDS
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` is done.
 
         Args:
-            metrics: what is shown are `tokens_per_second` and `SHOWN`, each as last given, and `done`: the share of
-                the run that is over, in [0, 1]; by default step / total.
+            metrics: `done`, the share of the run that is over, in [0, 1]; what is shown besides are
+                `tokens_per_second` and `SHOWN`, each as last given.
         """
         if self.mode == "off":
             return
         self._latest.update(metrics)
-        done = metrics.get("done", step / self.total if self.total else None)
-        where = f"{step}/{self.total}" if self.total else f"{step}" if done is None else f"{step} ({done:.0%})"
-        shown = self._shown(done)
+        done = metrics["done"]
+        where, shown = f"step {step} ({done:.0%})", self._shown(done)
         if self.mode == "rich":
             self._draw(where, done, shown)
             return
-        self._unprinted = f"step {where}  {shown}"
-        due = self._printed_at is None or self.clock() - self._printed_at >= self.seconds
-        if due or (done is not None and done >= 1):
+        self._unprinted = f"{where}  {shown}"
+        if done >= 1 or self.clock() - self._printed_at >= SECONDS:
             self._print()
 
     def close(self) -> None:
@@ -88,45 +83,29 @@ class ProgressDisplay:
         if self._unprinted is not None:
             self._print()
 
-    def __enter__(self) -> ProgressDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _shown(self, done: float | None) -> str:
+    def _shown(self, done: float) -> str:
         parts = [f"{name} {self._latest[name]:.4g}" for name in SHOWN if name in self._latest]
         if "tokens_per_second" in self._latest:
             parts.append(f"{self._latest['tokens_per_second']:,.0f} tokens/s")
-        if done is not None:
-            now = self.clock()
-            # Reckoned from the first step on: it is slower than the others, and a resumed run starts in the middle.
-            self._first = self._first or (now, done)
-            began, already = self._first
-            if done > already:
-                parts.append(f"ETA {_duration((now - began) / (done - already) * max(1 - done, 0))}")
+        now = self.clock()
+        # Reckoned from the first step on: it is slower than the others, and a resumed run starts in the middle.
+        self._first = self._first or (now, done)
+        began, already = self._first
+        if done > already:
+            left = round((now - began) / (done - already) * max(1 - done, 0))
+            parts.append(f"ETA {timedelta(seconds=left)}")
         return "  ".join(parts)
 
     def _print(self) -> None:
         self.console.print(self._unprinted, markup=False, highlight=False, soft_wrap=True)
-        self._unprinted = None
-        self._printed_at = self.clock()
+        self._unprinted, self._printed_at = None, self.clock()
 
-    def _draw(self, where: str, done: float | None, shown: str) -> None:
+    def _draw(self, where: str, done: float, shown: str) -> None:
         if self._live is None:
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = TextColumn("step {task.fields[where]}"), BarColumn(20), TextColumn("{task.fields[shown]}")
+            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[shown]}")
             self._live = Progress(*columns, console=self.console, refresh_per_second=4)
-            self._live.add_task("training", total=None if done is None else 1.0, where=where, shown=shown)
+            self._live.add_task(where, total=1.0, shown=shown)
             self._live.start()
-        self._live.update(self._live.task_ids[0], completed=done or 0.0, where=where, shown=shown)
-
-
-def _duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+        self._live.update(self._live.task_ids[0], completed=done, description=where, shown=shown)

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, Callback
 from alignlab.core.files import write_json
-from alignlab.training.callbacks.callback import Callback
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer

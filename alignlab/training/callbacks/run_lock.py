@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignlab.core import AlignlabError
+from alignlab.core import AlignlabError, Callback
 from alignlab.core.files import write_text
-from alignlab.training.callbacks.callback import Callback
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from alignlab.core import AlignlabError, Group, Response
 from alignlab.models import Reference
-from alignlab.training.distributed.engine import Engine, Tensors, owners
+from alignlab.training.distributed.engine import Engine, Tensors
+from alignlab.training.order import balanced
 
 REFERENCE = "reference.pt"
 """The reference's weights, where it has been refreshed."""
@@ -86,12 +87,11 @@ def save_state(
     import safetensors.torch
 
     processes = engine.processes
-    trained = engine.trained()
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in trained.values()]
-    owner = owners(trained, sizes, processes.world)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.trained().values()]
+    own = set(balanced(sizes, processes.world)[processes.rank])
     mine: dict[str, Tensor] = {}
-    for name, tensors in engine.tensors():
-        if owner[name] == processes.rank:
+    for i, (name, tensors) in enumerate(engine.tensors()):
+        if i in own:
             mine |= {f"{key}|{name}": t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     shard = f"trained-{processes.rank + 1:05}-of-{processes.world:05}.safetensors"
     safetensors.torch.save_file(mine, folder / shard)
@@ -136,14 +136,12 @@ def load_state(
 
 
 def _known(records: Sequence[Group]) -> dict[int, list[Tensor]]:
-    """Reference log-probs of the records that have them, by place; in float32 where that is all they are."""
-    found: dict[int, list[Tensor]] = {}
-    for i, group in enumerate(records):
-        if group.responses and all("ref_logp" in r.columns for r in group.responses):
-            exact = [torch.tensor(r.columns["ref_logp"], dtype=torch.float64) for r in group.responses]
-            narrow = [v.float() for v in exact]
-            found[i] = narrow if all(torch.equal(n.double(), e) for n, e in zip(narrow, exact, strict=True)) else exact
-    return found
+    """Reference log-probs of the records that have them, by place."""
+    return {
+        i: [torch.tensor(np.asarray(r.columns["ref_logp"])) for r in group.responses]
+        for i, group in enumerate(records)
+        if group.responses and all("ref_logp" in r.columns for r in group.responses)
+    }
 
 
 def _as_tensors(value: Any) -> Any:

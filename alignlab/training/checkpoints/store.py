@@ -30,7 +30,7 @@ from alignlab.training.checkpoints.hashing import files_below, sha256_each
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TEMPORARY, TRASH, REPLACED = ".tmp-", ".trash-", ".old-"
+TEMPORARY, TRASH = ".tmp-", ".trash-"
 NAME = re.compile(r"step-(\d{8,})")
 VISIBLE_WITHIN = 30.0
 """Seconds after which a folder made on one node must be seen on another; network file systems lag by a few."""
@@ -143,8 +143,8 @@ class Checkpoints:
     def write(self, step: int, metric: float | None = None) -> Iterator[Path]:
         """A temporary folder to be filled; at the end of the block it becomes the checkpoint of `step`.
 
-        Called by all processes, which get the same folder and may each put files there. A checkpoint that the step
-        already has stays until the new one takes its place. Then older ones are pruned.
+        Called by all processes, which get the same folder and may each put files there. Where the step has a whole
+        checkpoint already, that one stays: it is of the same state. Then older ones are pruned.
 
         Args:
             metric: what `best` goes by; None or a non-finite one is never the best.
@@ -154,50 +154,36 @@ class Checkpoints:
                 are as they were, and the temporary folder is gone if it could be deleted. Any other exception from
                 the block leaves things alike and passes through.
         """
+        temporary = self.folder / f"{TEMPORARY}{_name(step)}"
         with self._stage(step):
             if self.guard is not None:
                 self.guard()
-            temporary = self.temporary(step)
+            if self.is_main:
+                with self._storage_errors(step):
+                    _remove(temporary)
+                    temporary.mkdir(parents=True)
         with self._stage(step), self._storage_errors(step):
             _await(temporary)
             yield temporary
         with self._stage(step):
             if self.is_main:
-                self.commit(step, metric)
+                self._commit(temporary, step, metric)
 
-    def temporary(self, step: int) -> Path:
-        """The folder in which the checkpoint of `step` is put together; made anew by the main process. `write` calls
-        this; without it, wait for all processes before filling the folder and again before `commit`."""
-        path = self.folder / f"{TEMPORARY}{_name(step)}"
-        if self.is_main:
-            with self._storage_errors(step):
-                _remove(path)
-                path.mkdir(parents=True)
-        return path
-
-    def commit(self, step: int, metric: float | None = None) -> Path:
-        """Make the filled temporary folder the checkpoint of `step`, and prune. For the main process alone."""
-        temporary, final = self.folder / f"{TEMPORARY}{_name(step)}", self.folder / _name(step)
-        replaced = self.folder / f"{REPLACED}{final.name}"
+    def _commit(self, temporary: Path, step: int, metric: float | None) -> None:
+        """Make the filled temporary folder the checkpoint of `step`, and prune."""
+        final = self.folder / _name(step)
         with self._storage_errors(step):
             _write_manifest(temporary, step, metric)
             for path in (*files_below(temporary), *_folders_below(temporary)):
                 sync(path)
-            if final.exists():
-                # Two renames cannot be one: a process killed between them leaves `.old-…`, which `_clean` puts back.
-                _remove(replaced)
-                os.rename(final, replaced)
-            try:
+            if final.exists() and not verify(final):
+                _remove(temporary)
+            else:
+                self._delete(final)
                 os.rename(temporary, final)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, final)
-                raise
+                self._damaged.discard(final)
             sync(self.folder)
-        self._damaged.discard(final)
-        self._delete(replaced)
         self._prune(final)
-        return final
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: those of a future that a run resumed at `step` will not have."""
@@ -246,7 +232,7 @@ class Checkpoints:
         """Atomically: a half-deleted checkpoint never bears a proper name. Failing costs space, so only warns."""
         if not path.exists():
             return
-        trash = path.with_name(f"{TRASH}{path.name.removeprefix(REPLACED)}")
+        trash = path.with_name(f"{TRASH}{path.name}")
         try:
             _remove(trash)
             os.rename(path, trash)
@@ -255,21 +241,13 @@ class Checkpoints:
             logger.warning("an old checkpoint could not be deleted, and takes up space: %s", error)
 
     def _clean(self) -> None:
-        """Remove what a killed process left half-written or half-deleted; put back what it was about to replace."""
-        if not self.folder.is_dir():
-            return
-        for path in sorted(self.folder.iterdir()):
-            try:
-                if path.name.startswith(REPLACED):
-                    final = path.with_name(path.name.removeprefix(REPLACED))
-                    if final.exists():
-                        self._delete(path)
-                    else:
-                        os.rename(path, final)
-                elif path.name.startswith((TEMPORARY, TRASH)):
+        """Remove what a killed process left half-written or half-deleted."""
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if path.name.startswith((TEMPORARY, TRASH)):
+                try:
                     _remove(path)
-            except OSError as error:
-                logger.warning("left-overs of an earlier process could not be cleared away: %s", error)
+                except OSError as error:
+                    logger.warning("left-overs of an earlier process could not be cleared away: %s", error)
 
     @contextmanager
     def _stage(self, step: int) -> Iterator[None]:

@@ -231,14 +231,3 @@ EXPECTED = {
     "zero3_offload": "DeepSpeed ZeRO-3 with offload",
 }
 """What each mode's engine must say that it is."""
-
-
-def owners(parameters: dict[str, nn.Parameter], sizes: Sequence[int], world: int) -> dict[str, int]:
-    """Which process writes which parameter: the largest first to whoever has least."""
-    load = [0] * world
-    owner: dict[str, int] = {}
-    for name, size in sorted(zip(parameters, sizes, strict=True), key=lambda pair: (-pair[1], pair[0])):
-        rank = min(range(world), key=lambda r: (load[r], r))
-        owner[name] = rank
-        load[rank] += size
-    return owner

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from alignlab.core import AlignlabError
 from alignlab.training.callbacks.logging import MetricsLog
@@ -138,9 +137,3 @@ def test_the_configs_hold_every_setting_with_its_meaning(name: str) -> None:
 
 def test_without_a_target_there_is_no_tracker() -> None:
     assert build_tracker(yaml.safe_load((CONFIGS / "none.yaml").read_text())) is None
-
-
-def test_a_bare_off_in_yaml_is_off() -> None:
-    assert Wandb(**yaml.safe_load("mode: off")).mode == "off"
-    with pytest.raises(ValidationError):
-        Wandb(mode=True)  # type: ignore[arg-type]

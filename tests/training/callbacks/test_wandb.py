@@ -153,7 +153,8 @@ def sitting(folder: Path, mode: str, resumed: int, last: int, killed_after: floa
 
     def track() -> None:
         names = {"project": "tales", "group": "demo", "job_type": "dpo", "name": "demo/dpo-seed0"}
-        with MetricsLog(folder, Wandb.model_validate({"mode": mode, **names}), {"beta": 0.25}) as tracker:
+        wandb = None if mode == "none" else Wandb.model_validate({"mode": mode, **names})
+        with MetricsLog(folder, wandb, {"beta": 0.25}) as tracker:
             tracker.resume(resumed)
             for step in range(resumed + 1, last + 1):
                 tracker.log(step, {"loss": 1 / step})
@@ -247,11 +248,11 @@ def test_an_interrupted_run_goes_on_online_in_the_same_run(
 @pytest.mark.component
 def test_what_wandb_lacks_it_is_told_on_resuming(tmp_path: Path, server: Server) -> None:
     """Tracking was off at first; then the connection failed for a while, as if it had been off."""
-    sitting(tmp_path, "off", 0, 2)
+    sitting(tmp_path, "none", 0, 2)
     sitting(tmp_path, "online", 2, 4)
     (run,) = server.runs.values()
     assert run.history == expected(4)
-    sitting(tmp_path, "off", 4, 5)
+    sitting(tmp_path, "none", 4, 5)
     sitting(tmp_path, "online", 5, 6)
     assert run.history == expected(6)
 
@@ -346,9 +347,9 @@ def test_names_are_given_where_there_are_none() -> None:
     assert named({**target, "mode": "offline", **none}, **names) == {**target, "mode": "offline", **names}
     own = {**target, "mode": "online", **none, "name": "mine"}
     assert named(own, **names) == {**own, "group": "demo", "job_type": "sft"}
-    for off in ({**target, "mode": "off", **none}, {**target, "mode": False, **none}, {"_target_": None}, {}):
+    for off in ({"_target_": None}, {}):
         assert named(off, **names) == off
     few = {"_target_": "alignlab.training.callbacks.trackers.TensorBoard", "folder": "tensorboard"}
     assert named(few, **names) == few, "a tracker is told what it has a key for"
-    with pytest.raises(ConfigError, match=r"tracker\.mode='on'"):
-        named({**target, "mode": "on"}, **names)
+    with pytest.raises(ConfigError, match=r"tracker\._target_=nowhere\.Nobody"):
+        named({"_target_": "nowhere.Nobody"}, **names)

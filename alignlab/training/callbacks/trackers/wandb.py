@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from alignlab.build import locate, section
+from alignlab.build import locate
 from alignlab.core.files import write_text
 from alignlab.core.settings import Settings
 from alignlab.training.callbacks.logging import METRICS, read_metrics
@@ -29,23 +29,18 @@ WRITE_EVERY = 1.0
 """Seconds for which wandb may hold back what goes into its own log; a process that is killed loses that."""
 
 
-def _off(value: object) -> object:
-    """YAML 1.1 reads a bare `off` as false."""
-    return "off" if value is False else value
-
-
 class Wandb(Settings):
     """A wandb run. Its horizontal axis is the metric `step`, since wandb's own may never go back, as it does on
     resuming. wandb's own counts the lines of `metrics.jsonl`.
 
     Args:
-        mode: online, offline (uploaded later with `wandb sync`), or off.
+        mode: online, or offline (uploaded later with `wandb sync`).
         project: its name.
         group, job_type, name: of the run; None: train, and its folder's name.
         tags: of the run.
     """
 
-    mode: Annotated[Literal["online", "offline", "off"], BeforeValidator(_off)] = "online"
+    mode: Literal["online", "offline"] = "online"
     project: str = Field("alignlab", min_length=1)
     group: str | None = None
     job_type: str | None = None
@@ -57,7 +52,7 @@ class Wandb(Settings):
     @property
     def hint(self) -> str:
         """What to do where wandb fails."""
-        return "tracker.mode=offline needs no network, tracker.mode=off no wandb"
+        return "tracker.mode=offline needs no network, tracker=none no wandb"
 
     def start(self, folder: Path, config: Mapping[str, Any], lines: int) -> int:
         """Begin, or go on with the run whose id is in the folder.
@@ -65,8 +60,6 @@ class Wandb(Settings):
         Returns:
             How many lines wandb has of earlier sessions.
         """
-        if self.mode == "off":
-            return lines
         import wandb
 
         self._folder = folder
@@ -107,18 +100,13 @@ class Wandb(Settings):
         return recorded(session.parent, self._run.id, session)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._run is not None:
-            self._run.log({"step": step, **metrics})
+        self._run.log({"step": step, **metrics})
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        if self._run is not None:
-            self._run.summary.update(dict(metrics))
+        self._run.summary.update(dict(metrics))
 
     def finish(self, failed: bool) -> None:
-        if self._run is None:
-            return
         self._run.finish(exit_code=int(failed))
-        self._run = None
         if self.mode == "offline":
             print(how_to_sync(self._folder))
 
@@ -139,25 +127,12 @@ def named(tracker: Mapping[str, Any], **names: str) -> dict[str, Any]:
         names: `group`, `job_type`, `name`; those that the tracker takes and the user has not given.
 
     Raises:
-        ConfigError: the section is wrong.
+        ConfigError: there is no such tracker.
     """
-    if not tracks(tracker):
+    if not tracker.get("_target_"):
         return dict(tracker)
     takes = inspect.signature(locate(tracker["_target_"], "tracker._target_")).parameters
     return {**tracker, **{k: v for k, v in names.items() if k in takes and tracker.get(k) is None}}
-
-
-def tracks(tracker: Mapping[str, Any]) -> bool:
-    """Whether a section `tracker` names a tracker, and it is on.
-
-    Raises:
-        ConfigError: the section is wrong.
-    """
-    if not tracker.get("_target_"):
-        return False
-    if str(tracker["_target_"]).rpartition(".")[2] != Wandb.__name__:
-        return True
-    return section(Wandb, {k: v for k, v in tracker.items() if k != "_target_"}, "tracker").mode != "off"
 
 
 def how_to_sync(folder: Path) -> str:
