@@ -38,8 +38,7 @@ def collect(out: Path) -> board.Leaderboard:
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
         measured = {k: v for k, v in evaluation.items() if k not in NOT_METRICS}
         costs = {k: result.get(k, 0) for k in COSTS}
-        row = {"algorithm": algorithm, "seed": int(seed), **measured, **costs}
-        rows.append(row | {name: None for name in board.REQUIRED if name not in row})
+        rows.append({"algorithm": algorithm, "seed": int(seed), **measured, **costs})
         frontier = evaluation.get("frontier", frontier)
         for sample in evaluation.get("samples", []):
             samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
@@ -67,7 +66,7 @@ def collect(out: Path) -> board.Leaderboard:
         found,
         frontier=frontier,
         curves=_by_metric(curves),
-        samples=[{"prompt": p, "answers": a} for p, a in samples.items()],
+        samples=samples,
         provenance=provenance,
     )
     return found
