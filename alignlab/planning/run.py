@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from alignlab.config import section
+from alignlab.build import section
 from alignlab.core import AdapterKind
 from alignlab.core.memory import usual_tokens
 from alignlab.core.settings import Settings

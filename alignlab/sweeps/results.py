@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.benchmarks.evaluate import without_nan
 from alignlab.comparison.collect import BOARD, is_complete
 from alignlab.comparison.graph.node import Outcome, outcome, planned, read, write_plan
 from alignlab.comparison.report import METRICS, MISSING, Cell, Table, format_number
@@ -217,19 +218,10 @@ def _write(results: Results, plan: Mapping[str, Any]) -> None:
         "runs": [asdict(run) for run in results.runs],
     }
     with storage_errors(results.folder, "the sweep's results could not be written"):
-        write_json(results.folder / FILE, _finite(told))
+        write_json(results.folder / FILE, without_nan(told))
         write_text(results.folder / "sweep.csv", to_csv(results))
         write_text(results.folder / "sweep.md", to_markdown(results))
         write_text(results.folder / "sweep.html", render(results))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def heading(results: Results) -> str:

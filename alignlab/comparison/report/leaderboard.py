@@ -184,8 +184,8 @@ def build(
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with all metrics of `REQUIRED`, None for what is not finite; an error for what cannot be a metric."""
     where = f"algorithm '{row['algorithm']}', seed {row['seed']}"
-    checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": row["seed"], **dict.fromkeys(REQUIRED)}
-    for key, value in row.items():
+    checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": row["seed"]}
+    for key, value in {**row, **{name: None for name in REQUIRED if name not in row}}.items():
         if key in ("algorithm", "seed", NOTE):
             checked[key] = value
         elif not key.endswith(PER_PROMPT):

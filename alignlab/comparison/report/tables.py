@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-STYLES = {"best": "bold", "failed": "red", "pruned": "dim", "unfinished": "dim"}
+STYLES = {
+    **{"best": "bold", "pruned": "dim", "unfinished": "dim"},
+    **{"done": "green", "running": "cyan", "failed": "red", "cancelled": "red", "not run": "yellow"},
+}
 """How a kind of cell looks on the terminal; in a page it is a CSS class."""
 
 
