@@ -18,6 +18,7 @@ import torch
 
 from alignlab.cli import main
 from alignlab.comparison.graph import local
+from alignlab.comparison.graph.local import is_free
 from alignlab.core import Algorithm
 from alignlab.training.signals import StopRequest
 from tests.sweeps import helpers as sweeps
@@ -200,7 +201,7 @@ def test_runs_apart_survive_what_kills_one_of_them(home: Path, monkeypatch: pyte
     assert "groups: train 12" in (home / "apart/training.seed=1/log.txt").read_text()
     monkeypatch.setenv("ALIGNLAB_TEST_DEADLY", "none")
     assert sweeps.sweep(home, "apart", target, *words[1:], algorithm="sft") == 0
-    assert not list((home / "apart").glob("*/process.json"))
+    assert all(is_free(lock.parent) for lock in (home / "apart").glob("*/lock"))
 
 
 class Deadly(Algorithm):
