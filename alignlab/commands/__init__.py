@@ -61,7 +61,7 @@ class Arguments:
     """What follows a command.
 
     Attributes:
-        overrides: everything but options: the overrides (KEY=VALUE) of a config, or the folders that a command looks at.
+        overrides: everything but options: overrides (KEY=VALUE) of a config, or folders that a command looks at.
         options: those given, with their values; "" where none is wanted.
     """
 

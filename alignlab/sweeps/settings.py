@@ -70,6 +70,8 @@ def chosen(overrides: Sequence[str], own: Path | None) -> tuple[Launcher, Sweepe
     """
     ours = [o for o in overrides if OURS.match(o)]
     for override in ours:
+        if override == "launcher=joblib":
+            raise ConfigError(f"{override}: is now launcher=local, with launcher.n_jobs=N for several at a time")
         if re.match(r"(launcher|sweeper)=[^'\"\[{]*,", override):
             raise ConfigError(f"{override}: a sweep has one {override.partition('=')[0]}")
         if override.lstrip("+~").startswith("launcher.stages"):
