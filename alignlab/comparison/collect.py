@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,25 +118,24 @@ def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, 
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise AlignlabError(f"{path}: {error.strerror}; is this the folder of a comparison?") from error
+    return dict(_read(path, json.loads, {}))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
+    return list(_read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], []))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    found = _read(path, yaml.safe_load, None)
+    if found is None:
+        raise AlignlabError(f"{path}: No such file or directory; is this the folder of a comparison?")
+    return dict(found)
+
+
+def _read(path: Path, parse: Callable[[str], Any], absent: Any) -> Any:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return parse(path.read_text())
+    except FileNotFoundError:
+        return absent
     except ValueError as error:
         raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error
