@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -98,7 +99,12 @@ class Results:
     def reproduce(self, run: Run) -> str:
         """The command that does a run by itself."""
         options = [] if self.own is None else ["--config-dir", self.own]
-        return shlex.join(["alignlab", self.command, *options, *run.overrides])
+        return " ".join(_quoted(word) for word in ("alignlab", self.command, *options, *run.overrides))
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where the word has single ones."""
+    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
 def note(folder: Path, command: str, own: Path | None, sweeper: Sweeper, combinations: Sequence[Combination]) -> None:
