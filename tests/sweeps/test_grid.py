@@ -286,9 +286,8 @@ def test_a_metric_that_nobody_has(
 def test_the_page_has_a_panel_for_each_setting_and_a_point_for_each_run(home: Path) -> None:
     assert sweeps.sweep(home, "drawn", "optimizer.lr=0.001,0.01,0.1", "schedule=linear,constant") == 0
     page = (home / "drawn/sweep.html").read_text()
-    sources = re.findall(
-        r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="loss of every run against ([^"]*)\."', page
-    )
+    image = r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="loss of every run against ([^"]*)\."'
+    sources = re.findall(image, page)
     assert [key for _, key in sources] == ["optimizer.lr", "schedule"]
     for source, _ in sources:
         points = re.findall(r'<g id="run(\d)">', base64.b64decode(source).decode())
