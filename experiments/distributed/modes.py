@@ -17,9 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.training.test_modes import ENGINES, KINDS
+
 from tests import tiny  # the small model and its records are those of the tests
 from tests.training import many, runs
-from tests.training.test_modes import ENGINES, KINDS
 
 ADAMW = ["optimizer=adamw", "optimizer.lr=1e-3"]
 
