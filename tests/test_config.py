@@ -185,6 +185,14 @@ def test_the_users_folder_comes_first(tmp_path: Path) -> None:
         compose("train", ["algorithm=broken"], tmp_path)
 
 
+def test_a_file_of_callbacks_is_chosen_like_that_of_any_other_part(tmp_path: Path) -> None:
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "early.yaml").write_text("early:\n  _target_: mine.Early\n  at: 1\n")
+    given = ["model=x", "callbacks=early", "callbacks.early.at=2", "callbacks.other._target_=mine.Other"]
+    config = compose("train", given, own=tmp_path)
+    assert config["callbacks"] == {"early": {"_target_": "mine.Early", "at": 2}, "other": {"_target_": "mine.Other"}}
+
+
 def test_composing_within_a_sweep(tmp_path: Path) -> None:
     """Hydra refuses to be started twice; a sweep over comparisons composes the configs of their runs."""
     from hydra import initialize_config_dir

@@ -70,7 +70,7 @@ def test_help_of_a_command_shows_its_groups_and_keys(command: str, capsys: pytes
     said = capsys.readouterr().out
     assert f"alignlab {command}: {COMMANDS[command]}" in said
     groups = {
-        "train": {"algorithm": "dpo", "optimizer": "adamw", "training": "default"},
+        "train": {"algorithm": "dpo", "optimizer": "adamw", "quantization": "nf4", "training": "default"},
         "compare": {"benchmark": "exact", "experiment": "demo"},
         "evaluate": {"benchmark": "stories", "rollout": "local"},
         "sample": {"scoring": "labels", "data": "prompts"},
