@@ -63,3 +63,10 @@ def test_a_run_imports_nothing_before_its_first_step_that_it_does_not_use(tmp_pa
     assert {"torch", "transformers", "alignlab.training.trainer"} <= found
     for name in ("deepspeed", "bitsandbytes", "peft", "wandb", "datasets", "optuna", "submitit", "matplotlib"):
         assert name not in found
+
+
+def test_a_whole_run_imports_no_deepspeed(tmp_path: Path) -> None:
+    """Saving a model asks whether it is one of DeepSpeed's engines, for which its import would take seconds."""
+    runs.prepare(tmp_path)
+    words = runs.words_for(tmp_path, "sft", "out", "training.steps=1")
+    assert "deepspeed" not in imported("train", *words)

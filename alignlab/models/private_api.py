@@ -8,7 +8,9 @@ and replaced by the plain way, which is slower or refuses, and never computes so
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -318,6 +320,29 @@ def _try_quantized_layers() -> None:
 
 
 # ---------------------------------------------------------------------- all of them
+
+# ---------------------------------------------------------------------- start-up
+
+
+@contextmanager
+def spare_deepspeed() -> Iterator[None]:
+    """Save a model in the block without importing DeepSpeed, which takes seconds.
+
+    transformers asks accelerate whether the model is an engine of DeepSpeed's; one that is has imported it already. Where
+    accelerate asks in another way nothing happens, and DeepSpeed is imported.
+    """
+    from accelerate.utils import other
+
+    if "deepspeed" in sys.modules or not hasattr(other, "is_deepspeed_available"):
+        yield
+        return
+    former = other.is_deepspeed_available
+    other.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        other.is_deepspeed_available = former
+
 
 REACHES = {
     "attention on CPUs": Reach(

@@ -13,6 +13,7 @@ from alignlab.core import Group
 from alignlab.core.files import write_json
 from alignlab.models.heads import save_value_head
 from alignlab.models.packed_model import PackedModel
+from alignlab.models.private_api import spare_deepspeed
 from alignlab.models.probe import random_groups
 from alignlab.models.quantization import name_of, plain_copy, quantization_of, save_quantization
 
@@ -47,7 +48,8 @@ def save_model(
     notes: list[str] = []
     if is_adapter and merge:
         merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
-        merged.save_pretrained(temporary)
+        with spare_deepspeed():
+            merged.save_pretrained(temporary)
         if (quantization := quantization_of(network)) is not None:
             report = {"quantization": name_of(quantization), **_difference(model, merged, texts)}
             write_json(temporary / MERGE, report)
@@ -59,7 +61,8 @@ def save_model(
         network.save_pretrained(temporary, selected_adapters=["default"])
         save_quantization(network, temporary)
     else:
-        network.save_pretrained(temporary)
+        with spare_deepspeed():
+            network.save_pretrained(temporary)
     save_value_head(model, temporary, merge)
     model.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
