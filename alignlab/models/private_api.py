@@ -328,7 +328,7 @@ def _try_quantized_layers() -> None:
 def spare_deepspeed() -> Iterator[None]:
     """Save a model in the block without importing DeepSpeed, which takes seconds.
 
-    transformers asks accelerate whether the model is an engine of DeepSpeed's; one that is has imported it already. Where
+    transformers asks accelerate whether the model is an engine of DeepSpeed's; one that is has imported it. Where
     accelerate asks in another way nothing happens, and DeepSpeed is imported.
     """
     from accelerate.utils import other
