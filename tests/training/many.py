@@ -17,6 +17,7 @@ from tests.training import forks, runs
 
 def together(folder: Path, jobs: Sequence[dict[str, Any]], processes: int = 2) -> None:
     """Do jobs in `folder` with so many processes, which are forks, all in one go; raises with what failed."""
+    forks.import_for([word for job in jobs for word in job["words"]])
     log = folder / "jobs.log"
     forks.finish(forks.members(lambda: act(folder, jobs), log, processes), log)
 
