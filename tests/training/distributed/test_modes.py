@@ -155,6 +155,8 @@ ADAM = ["optimizer=adamw", "optimizer.lr=1e-3", "training.checkpoint_every=3", "
 MODES = ["single", *ENGINES]
 TRAINED = {"dpo": ["adapter=lora"], "ppo": ["adapter=none"]}
 """One on data with an adapter, one on samples with a critic and the whole model."""
+RESUMED = [(a, m) for a in TRAINED for m in ENGINES if a == "ppo" or m not in ("zero1", "zero3_offload")]
+"""An adapter's shares are written as in ZeRO-2 by ZeRO-1, and as in ZeRO-3 by that with offload."""
 
 
 def stopped_at_three(folder: Path, out: str, copy: str) -> None:
@@ -170,7 +172,8 @@ def resumed(folder: Path) -> Path:
     from that into one process, and from one process into it."""
     for algorithm, more in TRAINED.items():
         runs.train(folder, algorithm, f"{algorithm}-single", *more, *ADAM)
-    words = {(a, m): [*more, *ADAM, f"distributed={m}"] for m in ENGINES for a, more in TRAINED.items()}
+    pairs = sorted(RESUMED, key=lambda pair: list(ENGINES).index(pair[1]))
+    words = {(a, m): [*TRAINED[a], *ADAM, f"distributed={m}"] for a, m in pairs}
     many.together(folder, [{"algorithm": a, "out": f"{a}-{m}", "words": w} for (a, m), w in words.items()])
     jobs = []
     for (algorithm, mode), own in words.items():
@@ -185,8 +188,7 @@ def resumed(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ENGINES)
-@pytest.mark.parametrize("algorithm", TRAINED)
+@pytest.mark.parametrize(("algorithm", "mode"), RESUMED)
 def test_resumed_in_the_same_mode_is_bit_identical(resumed: Path, algorithm: str, mode: str) -> None:
     whole, parts = f"{algorithm}-{mode}", f"{algorithm}-{mode}-same"
     assert runs.identical(runs.weights(resumed, whole), runs.weights(resumed, parts))
@@ -194,8 +196,7 @@ def test_resumed_in_the_same_mode_is_bit_identical(resumed: Path, algorithm: str
 
 
 @pytest.mark.parametrize("way", ["to-single", "from-single"])
-@pytest.mark.parametrize("mode", ENGINES)
-@pytest.mark.parametrize("algorithm", TRAINED)
+@pytest.mark.parametrize(("algorithm", "mode"), RESUMED)
 def test_resumed_in_another_mode_goes_on_alike(resumed: Path, algorithm: str, mode: str, way: str) -> None:
     """Losses to rounding, which Adam magnifies in weights that start at zero."""
     whole = [m["loss"] for m in runs.metrics(resumed, f"{algorithm}-single")][3:]
