@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/alignlab compare experiment=demo
 
 PYTEST := $(BIN)/python -m pytest
-TWO_AT_A_TIME := -n 2 --dist loadfile
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py: the longest first
 
 # One run of each kind: on demonstrations, on pairs, of a reward model, of a process reward model, on scored samples of the
 # policy; and what a comparison plans.

@@ -1,5 +1,6 @@
 """One thread, no network, no chatter; published values; real models and data where they are; small models on disk."""
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 for name, value in {
+    "OMP_NUM_THREADS": "1",  # also of the interpreters that tests start: threads that wait for each other burn a core
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -23,14 +25,36 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared"
 PUBLISHED = Path(__file__).parent / "algorithms" / "published.json"
 
+LONGEST = [
+    "training/distributed/test_modes.py",
+    "training/test_loop.py",
+    "launch/test_start.py",
+    "training/test_faults.py",
+    "sweeps/test_search.py",
+    "sweeps/test_grid.py",
+    "comparison/test_compare.py",
+    "training/distributed/test_processes.py",
+    "training/callbacks/test_wandb.py",
+    "training/test_non_finite_faults.py",
+]
+"""The files that take longest. They come first, so that at the end no process waits for another's long file."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the fixture `shared` are marked `real_data`."""
+    """Tests that use the fixture `shared` are marked `real_data`; the longest files come first."""
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "shared" in getattr(item, "fixturenames", ()) and "shared" not in parameters:
             item.add_marker("real_data")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no later collection of garbage looks through it, in forks neither."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

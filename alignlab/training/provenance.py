@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def collect(
 ) -> dict[str, Any]:
     """What a run depends on. Holds no environment variables, and nothing that looks like a secret.
 
-    Takes some 0.1 s besides reading the data files. Asks torch about GPUs, which claims a context on them: call it
-    in the process that trains.
+    Takes some 0.1 s, the first time in a process, besides reading the data files. Asks torch about GPUs, which claims
+    a context on them: call it in the process that trains.
 
     Args:
         config: the resolved config; only its hash is kept, since the run's folder has the config itself.
@@ -59,7 +59,7 @@ def collect(
         "command": shlex.join(redact(sys.argv)),
         "seed": seed,
         "world_size": world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1")),
-        "code": _code(),
+        "code": dict(_code()),
         "config_sha256": _digest(json.dumps(config, sort_keys=True, default=str)),
         "data": _data(data_files),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
@@ -130,7 +130,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@cache
 def _code() -> dict[str, Any]:
+    """Read once in a process: what runs is what was imported, not what may have become of the files since."""
     package = Path(alignlab.__file__).parent
     commit, dirty = _git(package)
     return {
@@ -203,6 +205,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -224,7 +227,7 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
+@cache
 def _cpu_model() -> str | None:
     try:
         found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

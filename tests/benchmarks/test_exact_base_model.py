@@ -1,7 +1,7 @@
 """Making the base model: cached, whole or not at all, the same weights every time, a good model of the process."""
 
-import subprocess
-import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from alignlab.benchmarks.exact import (
 from alignlab.benchmarks.exact import base_model as module
 from alignlab.benchmarks.exact.base_model import BaseModelSettings, base_model
 from alignlab.core import AlignlabError
+from tests.training import forks
 
-ROOT = Path(__file__).parents[2]
 BRIEF = BaseModelSettings(steps=3, batch_size=12)
 
 
@@ -107,31 +107,26 @@ def test_a_cache_that_cannot_be_written_is_named(world, tmp_path):
 
 def test_two_processes_at_the_same_time(world, tmp_path):
     """Each is held back, its model made, until the other has made its own: both then want to put it in place."""
-    script = f"""
-import pathlib, sys, time
-from alignlab.benchmarks.exact import ExactWorld, base_model as module
-here = pathlib.Path({str(tmp_path)!r})
-original = module.pretrain
-def together(*arguments):
-    network = original(*arguments)
-    (here / f"ready-{{sys.argv[1]}}").touch()
-    limit = time.time() + 120
-    while len(list(here.glob("ready-*"))) < 2 and time.time() < limit:
-        time.sleep(0.01)
-    return network
-module.pretrain = together
-print(module.base_model(ExactWorld(), module.BaseModelSettings(steps=3, batch_size=12), here / "cache"))
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for name in ("a", "b")
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    original = module.pretrain
+
+    def make(name: str) -> None:
+        def together(*arguments):
+            network = original(*arguments)
+            (tmp_path / f"ready-{name}").touch()
+            limit = time.time() + 120
+            while len(list(tmp_path.glob("ready-*"))) < 2 and time.time() < limit:
+                time.sleep(0.01)
+            return network
+
+        module.pretrain = together
+        print(base_model(world, BaseModelSettings(steps=3, batch_size=12), tmp_path / "cache"))
+
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    processes = [forks.fork(partial(make, log.stem), log) for log in logs]
+    statuses, outputs = [forks.wait(pid) for pid in processes], [log.read_text() for log in logs]
+    assert statuses == [0, 0], outputs
     assert len(list(tmp_path.glob("ready-*"))) == 2
-    folders = {output.strip().splitlines()[-1] for output, _ in outputs}
+    folders = {output.strip().splitlines()[-1] for output in outputs}
     assert folders == {str(path) for path in (tmp_path / "cache").iterdir()}
     assert len(folders) == 1
     assert (Path(folders.pop()) / "model.safetensors").is_file()

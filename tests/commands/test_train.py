@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from alignlab.cli import main
-from tests.commands.helpers import Mistake, spawn, training
-from tests.training import runs
+from alignlab.comparison.graph import local
+from tests.commands.helpers import Mistake, training
+from tests.training import forks
 
 
 @pytest.mark.parametrize(
@@ -186,15 +189,16 @@ def test_a_saved_config_takes_no_overrides(mistake: Mistake) -> None:
     assert said == "training.steps=1: not with --from, which takes the config as it was saved"
 
 
-def test_a_sweep_gives_each_combination_a_folder(folder: Path, tmp_path: Path) -> None:
-    """With an algorithm of the user's, found by a config of the user's, in one process."""
+def test_a_sweep_gives_each_combination_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an algorithm of the user's, found by a config of the user's."""
+    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+    monkeypatch.syspath_prepend(folder / "modules")
     (tmp_path / "configs/algorithm").mkdir(parents=True)
     (tmp_path / "configs/algorithm/own.yaml").write_text("_target_: my_own.Own\ngamma: 1.0\n")
     options = ["--config-dir", str(tmp_path / "configs"), "-m"]
     words = training(folder, "algorithm=own", "algorithm.gamma=1,2", f"out={tmp_path}/swept")
-    path = f"{folder}/modules:{runs.REPOSITORY}"
-    done = spawn(sys.executable, "-m", "alignlab", *words[:1], *options, *words[1:], PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*words[:1], *options, *words[1:]]) == 0
     folders = sorted(p for p in (tmp_path / "swept").iterdir() if p.is_dir())
     assert [p.name for p in folders] == ["algorithm.gamma=1", "algorithm.gamma=2"]
     one, two = (json.loads((p / "metrics.jsonl").read_text()) for p in folders)

@@ -6,11 +6,11 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from alignlab.scoring import Endpoint
 from alignlab.scoring.endpoint import AnswerCache, question_key
 from tests.components import need
 from tests.scoring.judge_server import Reply, Server, completion, serving
+from tests.training import forks
 
 need("openai")
 
 SECRET = "sk-Zq7wv93kLmN2pXbT5rUyHc"
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -187,44 +187,35 @@ def test_the_first_answer_stands(tmp_path: Path) -> None:
     assert a.get("k") == b.get("k") == {"n": 1}
 
 
-WRITER = """
-import sys
-from alignlab.scoring.endpoint import AnswerCache
-cache = AnswerCache(sys.argv[1])
-for i in range(60):
-    cache.put(f"shared{i}", {"by": sys.argv[2]})
-    cache.put(f"{sys.argv[2]}{i}", i)
-"""
-
-
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
     path = str(tmp_path / "c")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    running = [subprocess.Popen([sys.executable, "-c", WRITER, path, name], env=env) for name in "xyz"]
-    assert [p.wait(120) for p in running] == [0, 0, 0]
+
+    def write(name: str) -> None:
+        cache = AnswerCache(path)
+        for i in range(60):
+            cache.put(f"shared{i}", {"by": name})
+            cache.put(f"{name}{i}", i)
+
+    running = [forks.fork(partial(write, name), tmp_path / "log") for name in "xyz"]
+    assert [forks.wait(pid) for pid in running] == [0, 0, 0], (tmp_path / "log").read_text()
     cache = AnswerCache(path)
     assert [cache.get(f"{name}{i}") for name in "xyz" for i in range(60)] == [*range(60)] * 3
     assert all(cache.get(f"shared{i}")["by"] in "xyz" for i in range(60))
 
 
-ASKER = """
-import sys
-from alignlab.scoring import Endpoint
-made = Endpoint("m", sys.argv[1], cache=sys.argv[2], concurrency=1)
-made.map(lambda q: made.ask([{"role": "user", "content": q}]), [f"q{i}" for i in range(1000)])
-"""
-
-
 def test_a_killed_run_loses_no_answer(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(echo, 0.02)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    words = [sys.executable, "-c", ASKER, server.url, str(tmp_path / "c")]
-    running = subprocess.Popen(words, env=env)
+
+    def ask() -> None:
+        made = Endpoint("m", server.url, cache=str(tmp_path / "c"), concurrency=1)
+        made.map(lambda q: made.ask(user(q)), [f"q{i}" for i in range(1000)])
+
+    running = forks.fork(ask, tmp_path / "log")
     deadline = time.monotonic() + 120
     while len(server.requests) < 8 and time.monotonic() < deadline:
         time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait(20)
+    os.kill(running, signal.SIGKILL)
+    assert forks.wait(running) == -signal.SIGKILL, (tmp_path / "log").read_text()
     asked = len(server.requests)
     assert asked >= 8
     made = endpoint(server.url, tmp_path / "c")

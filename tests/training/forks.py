@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ def fork(action: Callable[[], object], log: Path | None = None) -> int:
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # DeepSpeed collects garbage at each start: a second to look through all that is imported
     status = 1
     try:
         if log is not None:
@@ -74,7 +76,14 @@ def command(words: Sequence[str]) -> Callable[[], None]:
 
 def group(words: Sequence[str], log: Path, processes: int = 2) -> list[int]:
     """Begin a command in several processes of one run, as torchrun would; their ids, by rank."""
+    import_for(words)
     return members(command(words), log, processes)
+
+
+def import_for(words: Sequence[str]) -> None:
+    """Import here, once, what each fork would spend seconds on."""
+    if any(word.startswith("distributed=zero") for word in words):
+        import deepspeed  # noqa: F401
 
 
 def members(action: Callable[[], object], log: Path, processes: int = 2) -> list[int]:

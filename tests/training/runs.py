@@ -11,11 +11,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from alignlab.config import compose, resolve
@@ -63,6 +66,11 @@ ALGORITHMS: dict[str, list[str]] = {
     "reinforce_pp": ["algorithm=reinforce_pp", *ONLINE],
 }
 """What each algorithm needs said beyond the data's path."""
+
+ONE_OF_EACH = ("sft", "dpo", "reward_model", "process_reward_model", "ppo", "grpo")
+"""Algorithms that have, between them, a loss of every unit (tokens, responses, pairs, groups), every head, a reference,
+a critic, and records as well as samples. For tests of what knows no more of an algorithm than these; what depends on
+its loss, its columns or its state is tested with each of `ALGORITHMS`."""
 
 SGD = ["optimizer=sgd", "optimizer.lr=0.05", "optimizer.momentum=0.9"]
 """Linear in the gradient, so that rounding stays rounding; Adam would divide it by small numbers."""
@@ -127,7 +135,7 @@ def train(folder: Path, algorithm: str, out: str, *more: str) -> dict[str, Any]:
 
 def config_of(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """The resolved config of a run. Composing one takes as long as such a run: it is done once for the same overrides,
-    whatever the folder and the run's name in it."""
+    whatever the folder and the run's name in it, and in part for those that choose the same options."""
     out = next(w.removeprefix("out=") for w in reversed(words) if w.startswith("out="))
     names = {"/the/run": out, "/the/folder": str(folder)}
     for stands_for, name in names.items():
@@ -149,7 +157,28 @@ def config_of(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 @cache
 def _composed(words: tuple[str, ...]) -> dict[str, Any]:
-    return resolve(compose("train", words))
+    """What `compose` says. Values are set last in it, on what the choices between options give: these are made once for
+    many runs whose values differ (tests/training/test_runs.py says that it is the same)."""
+    values = [w for w in words if VALUE.match(w)]
+    choices = tuple(w for w in words if w not in values)
+    if any(w.startswith(("+", "~", "callbacks", "launcher")) for w in choices):
+        return resolve(compose("train", words))
+    config = deepcopy(_chosen(choices))
+    try:
+        for value in OverridesParser.create().parse_overrides(values):
+            OmegaConf.update(config, value.key_or_group, value.value(), force_add=value.is_force_add())
+        return resolve(config)
+    except Exception:  # what is wrong is for `compose` to say
+        return resolve(compose("train", words))
+
+
+VALUE = re.compile(r"(\+\+)?(?!callbacks|launcher)\w+\.[\w.]+=(?!~)")
+"""An override that sets a value, rather than choosing between a group's options."""
+
+
+@cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return compose("train", choices)
 
 
 def scored_samples(folder: Path) -> Path:

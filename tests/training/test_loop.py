@@ -17,7 +17,9 @@ from alignlab.training.callbacks.progress import ProgressDisplay
 from tests import tiny
 from tests.training import runs
 
-pytestmark = pytest.mark.parametrize("algorithm", runs.ALGORITHMS)
+every_algorithm = pytest.mark.parametrize("algorithm", runs.ALGORITHMS)
+one_of_each_kind = pytest.mark.parametrize("algorithm", runs.ONE_OF_EACH)
+"""For what the loop, the layout or the saving of a model does, whatever the loss."""
 
 NOT_OF_THE_MODEL = ("time", "seconds", "tokens_per_second", "grad_norm")
 """Metrics that depend on the machine, or on which weights are trained."""
@@ -42,6 +44,7 @@ def straight(folder: Path, algorithm: str) -> dict:
     return runs.weights(folder, out)
 
 
+@every_algorithm
 def test_learns_something(folder: Path, algorithm: str, straight: dict) -> None:
     """The guard of the tests below: six steps change the weights far more than rounding does."""
     from safetensors.torch import load_file
@@ -51,16 +54,19 @@ def test_learns_something(folder: Path, algorithm: str, straight: dict) -> None:
     assert runs.difference({n: base[n] for n in shared}, {n: straight[n] for n in shared}) > 100 * ROUNDING
 
 
+@every_algorithm
 def test_micro_batches_do_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
     runs.train(folder, algorithm, f"{algorithm}-budget", "training.max_tokens_per_microbatch=20")
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-budget")) < ROUNDING
 
 
+@every_algorithm
 def test_packing_does_not_matter(folder: Path, algorithm: str, straight: dict) -> None:
     runs.train(folder, algorithm, f"{algorithm}-plain", "model.layout=plain")
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-plain")) < ROUNDING
 
 
+@one_of_each_kind
 def test_rows_without_padding_do_not_matter(
     folder: Path, algorithm: str, straight: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +84,9 @@ def test_rows_without_padding_do_not_matter(
     assert runs.difference(straight, runs.weights(folder, f"{algorithm}-flat")) < ROUNDING
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize(
+    ("algorithm", "adapter"), [*((a, "none") for a in runs.ALGORITHMS), *((a, "lora") for a in runs.ONE_OF_EACH)]
+)
 def test_resumed_run_is_bit_identical(
     folder: Path, algorithm: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,17 +115,20 @@ def test_resumed_run_is_bit_identical(
     ]
 
 
+@one_of_each_kind
 def test_same_command_twice_changes_nothing(folder: Path, algorithm: str, straight: dict) -> None:
     """The first run left no checkpoint: the second starts anew and ends in the same place."""
     runs.train(folder, algorithm, f"{algorithm}-straight")
     assert runs.identical(straight, runs.weights(folder, f"{algorithm}-straight"))
 
 
+@one_of_each_kind
 def test_another_config_in_the_same_folder_is_refused(folder: Path, algorithm: str, straight: dict) -> None:
     with pytest.raises(ConfigError, match=r"holds a run with another optimizer\.lr"):
         runs.train(folder, algorithm, f"{algorithm}-straight", "optimizer.lr=0.5")
 
 
+@one_of_each_kind
 def test_losses_that_are_not_finite_name_the_record(
     folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +152,7 @@ def test_losses_that_are_not_finite_name_the_record(
     assert not (folder / f"{algorithm}-nan/model").exists()
 
 
+@one_of_each_kind
 def test_signals_are_obeyed(folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProgressDisplay, "update", lambda self, s, m: runs.StopAfter(1, signal.SIGUSR1)(s, m))
     with pytest.raises(Interrupted, match="SIGUSR1"):
@@ -149,6 +161,7 @@ def test_signals_are_obeyed(folder: Path, algorithm: str, monkeypatch: pytest.Mo
     assert [k.name for k in kept] == ["step-00000001"]
 
 
+@one_of_each_kind
 def test_nothing_to_learn_is_said_not_reported_as_zero(
     folder: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +180,7 @@ def test_nothing_to_learn_is_said_not_reported_as_zero(
         runs.train(folder, algorithm, f"{algorithm}-empty")
 
 
+@every_algorithm
 def test_order_of_records_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -> None:
     """The same records in another order: the same batch, the same weights. Samples belong to a record by its line, so
     algorithms that sample are given samples, in one order and the other."""
@@ -184,6 +198,7 @@ def test_order_of_records_does_not_matter(folder: Path, algorithm: str, tmp_path
     assert runs.difference(one, other) < ROUNDING
 
 
+@one_of_each_kind
 def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -> None:
     """A tokenizer that pads on the other side, with another token; in rows that need padding and rows that do not.
 
@@ -203,6 +218,7 @@ def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -
     assert runs.difference(one, other) < ROUNDING
 
 
+@one_of_each_kind
 def test_merged_or_not_the_adapter_is_the_same_model(folder: Path, algorithm: str) -> None:
     """Training goes on from an adapter on its base and from the two folded into one: the first losses are the same,
     and the value head of a critic comes along."""

@@ -123,7 +123,7 @@ def test_a_repository_that_it_is_merely_installed_in_is_not_its_own(tmp_path: Pa
 
 def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    code = collect({}, [])["code"]
+    code = provenance._code.__wrapped__()
     assert (code["commit"], code["dirty"]) == (None, None)
 
 

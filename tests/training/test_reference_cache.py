@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -232,50 +231,35 @@ def test_several_at_once_agree_on_the_first_to_write(tmp_path: Path) -> None:
     assert columns(late) == columns(found) == EXPECTED
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.training.test_reference_cache import filled, groups
-for i in range(30):
-    some = groups(60)[i * 2 % 50 :][:8]
-    filled(Path(sys.argv[1]), some)
-"""
-
-
-def process(code: str, folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=runs.REPOSITORY, env=runs.environment())
-
-
 def test_processes_write_at_the_same_time(tmp_path: Path) -> None:
-    writers = [process(WRITER, tmp_path) for _ in range(2)]
-    assert [w.wait(120) for w in writers] == [0, 0]
+    def write() -> None:
+        for i in range(30):
+            filled(tmp_path / "cache", groups(60)[i * 2 % 50 :][:8])
+
+    writers = [forks.fork(write, tmp_path / "log") for _ in range(2)]
+    assert [forks.wait(pid) for pid in writers] == [0, 0], (tmp_path / "log").read_text()
     found = groups(56)
-    assert filled(tmp_path, found) == 0
+    assert filled(tmp_path / "cache", found) == 0
     assert columns(found) == [said(g.prompt_ids, r) for g in groups(56) for r in g.responses]
 
 
-KILLED = """
-import os, signal, sqlite3, sys
-from pathlib import Path
-from alignlab.training import reference_cache
-from tests.training.test_reference_cache import filled, groups, NAME
-filled(Path(sys.argv[1]), groups(2))
-cache = reference_cache.ReferenceCache(Path(sys.argv[1]), NAME)
-file = cache._open()
-file.execute("PRAGMA cache_size = 1")  # pages go to the file before the end of the transaction
-def rows():
-    for i in range(5000):
-        yield i.to_bytes(16, "little"), bytes(400)
-    os.kill(os.getpid(), signal.SIGKILL)
-cache._file = file
-class Rows(list):
-    __iter__ = lambda self: rows()
-cache._run("INSERT OR IGNORE INTO logps VALUES (?, ?)", Rows([None]))
-"""
-
-
 def test_killed_while_writing(tmp_path: Path) -> None:
-    assert process(KILLED, tmp_path).wait(120) == -signal.SIGKILL
+    def die() -> None:
+        filled(tmp_path, groups(2))
+        cache = ReferenceCache(tmp_path, NAME)
+        file = cache._open()
+        file.execute("PRAGMA cache_size = 1")  # pages go to the file before the end of the transaction
+        cache._file = file
+
+        class Rows(list[tuple[bytes, bytes]]):
+            def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+                for i in range(5000):
+                    yield i.to_bytes(16, "little"), bytes(400)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        cache._run("INSERT OR IGNORE INTO logps VALUES (?, ?)", Rows([(b"", b"")]))
+
+    assert forks.wait(forks.fork(die)) == -signal.SIGKILL
     assert list(tmp_path.glob("*-journal")), "it was killed in the midst of it"
     found = groups()
     assert filled(tmp_path, found) == 8, "the four that were whole are there"

@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from alignlab.cli import main
 from alignlab.core import ConfigError
+from alignlab.launch import start
 from alignlab.training.distributed.processes import Processes, launched
 from alignlab.training.settings import DistributedSettings
-from tests.training import runs
+from tests.launch import forked
+from tests.training import forks, runs
 
 VARIABLES = (
     "WORLD_SIZE",
@@ -91,8 +95,9 @@ def test_what_was_started_must_be_what_was_asked_for(
 
 
 @pytest.mark.component
-@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_joins_the_processes_of_a_launcher(tmp_path: Path, launcher: str) -> None:
+    """Those of torchrun in tests/training/test_faults.py."""
     runs.prepare(tmp_path)
     binaries, port = Path(sys.executable).parent, runs.free_port()
     start = {
@@ -102,42 +107,52 @@ def test_joins_the_processes_of_a_launcher(tmp_path: Path, launcher: str) -> Non
             *("-m", "alignlab"),
         ],
         "deepspeed": [str(binaries / "deepspeed"), "--num_gpus=2", f"--master_port={port}", "--module", "alignlab"],
-        "torchrun": [str(binaries / "torchrun"), "--nproc-per-node=2", f"--master-port={port}", "-m", "alignlab"],
     }[launcher]
-    words = runs.words_for(tmp_path, "sft", launcher, "distributed=zero2", "training.steps=2")
+    words = runs.words_for(tmp_path, "sft", launcher, "distributed=zero2", "training.steps=1")
     environment = runs.environment() | {"DS_ACCELERATOR": "cpu", "PATH": f"{binaries}:/usr/bin:/bin"}
     done = subprocess.run(
         [*start, "train", *words], env=environment, cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / launcher / "result.json").read_text())
-    assert (result["processes"], result["engine"], result["step"]) == (2, "DeepSpeed ZeRO-2", 2)
+    assert (result["processes"], result["engine"], result["step"]) == (2, "DeepSpeed ZeRO-2", 1)
+
+
+@pytest.fixture
+def starts_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own starter begins forks of this process (tests/launch/test_start.py has it begin interpreters)."""
+    forks.import_for(["distributed=zero1"])
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(Popen=forked.Popen, DEVNULL=subprocess.DEVNULL))
 
 
 @pytest.mark.component
-def test_one_line_starts_its_own_processes_and_one_device_can_use_zero(tmp_path: Path) -> None:
+def test_one_line_starts_its_own_processes_and_one_device_can_use_zero(
+    tmp_path: Path, starts_forks: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And says so: the engine and the number of processes, once."""
     runs.prepare(tmp_path)
     words = runs.words_for(tmp_path, "sft", "own", "distributed=zero3_offload", "training.steps=2")
-    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words, "distributed.processes=1"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("1 process(es), DeepSpeed ZeRO-3 with offload, cpu") == 1
-    assert done.stdout.count("done: 2 steps") == 1
+    status, said = main(["train", *words, "distributed.processes=1"]), capfd.readouterr()
+    assert status == 0, said.err
+    assert said.out.count("1 process(es), DeepSpeed ZeRO-3 with offload, cpu") == 1
+    assert said.out.count("done: 2 steps") == 1
 
 
-def test_a_mode_without_a_number_of_processes_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_mode_without_a_number_of_processes_is_refused_before_anything_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     runs.prepare(tmp_path)
-    words = runs.words_for(tmp_path, "sft", "none", "distributed=ddp")
-    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words])
-    assert done.returncode == 2
-    assert "distributed=ddp: there are no GPUs to count: give distributed.processes=N" in done.stderr
+    assert main(["train", *runs.words_for(tmp_path, "sft", "none", "distributed=ddp")]) == 2
+    assert "distributed=ddp: there are no GPUs to count: give distributed.processes=N" in capfd.readouterr().err
 
 
 @pytest.mark.component
-def test_an_optimizer_that_needs_matrices_is_refused_with_zero(tmp_path: Path) -> None:
+def test_an_optimizer_that_needs_matrices_is_refused_with_zero(
+    tmp_path: Path, starts_forks: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     runs.prepare(tmp_path)
     words = runs.words_for(tmp_path, "sft", "factored", "optimizer=adafactor", "distributed=zero1")
-    done = runs.spawn([sys.executable, "-m", "alignlab", "train", *words, "distributed.processes=1"])
-    assert done.returncode == 2
-    assert "optimizer: Adafactor does not work on the flat pieces of weights" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(["train", *words, "distributed.processes=1"]) == 2
+    said = capfd.readouterr().err
+    assert "optimizer: Adafactor does not work on the flat pieces of weights" in said
+    assert "Traceback" not in said
