@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
 .PHONY: demo check test test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
 
