@@ -13,6 +13,7 @@ from alignlab.models.files import (
     KEY,
     LAYER,
     Header,
+    check_finite,
     check_fit,
     check_folder,
     check_sizes,
@@ -137,6 +138,7 @@ def load_base(
         check_head(head, settings.path)
         head.to(torch.promote_types(network.dtype, torch.float32))
     check_rows(network, settings.path)
+    check_finite(settings.path, network.named_parameters())
     return network
 
 
@@ -154,16 +156,18 @@ def _transformers_class(kind: ModelKind, labels: int) -> tuple[Any, dict[str, An
 def _check_loaded(
     network: Any, found: dict[str, Any], tensors: Header, path: str, kind: ModelKind, new_head: bool, heads: bool
 ) -> None:
-    """Raise ConfigError for weights that `path` lacks, has too many, or has in another shape or of another type. Only a
-    head that will be trained, or comes with the adapter, may be new: elsewhere it would be noise. The language head that
-    a classifier is made without is no loss."""
+    """Raise ConfigError for weights that `path` lacks, has too many, or has in another shape or of another type.
+
+    Only a head that will be trained, or comes with the adapter, may be new: elsewhere it would be noise. The language
+    head that a classifier is made without is no loss.
+    """
     new = ("score.", "classifier.") if kind != "policy" and new_head else ()
     missing = [n for n in found["missing_keys"] if not n.startswith(new)]
     trunk = f"{network.base_model_prefix}."
     spare = [n for n in found["unexpected_keys"] if not n.startswith(trunk) and not LAYER.search(n)]
     unexpected = set(found["unexpected_keys"]) - set(spare if kind != "policy" or heads else ())
     shapes = {n: (theirs, ours) for n, theirs, ours in found["mismatched_keys"]}
-    check_fit(path, f"{kind} model", missing, unexpected, shapes)
+    check_fit(path, f"a {kind} model", missing, unexpected, shapes)
     if getattr(network, "hf_quantizer", None) is None:
         check_types(path, tensors, [n for n, _ in network.named_parameters()], network.base_model_prefix)
 

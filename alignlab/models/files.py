@@ -1,6 +1,6 @@
 """Folders of models as others left them: which files they must have, what these hold, and what is wrong with them.
 
-Whatever a library raises while it loads one becomes a ConfigError here, in one line that names the setting and the path.
+Whatever a library raises while it loads one becomes a ConfigError here: one line that names the setting and the path.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def cannot_load(path: str, problem: str, error: BaseException, key: str = KEY) -
 
 
 def check_folder(path: str, key: str = KEY, needs: Collection[str] = (CONFIG, ADAPTER_CONFIG)) -> None:
-    """Refuse a path that is no folder with one of the files in `needs`, unless it can be a Hub id; and a folder in which
-    a file cannot be read or is none, so that nothing waits for a pipe.
+    """Refuse a path that is no folder with one of the files in `needs`, unless it can be a Hub id; and a folder with
+    something else than files in it, so that nothing waits for a pipe.
 
     Raises:
         ConfigError: with what is wrong and what to do.
@@ -176,15 +176,14 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
         if not isinstance(raw.get("model_type"), str):
             raise ConfigError(f"{where} has model_type={raw.get('model_type')!r}: must name a type, such as llama")
         for name, kind in (("quantization_config", dict), ("architectures", list)):
-            if not isinstance(raw.get(name, kind()), kind | None):
+            if not isinstance(raw.get(name), kind | None):
                 raise ConfigError(f"{where} has {name}={raw[name]!r}: must be a {kind.__name__}")
+        _check_quantization(raw.get("quantization_config"), where)
+        _check_counts({name: raw[name] for name in SIZES if raw.get(name) is not None}, where)
     with loading(path, f"its {CONFIG} cannot be used"):
         found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         text = found.get_text_config()
-        for name in SIZES:
-            value = getattr(text, name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{where} has {name}={value!r}: must be a whole number, at least 1")
+        _check_counts({name: getattr(text, name, 1) for name in SIZES}, where)
         for name, value in raw.items():
             if isinstance(value, float) and value != value:
                 raise ConfigError(f"{where} has {name}=NaN")
@@ -196,6 +195,22 @@ def read_config(path: str, revision: str | None = None, trust_remote_code: bool 
         if pad is not None and not -text.vocab_size <= pad < text.vocab_size:
             raise ConfigError(f"{where} has pad_token_id={pad}: outside its vocabulary of {text.vocab_size}")
     return found
+
+
+def _check_counts(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where} has {name}={value!r}: must be a whole number, at least 1")
+
+
+def _check_quantization(config: dict[str, Any] | None, where: str) -> None:
+    """Transformers passes over a kind of quantization that it does not know."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if config is None or config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return
+    if str(method := config.get("quant_method")) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise ConfigError(f"{where} has quantization_config.quant_method={method!r}, which transformers does not know")
 
 
 # ---------------------------------------------------------------------- weights
@@ -285,13 +300,13 @@ def check_fit(
     """Refuse weights that are not those of the model: some would stay random, others would be left out.
 
     Args:
-        kind: what was wanted, as in "policy model".
+        kind: what was wanted, as in "a policy model".
         shapes: of weights that have another one in the file than in the model: both.
 
     Raises:
         ConfigError: with the first few and their number.
     """
-    where = f"{KEY}={path!r}: not a {kind}"
+    where = f"{KEY}={path!r}: not {kind}"
     if missing:
         raise ConfigError(f"{where}: it has no weights for {first(missing)}")
     if unexpected:

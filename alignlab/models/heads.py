@@ -96,7 +96,9 @@ def _load_value_head(model: PackedModel, folder: Path) -> None:
 
             weights = load_peft_weights(str(folder / CRITIC))
             ours = get_peft_model_state_dict(model.network, adapter_name=CRITIC)
-            check_fit(str(folder), "critic for this model", ours.keys() - weights.keys(), weights.keys() - ours.keys())
+            check_fit(
+                str(folder), "a critic for this model", ours.keys() - weights.keys(), weights.keys() - ours.keys()
+            )
             set_peft_model_state_dict(model.network, weights, adapter_name=CRITIC)
 
 

@@ -111,7 +111,6 @@ def _load(
     if saved is not None:
         network, found = _with_saved_adapter(network, settings, adapter, kind, trainable)
         notes += found
-    check_finite(settings.path, network.named_parameters())
     if trainable and (saved is None or adapter.trains_base):
         network = _with_new_adapter(network, adapter, kind)
 
@@ -175,12 +174,14 @@ def _with_saved_adapter(
         network = PeftModel.from_pretrained(
             network, path, is_trainable=trainable and not merges, ignore_mismatched_sizes=True
         )
-        ours = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(network, save_embedding_layers=False).items()}
-    if tensors:
+        ours = get_peft_model_state_dict(network, save_embedding_layers=False)
+    if tensors is not None:
         extra = tensors.keys() - ours.keys() - network.state_dict().keys()  # embeddings may be saved beside an adapter
-        shapes = {n: (tensors[n][1], shape) for n, shape in ours.items() if n in tensors and tensors[n][1] != shape}
-        check_fit(path, "adapter for its base", ours.keys() - tensors.keys(), extra, shapes)
+        both = {n: (tensors[n][1], tuple(ours[n].shape)) for n in ours.keys() & tensors.keys()}
+        shapes = {n: pair for n, pair in both.items() if pair[0] != pair[1]}
+        check_fit(path, "an adapter for its base", ours.keys() - tensors.keys(), extra, shapes)
         check_types(path, tensors, ours)
+    check_finite(path, ours.items())
     if merges:
         return network.merge_and_unload().requires_grad_(True), notes
     if trainable:
@@ -189,11 +190,11 @@ def _with_saved_adapter(
     return network, notes
 
 
-def _adapter_header(path: str) -> Header:
-    """What tensors a saved adapter holds; nothing where they are pickled, which PEFT then reads."""
+def _adapter_header(path: str) -> Header | None:
+    """What tensors a saved adapter holds; None where they are pickled, for PEFT to read."""
     file = Path(path) / ADAPTER_WEIGHTS
     if not file.exists() and file.with_suffix(".bin").exists():
-        return {}
+        return None
     return header(file, f"{KEY}={path!r}")
 
 

@@ -199,7 +199,7 @@ def test_an_adapter_whose_base_is_gone(adapter_folder: Path, tmp_path: Path) -> 
     config = json.loads((folder / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute(), "found from any working folder"
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/base"}))
-    one_line(lambda: load(folder), "model.path", str(folder), "'/nowhere/base', the base of this adapter")
+    one_line(lambda: load(folder), "model.path", str(folder), "its base='/nowhere/base': there is no such folder")
 
 
 # Precision, layout, attention, dropout, checkpointing
@@ -362,16 +362,20 @@ def test_what_may_be_a_hub_id() -> None:
 
 
 def test_a_folder_without_tokenizer_or_model(saved: Saved, tmp_path: Path) -> None:
-    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "no tokenizer", "model.tokenizer")
+    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "there is no model in it", "config.json")
     tiny.tokenizer().save_pretrained(tmp_path)
-    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "cannot be loaded as a policy model")
+    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "there is no model in it", "config.json")
+    tiny.network().save_pretrained(tmp_path / "m")
+    one_line(lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "no tokenizer", "model.tokenizer")
     one_line(lambda: load(saved(), tokenizer="/nowhere"), "model.tokenizer", "/nowhere", "there is no such folder")
 
 
 def test_damaged_weights(saved: Saved, tmp_path: Path) -> None:
     shutil.copytree(saved(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"not weights")
-    one_line(lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "cannot be loaded as a policy model")
+    one_line(
+        lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "model.safetensors is no safetensors file"
+    )
 
 
 def test_a_reward_model_is_no_policy(saved: Saved) -> None:
@@ -383,7 +387,13 @@ def test_a_reward_model_is_no_policy(saved: Saved) -> None:
 def test_a_step_model_with_other_labels(saved: Saved) -> None:
     folder = saved("llama", "step")
     settings = ModelSettings(path=str(folder))
-    one_line(lambda: load_model(settings, kind="step", labels=2), "model.path", str(folder), "as a step model")
+    one_line(
+        lambda: load_model(settings, kind="step", labels=2),
+        "model.path",
+        str(folder),
+        "not a step model",
+        "score.weight of shape (3, 32)",
+    )
 
 
 @pytest.mark.parametrize("targets", [["query"], "quer.*"])
