@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignlab.core import ConfigError, ModelKind
+from alignlab.core import ConfigError, DataError, Group, ModelKind
 from alignlab.models.files import (
     KEY,
     LAYER,
@@ -24,8 +26,18 @@ from alignlab.models.files import (
     read_config,
     read_object,
 )
-from alignlab.models.quantization import check_head, check_rows, loading_options
+from alignlab.models.quantization import (
+    BITSANDBYTES,
+    check_head,
+    check_rows,
+    loading_options,
+    name_of,
+    quantization_of,
+)
 from alignlab.models.settings import ModelSettings, QuantizationSettings
+
+OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv_freq$|position_ids$|\.version$")
+"""What older versions of transformers saved beside the weights: masks and positions, which a model makes itself."""
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -80,6 +92,23 @@ def check_vocabulary(tokenizer: Any, config: Any, path: str) -> None:
             f"{KEY}={path!r}: the tokenizer belongs to another model: {problem}, the vocabulary in config.json is "
             f"{rows}: name the right one by model.tokenizer"
         )
+
+
+def check_tokens(groups: Sequence[Group], vocabulary: int) -> None:
+    """Refuse tokens that the model has no embedding for: of another tokenizer's records, or of a tokenizer that is not
+    the model's.
+
+    Raises:
+        DataError: with the record.
+    """
+    for group in groups:
+        for ids in (group.prompt_ids, *(r.token_ids for r in group.responses)):
+            if ids and (max(ids) >= vocabulary or min(ids) < 0):
+                token = max(ids) if max(ids) >= vocabulary else min(ids)
+                raise DataError(
+                    f"{group.origin}: token {token} is outside the model's vocabulary of {vocabulary}: the tokenizer "
+                    "in model.path, or the one that made these records, belongs to another model"
+                )
 
 
 def resolve_dtype(name: str) -> Any:
@@ -166,9 +195,13 @@ def _check_loaded(
     trunk = f"{network.base_model_prefix}."
     spare = [n for n in found["unexpected_keys"] if not n.startswith(trunk) and not LAYER.search(n)]
     unexpected = set(found["unexpected_keys"]) - set(spare if kind != "policy" or heads else ())
+    unexpected = {n for n in unexpected if not OLD_BUFFERS.search(n)}
+    quantization = quantization_of(network)
+    if quantization is not None and name_of(quantization) not in BITSANDBYTES:
+        unexpected = set()  # each library has names of its own for what goes with the weights
     shapes = {n: (theirs, ours) for n, theirs, ours in found["mismatched_keys"]}
     check_fit(path, f"a {kind} model", missing, unexpected, shapes)
-    if getattr(network, "hf_quantizer", None) is None:
+    if quantization is None:
         check_types(path, tensors, [n for n, _ in network.named_parameters()], network.base_model_prefix)
 
 

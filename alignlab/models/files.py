@@ -30,6 +30,9 @@ OBJECTS = (CONFIG, ADAPTER_CONFIG, "generation_config.json", "tokenizer_config.j
 """Files of a model that hold a JSON object each. Libraries pass over some of them where they cannot be read."""
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
+READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+"""How the names of files end that libraries read where they are in a model's folder."""
+
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 HUB_ID = re.compile(r"(?!\.)[\w.-]{1,96}(/[\w.-]{1,96})?")
 PICKLED = (
@@ -101,7 +104,8 @@ def check_folder(path: str, key: str = KEY, needs: Collection[str] = (CONFIG, AD
             kind = "a file" if place.is_file() else "no folder"
             raise ConfigError(f"{where}: is {kind}: name the folder that has the {CONFIG} in it")
         files = {p.name: p for p in place.iterdir()} if there else {}
-        broken = [n for n in sorted(files) if not (files[n].is_file() or files[n].is_dir())]
+        read = [n for n in sorted(files) if n.endswith(READ)]
+        broken = [n for n in read if not (files[n].is_file() or files[n].is_dir())]
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, circular, a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{where}: cannot be opened as a folder: {reason.lower()}") from error
@@ -311,7 +315,8 @@ def check_fit(
         raise ConfigError(f"{where}: it has no weights for {first(missing)}")
     if unexpected:
         raise ConfigError(
-            f"{where}: it has weights that this has no place for: {first(unexpected)}: is its config of another model?"
+            f"{where}: it has weights that this has no place for: {first(unexpected)}: its config is of another model, "
+            "or they must be taken out of the file"
         )
     if shapes:
         told = [f"{n} of shape {tuple(a)} where the config says {tuple(b)}" for n, (a, b) in sorted(shapes.items())]

@@ -146,7 +146,7 @@ def foreign_tokenizer(here: Path, prepared: Path) -> None:
     tiny.stories_tokenizer().save_pretrained(folder)
 
 
-def more_tokens(here: Path, prepared: Path, **special: str) -> None:
+def more_tokens(here: Path, prepared: Path, **special: Any) -> None:
     """A model with a tokenizer to which a special token was added that it has no row for."""
     made = tiny.tokenizer()
     made.add_special_tokens(special)
@@ -243,3 +243,11 @@ def run_with(here: Path, prepared: Path, file: str, by: str | bytes | None = Non
 def deep(here: Path, prepared: Path, file: str) -> None:
     """A model with a file of brackets in brackets."""
     replaced(here, prepared, file, "[" * 100_000 + "]" * 100_000)
+
+
+def own_benchmark(here: Path, prepared: Path) -> None:
+    """A user's benchmark, in mine.py, that opens the reference."""
+    (here / "mine.py").write_text(
+        "class Mine:\n    name, files = 'mine', ()\n    def write_data(self, folder, model):\n        pass\n"
+        "    def evaluate(self, subject):\n        with subject.reference():\n            return {'x': 1.0}\n"
+    )

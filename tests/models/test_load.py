@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alignlab.core import AdapterKind, ConfigError, Group, Response
 from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, load_tokenizer, save_model
@@ -376,6 +377,23 @@ def test_damaged_weights(saved: Saved, tmp_path: Path) -> None:
     one_line(
         lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "model.safetensors is no safetensors file"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ],
+)
+def test_what_older_versions_of_transformers_saved_too_is_no_weight(
+    name: str, buffers: list[str], saved: Saved, tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(saved(name), tmp_path / "m")) / "model.safetensors"
+    whole = torch.ones(4, 4, dtype=torch.bool)
+    save_file(load_file(file) | {n: whole.clone() for n in buffers}, file, metadata={"format": "pt"})
+    assert torch.equal(logp(load(tmp_path / "m")), logp(load(saved(name))))
 
 
 def test_a_reward_model_is_no_policy(saved: Saved) -> None:
