@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def _with_saved_adapter(
             "train from a model saved with training.save_model=merged"
         )
     tensors = _adapter_header(path)
-    with loading(path, "the adapter cannot be loaded"):
+    with loading(path, "the adapter cannot be loaded"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing or of another shape is refused below
         network = PeftModel.from_pretrained(
             network, path, is_trainable=trainable and not merges, ignore_mismatched_sizes=True
         )
