@@ -78,12 +78,9 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     def open_model(where: str, key: str) -> PackedModel:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            # What judges fluency is no part of what is measured: it stays as it is.
-            held = QuantizationSettings() if key == "base" else quantization
-            model = load_model(settings, trainable=False, quantization=held, device=device)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("model.path", key, 1)) from error
+        # What judges fluency is no part of what is measured: it stays as it is.
+        held = QuantizationSettings() if key == "base" else quantization
+        model = load_model(settings, trainable=False, quantization=held, device=device, key=key)
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
         return model

@@ -1,7 +1,7 @@
 """Models: base, adapters, heads, and the one forward pass."""
 
 from alignlab.models.adapters import FullFineTuning, LoRA
-from alignlab.models.base import load_tokenizer
+from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
@@ -20,6 +20,7 @@ __all__ = [
     "Reference",
     "add_value_head",
     "check_adapter",
+    "check_tokens",
     "evaluating",
     "load_model",
     "load_tokenizer",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -111,12 +109,6 @@ class Resumes(Protocol):
 
 
 # ---------------------------------------------------------------------- saved adapters
-
-
-def saved_adapter(path: str) -> dict[str, Any] | None:
-    """The PEFT config in the folder `path`; None where it holds no adapter."""
-    file = Path(path) / "adapter_config.json"
-    return dict(json.loads(file.read_text())) if file.exists() else None
 
 
 def shaped_like(network: nn.Module, saved: dict[str, Any], kind: ModelKind) -> nn.Module:

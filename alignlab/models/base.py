@@ -3,33 +3,112 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from alignlab.core import ConfigError, ModelKind
-from alignlab.models.quantization import check_head, check_rows, loading_options
+from alignlab.core import ConfigError, DataError, Group, ModelKind
+from alignlab.models.files import (
+    KEY,
+    LAYER,
+    Header,
+    check_finite,
+    check_fit,
+    check_folder,
+    check_sizes,
+    check_types,
+    headers,
+    loading,
+    naming,
+    read_config,
+    read_object,
+)
+from alignlab.models.quantization import (
+    BITSANDBYTES,
+    check_head,
+    check_rows,
+    loading_options,
+    name_of,
+    quantization_of,
+)
 from alignlab.models.settings import ModelSettings, QuantizationSettings
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What the libraries raise for files that are not there, damaged, or of another kind."""
+OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv_freq$|position_ids$|\.version$")
+"""What older versions of transformers saved beside the weights: masks and positions, which a model makes itself."""
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer, or the one named by `tokenizer`."""
+    """The model's tokenizer, or the one named by `tokenizer`.
+
+    Raises:
+        ConfigError: there is none, or it is broken or empty.
+    """
     from transformers import AutoTokenizer
 
-    path = settings.tokenizer or settings.path
+    path, key = settings.tokenizer or settings.path, "model.tokenizer" if settings.tokenizer else KEY
+    check_folder(path, key, needs=())
+    folder, where, remedy = Path(path), f"{key}={path!r}", "copy one into it, or name another by model.tokenizer"
+    if (folder / "tokenizer_config.json").exists():
+        given = read_object(folder / "tokenizer_config.json", where)
+        _check_type(given, "model_max_length", int | float | None, f"{where}: tokenizer_config.json")
+        _check_type(given, "chat_template", str | list | dict | None, f"{where}: tokenizer_config.json")
     try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        with loading(path, f"no tokenizer can be loaded from it ({remedy})", key):
+            found = AutoTokenizer.from_pretrained(
+                path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            )
+            empty = set(found.get_vocab()) <= set(found.all_special_tokens)
+    except ConfigError:
+        if (folder / "tokenizer.json").exists():
+            read_object(folder / "tokenizer.json", where)
+        raise
+    if empty:
+        raise ConfigError(f"{where}: there is no tokenizer in it, or one without tokens: {remedy}")
+    return found
+
+
+def _check_type(values: dict[str, Any], name: str, kind: Any, where: str) -> None:
+    """Refuse a value of a model's JSON file that libraries would take as it is."""
+    if not isinstance(values.get(name), kind):
+        raise ConfigError(f"{where} has {name}={values[name]!r}, a {type(values[name]).__name__}, which it cannot be")
+
+
+def check_vocabulary(tokenizer: Any, config: Any, path: str) -> None:
+    """Refuse a tokenizer of another model, which has more tokens than the model has embeddings for. A few tokens that
+    were added to it may lie outside (as of images, in text-only models): records with such a token are refused.
+
+    Raises:
+        ConfigError: with the token.
+    """
+    rows = int(config.get_text_config().vocab_size)
+    named = (tokenizer.eos_token, tokenizer.bos_token)
+    outside = [t for t in named if t is not None and tokenizer.convert_tokens_to_ids(t) >= rows]
+    problem = f"its token {outside[0]!r} lies outside" if outside else f"it has {tokenizer.vocab_size} tokens"
+    if outside or tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{KEY}={path!r}: the tokenizer belongs to another model: {problem}, the vocabulary in config.json is "
+            f"{rows}: name the right one by model.tokenizer"
         )
-    except (OSError, ValueError) as error:
-        key = "model.tokenizer" if settings.tokenizer else "model.path"
-        raise cannot_load(key, path, "no tokenizer in it; name another by model.tokenizer", error) from error
+
+
+def check_tokens(groups: Sequence[Group], vocabulary: int) -> None:
+    """Refuse tokens that the model has no embedding for: of another tokenizer's records, or of a tokenizer that is not
+    the model's.
+
+    Raises:
+        DataError: with the record.
+    """
+    for group in groups:
+        for ids in (group.prompt_ids, *(r.token_ids for r in group.responses)):
+            if ids and (max(ids) >= vocabulary or min(ids) < 0):
+                token = max(ids) if max(ids) >= vocabulary else min(ids)
+                raise DataError(
+                    f"{group.origin}: token {token} is outside the model's vocabulary of {vocabulary}: the tokenizer "
+                    "in model.path, or the one that made these records, belongs to another model"
+                )
 
 
 def resolve_dtype(name: str) -> Any:
@@ -45,32 +124,42 @@ def load_base(
     labels: int,
     trainable: bool,
     device: torch.device | str,
+    heads: bool = False,
 ) -> Any:
-    """The base that `path` names, or that the adapter in `path` stands on: in the precision, layers and head wanted."""
+    """The base that `path` names, or that the adapter in `path` stands on: in the precision, layers and head wanted.
+
+    Args:
+        heads: whether it may have other heads than the one that is wanted, which are left out.
+    """
     import transformers
 
     path = settings.path if saved is None else str(saved["base_model_name_or_path"])
+    revision = settings.revision if saved is None else None
+    with naming(KEY if saved is None else f"{KEY}={settings.path!r}: its base"):
+        config = read_config(path, revision, settings.trust_remote_code)
+        tensors = headers(path)
+        check_sizes(path, config, tensors)
+        _check_generation(path)
     auto, options = _transformers_class(kind, labels)
     options |= {
-        "revision": settings.revision if saved is None else None,
+        "revision": revision,
         "dtype": resolve_dtype(settings.dtype),
         "attn_implementation": settings.attention,
         "trust_remote_code": settings.trust_remote_code,
-        **loading_options(settings, quantization, path, kind, device),
+        **loading_options(settings, quantization, config, kind, device),
     }
     if "config" in options and "num_labels" in options:  # transformers reads it into configs that it makes itself
         options["config"].num_labels = options.pop("num_labels")
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a new head is expected, not news
     transformers.logging.disable_progress_bar()
+    base = "" if saved is None else f"{path!r}, the base of this adapter, "
     try:
-        network, missing = _from_pretrained(auto, path, options)
-    except LOADING_ERRORS as error:
-        base = "" if saved is None else f"{path!r}, the base of this adapter, "
-        raise cannot_load("model.path", settings.path, f"{base}cannot be loaded as a {kind} model", error) from error
+        with loading(settings.path, f"{base}cannot be loaded as a {kind} model"):
+            network, found = _from_pretrained(auto, path, options)
     finally:
         transformers.logging.set_verbosity(level)
-    _check_missing(missing, settings.path, kind, new_head=trainable or saved is not None)
+    _check_loaded(network, found, tensors, settings.path, kind, trainable or saved is not None, heads)
     if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
         network = network.float()  # CPUs train half precision slowly and badly
     if kind != "policy":
@@ -78,6 +167,7 @@ def load_base(
         check_head(head, settings.path)
         head.to(torch.promote_types(network.dtype, torch.float32))
     check_rows(network, settings.path)
+    check_finite(settings.path, network.named_parameters())
     return network
 
 
@@ -92,37 +182,48 @@ def _transformers_class(kind: ModelKind, labels: int) -> tuple[Any, dict[str, An
     return transformers.AutoModelForTokenClassification, {"num_labels": labels}
 
 
-def _check_missing(missing: set[str], path: str, kind: ModelKind, new_head: bool) -> None:
-    """Raise ConfigError for weights that `path` lacks. Only a head that will be trained, or comes with the adapter, may
-    be new: elsewhere it would be noise."""
+def _check_loaded(
+    network: Any, found: dict[str, Any], tensors: Header, path: str, kind: ModelKind, new_head: bool, heads: bool
+) -> None:
+    """Raise ConfigError for weights that `path` lacks, has too many, or has in another shape or of another type.
+
+    Only a head that will be trained, or comes with the adapter, may be new: elsewhere it would be noise. The language
+    head that a classifier is made without is no loss.
+    """
     new = ("score.", "classifier.") if kind != "policy" and new_head else ()
-    lost = sorted(name for name in missing if not name.startswith(new))
-    if lost:
-        raise ConfigError(
-            f"model.path={path!r}: not a {kind} model: it has no weights for {', '.join(lost[:3])}"
-            + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        )
+    missing = [n for n in found["missing_keys"] if not n.startswith(new)]
+    trunk = f"{network.base_model_prefix}."
+    spare = [n for n in found["unexpected_keys"] if not n.startswith(trunk) and not LAYER.search(n)]
+    unexpected = set(found["unexpected_keys"]) - set(spare if kind != "policy" or heads else ())
+    unexpected = {n for n in unexpected if not OLD_BUFFERS.search(n)}
+    quantization = quantization_of(network)
+    if quantization is not None and name_of(quantization) not in BITSANDBYTES:
+        unexpected = set()  # each library has names of its own for what goes with the weights
+    shapes = {n: (theirs, ours) for n, theirs, ours in found["mismatched_keys"]}
+    check_fit(path, f"a {kind} model", missing, unexpected, shapes)
+    if quantization is None:
+        check_types(path, tensors, [n for n, _ in network.named_parameters()], network.base_model_prefix)
 
 
-def cannot_load(key: str, path: str, problem: str, error: BaseException) -> ConfigError:
-    """What to say where `path`, the value of `key`, cannot be loaded, in one line: a path that is no folder is a slip,
-    unless it can be a Hub id."""
-    if not Path(path).exists():
-        if not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", path):
-            return ConfigError(f"{key}={path!r}: there is no such folder")
-        problem = "there is no such folder, nor can it be had from the Hub"
-    return ConfigError(f"{key}={path!r}: {problem}: {_first_line(error)}")
+def _check_generation(path: str) -> None:
+    """Transformers passes over a broken `generation_config.json`, which says what ends a response."""
+    file = Path(path) / "generation_config.json"
+    if file.exists():
+        where = f"{KEY}={path!r}"
+        ends = read_object(file, where).get("eos_token_id")
+        if not all(isinstance(e, int) for e in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ConfigError(f"{where}: {file.name} has eos_token_id={ends!r}: must be a token's number, or several")
 
 
-def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
-    """The network, and the names of the parameters that `path` has no weights for."""
+def _from_pretrained(auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The network, and which weights it lacked or had too many, or of another shape."""
     try:
-        network, found = auto.from_pretrained(path, output_loading_info=True, **options)
+        network, found = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except ValueError as error:
         if "attn_implementation" not in str(error) and "attention" not in str(error).lower():
             raise
         return _from_pretrained(auto, path, {**options, "attn_implementation": "eager"})
-    return network, set(found["missing_keys"])
+    return network, found
 
 
 def set_pad(network: Any, tokenizer: Any, kind: ModelKind) -> None:
@@ -136,13 +237,13 @@ def set_pad(network: Any, tokenizer: Any, kind: ModelKind) -> None:
     named = config.pad_token_id
     if kind == "score" and named is not None and 0 <= named < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
-    elif tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    elif (pad := tokenizer.pad_token_id) is None or pad == tokenizer.eos_token_id or pad >= config.vocab_size:
         for token in (tokenizer.unk_token, tokenizer.bos_token):
             if token is not None and token != tokenizer.eos_token:
                 tokenizer.pad_token = token
                 break
         else:
-            if tokenizer.pad_token_id is None:
+            if pad is None or pad >= config.vocab_size:
                 tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
     network.config.pad_token_id = tokenizer.pad_token_id
@@ -158,7 +259,3 @@ def remove_dropout(network: nn.Module) -> None:
         for name, value in vars(module).items():  # OPT's `dropout` and `layerdrop`, Bloom's `hidden_dropout`, …
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,6 +12,7 @@ from torch import nn
 
 from alignlab.core import ConfigError
 from alignlab.models.adapters import copy_adapter
+from alignlab.models.files import WEIGHTS, check_fit, loading
 from alignlab.models.packed_model import CRITIC, PackedModel
 from alignlab.models.quantization import plain_copy
 
@@ -74,8 +75,10 @@ def _load_value_head(model: PackedModel, folder: Path) -> None:
     if not (folder / VALUE_HEAD).exists() or (model.critic == "own") != (folder / CRITIC).is_dir():
         return
     head = model.value_head
-    found = load_file(folder / VALUE_HEAD)
-    if head is None or found["weight"].shape != head.weight.shape:
+    with loading(str(folder), f"its {VALUE_HEAD} cannot be read"):
+        found = load_file(folder / VALUE_HEAD)
+    shapes = {n: t.shape for n, t in found.items()}
+    if head is None or shapes != {n: p.shape for n, p in head.named_parameters()}:
         raise ConfigError(f"model.path={str(folder)!r}: its {VALUE_HEAD} is not of this model's size")
     if model.critic == "own" and (folder / CRITIC / "adapter_config.json").exists() == (
         model.critic_decoder is not None
@@ -85,13 +88,18 @@ def _load_value_head(model: PackedModel, folder: Path) -> None:
             f"model.path={str(folder)!r}: its critic is {found_as}: train it further with adapter={wanted}"
         )
     head.load_state_dict(found)
-    if model.critic_decoder is not None:
-        weights = load_file(folder / CRITIC / "model.safetensors")
-        model.critic_decoder.load_state_dict(weights)
-    elif model.critic == "own":
-        from peft import load_peft_weights, set_peft_model_state_dict
+    with loading(str(folder), "its critic cannot be loaded"):
+        if model.critic_decoder is not None:
+            model.critic_decoder.load_state_dict(load_file(folder / CRITIC / WEIGHTS))
+        elif model.critic == "own":
+            from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model.network, load_peft_weights(str(folder / CRITIC)), adapter_name=CRITIC)
+            weights = load_peft_weights(str(folder / CRITIC))
+            ours = get_peft_model_state_dict(model.network, adapter_name=CRITIC)
+            check_fit(
+                str(folder), "a critic for this model", ours.keys() - weights.keys(), weights.keys() - ours.keys()
+            )
+            set_peft_model_state_dict(model.network, weights, adapter_name=CRITIC)
 
 
 def add_language_head(model: PackedModel, causal: Any) -> None:

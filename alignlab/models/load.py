@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,24 @@ from torch import nn
 
 from alignlab.core import AdapterKind, ConfigError, ModelKind
 from alignlab.core.memory import keep_freed_memory
+from alignlab.core.parts import calling
 from alignlab.models import private_api
-from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use, saved_adapter
-from alignlab.models.base import LOADING_ERRORS, cannot_load, load_base, load_tokenizer, remove_dropout, set_pad
+from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use
+from alignlab.models.base import check_vocabulary, load_base, load_tokenizer, remove_dropout, set_pad
+from alignlab.models.files import (
+    ADAPTER_WEIGHTS,
+    KEY,
+    LAYER,
+    Header,
+    check_finite,
+    check_fit,
+    check_folder,
+    check_types,
+    header,
+    loading,
+    naming,
+    saved_adapter,
+)
 from alignlab.models.heads import add_language_head
 from alignlab.models.packed_model import Features, PackedModel, evaluating
 from alignlab.models.probe import probe, rounding
@@ -24,8 +40,6 @@ from alignlab.models.quantization import (
     quantization_of,
 )
 from alignlab.models.settings import ModelSettings, QuantizationSettings
-
-LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_model(
@@ -39,6 +53,7 @@ def load_model(
     quantization: QuantizationSettings | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    key: str = KEY,
 ) -> PackedModel:
     """Load a model with its tokenizer.
 
@@ -54,25 +69,42 @@ def load_model(
         quantization: how the base is held; it is trained through an adapter only.
         device: where to put it.
         seed: of new heads and adapters.
+        key: the setting that names `path`, for messages.
 
     Raises:
-        ConfigError: where nothing can be loaded from `path`, with what was tried; or a quantised base would have to
-            be trained itself.
+        ConfigError: where nothing can be loaded from `path`, with what was tried; its weights do not fit its config, or
+            its tokenizer the weights; or a quantised base would have to be trained itself.
     """
+    with naming(key), loading(settings.path, f"cannot be loaded as a {kind} model"):
+        return _load(settings, adapter, kind, trainable, labels, language_head, quantization, device, seed)
+
+
+def _load(
+    settings: ModelSettings,
+    adapter: AdapterKind | None,
+    kind: ModelKind,
+    trainable: bool,
+    labels: int,
+    language_head: bool,
+    quantization: QuantizationSettings | None,
+    device: torch.device | str,
+    seed: int,
+) -> PackedModel:
     torch.manual_seed(seed)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
     adapter, quantization = adapter or FullFineTuning(), quantization or QuantizationSettings()
     if trainable:
         check_adapter(quantization, adapter)
-    tokenizer = load_tokenizer(settings)
+    check_folder(settings.path)
     saved = saved_adapter(settings.path)
-
     network = load_base(settings, quantization, saved, kind, labels, trainable, device)
     if trainable and adapter.trains_base and quantization_of(network) is not None:
         raise ConfigError(
             f"adapter=none: model.path={settings.path!r} is quantised and stays as it is: give adapter=lora"
         )
+    tokenizer = load_tokenizer(settings)
+    check_vocabulary(tokenizer, network.config, settings.path)
     set_pad(network, tokenizer, kind)
     if not settings.dropout:
         remove_dropout(network)
@@ -95,7 +127,7 @@ def load_model(
         model.layout = settings.layout
     model.fresh_adapter = trainable and saved is None and not adapter.trains_base and _changes_nothing_yet(model)
     if language_head:
-        causal = load_base(settings, quantization, saved, "policy", 1, False, device)
+        causal = load_base(settings, quantization, saved, "policy", 1, False, device, heads=True)
         add_language_head(model, causal)
     return model
 
@@ -124,12 +156,13 @@ def _with_saved_adapter(
     network: Any, settings: ModelSettings, adapter: AdapterKind, kind: ModelKind, trainable: bool
 ) -> tuple[Any, list[str]]:
     """The network with the PEFT adapter in `path` on it, or merged into it where the base is trained; and notes."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     path, merges = settings.path, trainable and adapter.trains_base
-    task = PeftConfig.from_pretrained(path).task_type
     note = difference_note(path, network)
     notes = [note] if note else []
+    with loading(path, "its adapter_config.json cannot be used"):
+        task = PeftConfig.from_pretrained(path).task_type
     if task == TASK["policy"] and kind != "policy" and merges:
         return _with_trunk_of(network, settings), notes
     if task != TASK[kind]:
@@ -137,16 +170,34 @@ def _with_saved_adapter(
             f"model.path={path!r}: this adapter was trained as {task}, a {kind} model is wanted: "
             "train from a model saved with training.save_model=merged"
         )
-    try:
-        network = PeftModel.from_pretrained(network, path, is_trainable=trainable and not merges)
-    except LOADING_ERRORS as error:
-        raise cannot_load("model.path", path, "the adapter cannot be loaded", error) from error
+    tensors = _adapter_header(path)
+    with loading(path, "the adapter cannot be loaded"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing or of another shape is refused below
+        network = PeftModel.from_pretrained(
+            network, path, is_trainable=trainable and not merges, ignore_mismatched_sizes=True
+        )
+        ours = get_peft_model_state_dict(network, save_embedding_layers=False)
+    if tensors is not None:
+        extra = tensors.keys() - ours.keys() - network.state_dict().keys()  # embeddings may be saved beside an adapter
+        both = {n: (tensors[n][1], tuple(ours[n].shape)) for n in ours.keys() & tensors.keys()}
+        shapes = {n: pair for n, pair in both.items() if pair[0] != pair[1]}
+        check_fit(path, "an adapter for its base", ours.keys() - tensors.keys(), extra, shapes)
+        check_types(path, tensors, ours)
+    check_finite(path, ours.items())
     if merges:
         return network.merge_and_unload().requires_grad_(True), notes
     if trainable:
         asked = f"the adapter in {path} goes on as it was saved: the settings of `adapter` are not applied to it"
         notes += adapter.resume(network, path) if isinstance(adapter, Resumes) else [asked]
     return network, notes
+
+
+def _adapter_header(path: str) -> Header | None:
+    """What tensors a saved adapter holds; None where they are pickled, for PEFT to read."""
+    file = Path(path) / ADAPTER_WEIGHTS
+    if not file.exists() and file.with_suffix(".bin").exists():
+        return None
+    return header(file, f"{KEY}={path!r}")
 
 
 def _with_trunk_of(network: Any, settings: ModelSettings) -> Any:
@@ -162,7 +213,8 @@ def _with_new_adapter(base: Any, adapter: AdapterKind, kind: ModelKind) -> Any:
     """The network with something to train in it. The adapter may be anyone's: what could not be saved, loaded again
     or read by the forward pass is refused."""
     name, before = type(adapter).__name__, {n for n, _ in base.named_parameters()}
-    network: Any = adapter.apply(base, kind)
+    with calling(adapter, "apply"):
+        network: Any = adapter.apply(base, kind)
     if not hasattr(network, "named_parameters"):
         raise ConfigError(f"adapter: {name}.apply must return the network, not {type(network).__name__}")
     if hasattr(network, "peft_config"):

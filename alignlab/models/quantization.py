@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from alignlab.core import ConfigError, ModelKind
 from alignlab.core.files import write_json
 from alignlab.models import private_api
+from alignlab.models.files import KEY, read_object
 from alignlab.models.settings import ModelSettings, QuantizationSettings
 
 QUANTIZATION = "quantization.json"
@@ -26,7 +26,11 @@ HEADS = ["score", "classifier"]
 
 
 def loading_options(
-    settings: ModelSettings, quantization: QuantizationSettings, path: str, kind: ModelKind, device: torch.device | str
+    settings: ModelSettings,
+    quantization: QuantizationSettings,
+    config: Any,
+    kind: ModelKind,
+    device: torch.device | str,
 ) -> dict[str, Any]:
     """Options of `from_pretrained` for a quantised base; none where it is loaded in full precision.
 
@@ -37,8 +41,7 @@ def loading_options(
         ConfigError: bitsandbytes is missing; the model is quantised already, in another way; or its precision cannot be
             quantised.
     """
-    config = _config(settings, path)
-    own = config and getattr(config, "quantization_config", None)
+    own = getattr(config, "quantization_config", None)
     own = own if own is None or isinstance(own, dict) else own.to_dict()
     if own is None and quantization.kind == "none":
         return {}
@@ -64,17 +67,6 @@ def loading_options(
         config.quantization_config = own
         options["config"] = config
     return options
-
-
-def _config(settings: ModelSettings, path: str) -> Any:
-    """The model's config; None where there is none, which loading the model will complain of."""
-    from transformers import AutoConfig
-
-    revision = settings.revision if path == settings.path else None
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _require_bitsandbytes(key: str) -> None:
@@ -174,7 +166,7 @@ def save_quantization(network: Any, folder: Path) -> None:
 def difference_note(path: str, network: Any) -> str | None:
     """What to say where the adapter in `path` was trained on a base that was held in another way than this one."""
     file, now = Path(path) / QUANTIZATION, quantization_of(network)
-    config = json.loads(file.read_text()) if file.exists() else None
+    config = read_object(file, f"{KEY}={path!r}") if file.exists() else None
     trained, used = (name_of(c) if c else "none" for c in (config, now))
     if trained == used:
         return None

@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignlab.core import AdapterKind, Algorithm, ConfigError
 from alignlab.models import Features, ModelSettings, PackedModel, QuantizationSettings
-from alignlab.models.adapters import copy_adapter, saved_adapter, shaped_like
+from alignlab.models.adapters import copy_adapter, shaped_like
 from alignlab.models.attention import use_plans
-from alignlab.models.base import cannot_load, remove_dropout
+from alignlab.models.base import remove_dropout
+from alignlab.models.files import KEY, check_folder, loading, naming, saved_adapter
+from alignlab.models.files import read_config as config_of
 from alignlab.models.heads import add_language_head
 from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
@@ -36,23 +38,22 @@ def read_config(settings: ModelSettings) -> tuple[Any, dict[str, Any] | None]:
     Raises:
         ConfigError: there is none at `path`, and no built-in shape has that name.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
-    path, revision, saved = settings.path, settings.revision, saved_adapter(settings.path)
+    path, revision = settings.path, settings.revision
     if path in BUILT_IN and not Path(path).exists():
         width, heads, layers, inner = BUILT_IN[path]
         shape = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
         rest = {"intermediate_size": inner, "vocab_size": 32000, "max_position_embeddings": 2048}
         return LlamaConfig(**shape, **rest, dtype="bfloat16"), None
-    if "/" not in path and not Path(path).exists() and (near := get_close_matches(path, BUILT_IN, n=1, cutoff=0.8)):
+    if "/" not in path and (near := get_close_matches(path, BUILT_IN, n=1, cutoff=0.8)) and not Path(path).exists():
         raise ConfigError(f"model.path={path!r}: there is no such folder; did you mean '{near[0]}'?")
+    check_folder(path)
+    saved = saved_adapter(path)
     if saved is not None:
         path, revision = str(saved["base_model_name_or_path"]), None
-    try:
-        found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model.path", path, "no model's config in it", error) from error
-    return found, saved
+    with naming(KEY if saved is None else f"{KEY}={settings.path!r}: its base"):
+        return config_of(path, revision, settings.trust_remote_code), saved
 
 
 def dtype_of(config: Any, settings: ModelSettings, on_cpu: bool) -> torch.dtype:
@@ -79,14 +80,11 @@ def network(config: Any, kind: str, labels: int, dtype: torch.dtype, settings: M
         auto = getattr(transformers, f"AutoModelFor{'Sequence' if kind == 'score' else 'Token'}Classification")
     attention = "sdpa" if settings.attention in ("flash_attention_2", "flex_attention") else settings.attention
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
-    try:
-        with torch.device("meta"):
-            try:
-                made = auto.from_config(config, attn_implementation=attention, **options)
-            except ValueError:
-                made = auto.from_config(config, attn_implementation="eager", **options)
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"model.path: a {kind} model cannot be made of its config: {error}") from error
+    with loading(settings.path, f"a {kind} model cannot be made of its config"), torch.device("meta"):
+        try:
+            made = auto.from_config(config, attn_implementation=attention, **options)
+        except ValueError:
+            made = auto.from_config(config, attn_implementation="eager", **options)
     if kind != "policy":
         head = made.score if hasattr(made, "score") else made.classifier
         head.to(torch.promote_types(dtype, torch.float32))

@@ -15,7 +15,7 @@ from alignlab.core import ConfigError, Group, NeedsPolicy, NeedsSampler, Rollout
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
-from alignlab.models import ModelSettings, QuantizationSettings, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model
 from alignlab.rollout import build_engine, build_environment
 from alignlab.scoring import build_scorers
 
@@ -52,6 +52,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
+    check_tokens(prompts, int(model.config.vocab_size))
     for part in (*scorers, environment):
         if isinstance(part, NeedsPolicy):
             part.bind(model, model.tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,7 +14,11 @@ from alignlab.core import AlignlabError, Group, Response
 from alignlab.data import DataSettings
 from alignlab.data.encode import Encoder
 from alignlab.data.steps import Steps
+from alignlab.models.files import ADAPTER_WEIGHTS, KEY, check_folder, header, naming, read_config, saved_adapter
 from alignlab.scoring.reward_model import ScoreModel
+
+HEADS = ("score.weight", "classifier.weight")
+"""How the names of a step head's weights end."""
 
 Aggregate = Literal["product", "minimum", "last", "mean"]
 
@@ -150,23 +153,10 @@ def _probability(logits_SL: object) -> list[float]:
 
 def count_labels(path: str) -> int:
     """Outputs of a saved token classifier; of an adapter, by the head that was saved with it."""
-    folder = Path(path)
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        from safetensors import safe_open
-
-        with safe_open(str(weights), "pt") as file:
-            heads = [k for k in file.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
-            return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 2
-    config = folder / "config.json"
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        return len(values.get("id2label") or "12")
-    if folder.exists():
-        return 2
-    from transformers import AutoConfig
-
-    try:
-        return int(AutoConfig.from_pretrained(path).num_labels)
-    except (OSError, ValueError):
-        return 2  # loading will say what is wrong with it
+    with naming("scoring.path"):
+        check_folder(path)
+        weights = Path(path) / ADAPTER_WEIGHTS
+        if not weights.is_file():
+            return 2 if saved_adapter(path) else int(read_config(path).num_labels)
+        heads = [shape for name, (_, shape) in header(weights, f"{KEY}={path!r}").items() if name.endswith(HEADS)]
+        return heads[0][0] if heads else 2

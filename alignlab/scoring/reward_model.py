@@ -40,7 +40,9 @@ class ScoreModel:
         import torch
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return load_model(self.settings, kind=self.kind, labels=self.labels, trainable=False, device=device)
+        return load_model(
+            self.settings, kind=self.kind, labels=self.labels, trainable=False, device=device, key="scoring.path"
+        )
 
     def check_tokens(self, groups: Sequence[Group]) -> None:
         """Raise AlignlabError for a token outside the model's vocabulary."""

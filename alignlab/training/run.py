@@ -15,7 +15,6 @@ from alignlab.core import (
     Callback,
     ConfigError,
     DataError,
-    Group,
     RolloutContext,
 )
 from alignlab.core.files import write_json
@@ -23,6 +22,7 @@ from alignlab.core.parts import calling, complaint
 from alignlab.data import Splits, load
 from alignlab.models import (
     PackedModel,
+    check_tokens,
     load_model,
     save_model,
 )
@@ -125,24 +125,10 @@ def _load_data(run: RunConfig, model: PackedModel, processes: Processes) -> Spli
         reason = None if run.samples else complaint(run.algorithm, group)
         if reason:
             raise DataError(f"{group.origin}: {reason}")
-    _check_tokens([*splits.train, *splits.validation], model)
+    check_tokens([*splits.train, *splits.validation], int(model.config.vocab_size))
     if run.training.eval_every is not None and not splits.validation:
         raise ConfigError("training.eval_every: there are no validation records: see data.validation")
     return splits
-
-
-def _check_tokens(groups: list[Group], model: PackedModel) -> None:
-    """Refuse tokens that the model has no embedding for: of another tokenizer's records, or of a tokenizer that is not
-    the model's."""
-    size = int(model.config.vocab_size)
-    for group in groups:
-        for ids in (group.prompt_ids, *(r.token_ids for r in group.responses)):
-            if ids and (max(ids) >= size or min(ids) < 0):
-                token = max(ids) if max(ids) >= size else min(ids)
-                raise DataError(
-                    f"{group.origin}: token {token} is outside the model's vocabulary of {size}: the tokenizer in "
-                    "model.path, or the one that made these records, belongs to another model"
-                )
 
 
 def _make_trainer(

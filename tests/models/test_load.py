@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alignlab.core import AdapterKind, ConfigError, Group, Response
 from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, load_tokenizer, save_model
@@ -199,7 +200,7 @@ def test_an_adapter_whose_base_is_gone(adapter_folder: Path, tmp_path: Path) -> 
     config = json.loads((folder / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_absolute(), "found from any working folder"
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/base"}))
-    one_line(lambda: load(folder), "model.path", str(folder), "'/nowhere/base', the base of this adapter")
+    one_line(lambda: load(folder), "model.path", str(folder), "its base='/nowhere/base': there is no such folder")
 
 
 # Precision, layout, attention, dropout, checkpointing
@@ -362,16 +363,37 @@ def test_what_may_be_a_hub_id() -> None:
 
 
 def test_a_folder_without_tokenizer_or_model(saved: Saved, tmp_path: Path) -> None:
-    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "no tokenizer", "model.tokenizer")
+    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "there is no model in it", "config.json")
     tiny.tokenizer().save_pretrained(tmp_path)
-    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "cannot be loaded as a policy model")
+    one_line(lambda: load(tmp_path), "model.path", str(tmp_path), "there is no model in it", "config.json")
+    tiny.network().save_pretrained(tmp_path / "m")
+    one_line(lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "no tokenizer", "model.tokenizer")
     one_line(lambda: load(saved(), tokenizer="/nowhere"), "model.tokenizer", "/nowhere", "there is no such folder")
 
 
 def test_damaged_weights(saved: Saved, tmp_path: Path) -> None:
     shutil.copytree(saved(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"not weights")
-    one_line(lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "cannot be loaded as a policy model")
+    one_line(
+        lambda: load(tmp_path / "m"), "model.path", str(tmp_path / "m"), "model.safetensors is no safetensors file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ],
+)
+def test_what_older_versions_of_transformers_saved_too_is_no_weight(
+    name: str, buffers: list[str], saved: Saved, tmp_path: Path
+) -> None:
+    file = Path(shutil.copytree(saved(name), tmp_path / "m")) / "model.safetensors"
+    whole = torch.ones(4, 4, dtype=torch.bool)
+    save_file(load_file(file) | {n: whole.clone() for n in buffers}, file, metadata={"format": "pt"})
+    assert torch.equal(logp(load(tmp_path / "m")), logp(load(saved(name))))
 
 
 def test_a_reward_model_is_no_policy(saved: Saved) -> None:
@@ -383,7 +405,13 @@ def test_a_reward_model_is_no_policy(saved: Saved) -> None:
 def test_a_step_model_with_other_labels(saved: Saved) -> None:
     folder = saved("llama", "step")
     settings = ModelSettings(path=str(folder))
-    one_line(lambda: load_model(settings, kind="step", labels=2), "model.path", str(folder), "as a step model")
+    one_line(
+        lambda: load_model(settings, kind="step", labels=2),
+        "model.path",
+        str(folder),
+        "not a step model",
+        "score.weight of shape (3, 32)",
+    )
 
 
 @pytest.mark.parametrize("targets", [["query"], "quer.*"])

@@ -79,6 +79,7 @@ def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
         labels=algorithm.labels,
         quantization=None if whole else quantization,
         seed=seed,
+        key="run" if trained is None else "model.path",
     )
     if "value" in algorithm.reads:
         add_value_head(model, algorithm.critic, seed)
