@@ -11,6 +11,7 @@ from torch import nn
 
 from alignlab.core import AdapterKind, ConfigError, ModelKind
 from alignlab.core.memory import keep_freed_memory
+from alignlab.core.parts import calling
 from alignlab.models import private_api
 from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use, saved_adapter
 from alignlab.models.base import LOADING_ERRORS, cannot_load, load_base, load_tokenizer, remove_dropout, set_pad
@@ -162,7 +163,8 @@ def _with_new_adapter(base: Any, adapter: AdapterKind, kind: ModelKind) -> Any:
     """The network with something to train in it. The adapter may be anyone's: what could not be saved, loaded again
     or read by the forward pass is refused."""
     name, before = type(adapter).__name__, {n for n, _ in base.named_parameters()}
-    network: Any = adapter.apply(base, kind)
+    with calling(adapter, "apply"):
+        network: Any = adapter.apply(base, kind)
     if not hasattr(network, "named_parameters"):
         raise ConfigError(f"adapter: {name}.apply must return the network, not {type(network).__name__}")
     if hasattr(network, "peft_config"):

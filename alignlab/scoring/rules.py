@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from alignlab.core import AlignlabError, Group
+from alignlab.core.errors import failure
+from alignlab.core.parts import finite
 from alignlab.data.steps import Steps, label_steps
 from alignlab.scoring.process_reward import spread
 
@@ -27,9 +29,9 @@ def call(function: Callable[..., Any], convert: Callable[[Any], Result], group: 
     """
     try:
         return convert(function(*arguments))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f"{group.origin or 'a group'}: {name_of(function)}"
-        raise AlignlabError(f"{where} failed: {type(error).__name__}: {error}") from error
+        raise AlignlabError(f"{where} failed: {failure(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -52,9 +54,7 @@ class FunctionScorer:
     def score(self, groups: Sequence[Group]) -> None:
         for group in groups:
             for response in group.responses:
-                value = call(self.function, float, group, group.prompt, response.text, group.extra)
-                if value != value:
-                    raise AlignlabError(f"{group.origin}: the reward of a response is not a number")
+                value = call(self.function, finite, group, group.prompt, response.text, group.extra)
                 response.columns[self.column] = value
 
 
@@ -97,7 +97,7 @@ class StepCheckScorer:
 
     def _labels(self, group: Group, steps: list[str]) -> list[float]:
         name = name_of(self.function)
-        labels = call(self.function, lambda found: [float(x) for x in found], group, group.prompt, steps, group.extra)
+        labels = call(self.function, lambda found: [finite(x) for x in found], group, group.prompt, steps, group.extra)
         if len(labels) != len(steps):
             raise AlignlabError(f"{group.origin}: {name} gave {len(labels)} labels for {len(steps)} steps")
         for label in labels:
