@@ -12,23 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignlab.build import build, locate, section
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.errors import shorten
 from alignlab.core.settings import renamed
-
-__all__ = [
-    "as_yaml",
-    "build",
-    "compose",
-    "config_folder",
-    "explain",
-    "hydra_ready",
-    "locate",
-    "read_saved",
-    "resolve",
-    "section",
-]
 
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""
@@ -178,9 +164,10 @@ def as_yaml(config: DictConfig) -> str:
 
 def _by_path(word: str, folders: Sequence[Path]) -> str:
     """`model=PATH` → `model.path=PATH`, unless there is an option of that name; `~/` is the home folder."""
-    if OPEN.match(word):
-        return f"++{word}"
     key, _, value = word.partition("=")
+    if OPEN.match(word):
+        a_file = key == "callbacks" and any(exists(f / key / f"{value}.yaml") for f in folders)
+        return f"+{word}" if a_file else f"++{word}"
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
         word = f"{key}={value}"
