@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import isroutine
-from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
@@ -34,6 +33,10 @@ from alignlab.core.memory import is_memory_error
 
 READS = ("logp", "entropy", "entropy_grad", "value", "score", "step")
 """What a forward pass can compute for a loss."""
+
+
+WHOLE = (int, np.integer)
+"""Kinds of whole numbers."""
 
 
 def name_of(part: object, method: str = "") -> str:
@@ -357,7 +360,7 @@ def _check_drawn(name: str, groups: Sequence[Group], found: Any, n: int) -> None
             raise AlignlabError(f"{asked.place}: {name}: must give {n} responses; got {len(group.responses)}")
         for k, response in enumerate(group.responses):
             where, ids, mask = f"{asked.place}: {name}: response {k + 1}", response.token_ids, response.loss_mask
-            if not isinstance(ids, list) or not ids or not all(isinstance(i, Integral) and i >= 0 for i in ids):
+            if not isinstance(ids, list) or not ids or not all(isinstance(i, WHOLE) and i >= 0 for i in ids):
                 raise AlignlabError(f"{where} needs a list of at least one token id")
             if mask is not None and len(mask) != len(ids):
                 raise AlignlabError(f"{where} has {len(ids)} tokens and {len(mask)} values of loss_mask")
@@ -395,10 +398,8 @@ def check_order(order: DataOrder) -> None:
     """Raise ConfigError unless an order says how many batches make an epoch."""
     with calling(order, "batches_per_epoch"):
         found: Any = order.batches_per_epoch
-    if not isinstance(found, Integral) or int(found) < 1:
-        raise ConfigError(
-            f"{name_of(order, 'batches_per_epoch')}: must be a number of batches, >= 1; got {found!r:.80}"
-        )
+    if not isinstance(found, WHOLE) or int(found) < 1:
+        raise ConfigError(f"{name_of(order, 'batches_per_epoch')}: must be a whole number >= 1; got {found!r:.80}")
 
 
 def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
@@ -410,7 +411,7 @@ def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
     with calling(order, "batch", f"batch {index + 1}"):
         found: Any = order.batch(index)
         listed = None if found is None or isinstance(found, str) else list(found)
-    if not listed or not all(isinstance(i, Integral) and 0 <= i < count for i in listed):
+    if not listed or not all(isinstance(i, WHOLE) and 0 <= i < count for i in listed):
         raise AlignlabError(
             f"{name_of(order, 'batch')}: batch {index + 1} must be indices of records, from 0 to {count - 1}, at least "
             f"one; got {found!r:.80}"

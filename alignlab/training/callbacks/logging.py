@@ -233,12 +233,12 @@ def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
     process's file."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for place, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
             found.append((line, values | {"step": int(values["step"]), "time": float(values["time"])}))
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, number, line)
+            logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, place, line)
     return found
 
 
