@@ -180,8 +180,8 @@ def number(value: Any) -> float:
         if not isinstance(value, str | bytes):
             return float(value)
     except Exception as error:
-        raise ValueError(f"is no number; got {_kind(value)}") from error
-    raise ValueError(f"is no number; got {_kind(value)}")
+        raise ValueError(f"is no number ({_kind(value)})") from error
+    raise ValueError(f"is no number ({_kind(value)})")
 
 
 def finite(value: Any) -> float:
@@ -191,7 +191,7 @@ def finite(value: Any) -> float:
         ValueError: it is none.
     """
     if not math.isfinite(found := number(value)):
-        raise ValueError(f"is {found}, which is not finite")
+        raise ValueError(f"is not finite ({found})")
     return found
 
 

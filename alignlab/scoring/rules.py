@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from alignlab.core import AlignlabError, Group
-from alignlab.core.errors import failure
+from alignlab.core.errors import failure, shorten
 from alignlab.core.parts import finite
 from alignlab.data.steps import Steps, label_steps
 from alignlab.scoring.process_reward import spread
@@ -27,11 +27,15 @@ def call(function: Callable[..., Any], convert: Callable[[Any], Result], group: 
     Raises:
         AlignlabError: that failed, with the function's name and the record it failed on.
     """
+    where = f"{group.place}: {name_of(function)}"
     try:
-        return convert(function(*arguments))
+        found = function(*arguments)
     except (Exception, SystemExit) as error:
-        where = f"{group.origin or 'a group'}: {name_of(function)}"
         raise AlignlabError(f"{where} failed: {failure(error)}") from error
+    try:
+        return convert(found)
+    except Exception as error:
+        raise AlignlabError(f"{where} returned {found!r:.80}: {shorten(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:
