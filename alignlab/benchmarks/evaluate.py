@@ -131,7 +131,7 @@ def _check_metrics(benchmark: str, found: Mapping[str, Any]) -> None:
         numbers = value if name.endswith("_per_prompt") else [value] if name in RANKED else []
         if not isinstance(numbers, list) or any(not isinstance(n, int | float | None) for n in numbers):
             raise AlignlabError(
-                f"benchmark '{benchmark}': {name}: evaluate returned {value!r:.80}, it must be a number"
+                f"benchmark '{benchmark}': {name}: evaluate returned {value!r:.80}; it must be a number"
             )
         if isinstance(value, float) and not math.isfinite(value):
             print(f"note: benchmark '{benchmark}': {name} is {value}: written as null", file=sys.stderr)

@@ -136,10 +136,9 @@ class Collector:
         for scorer in self.scorers:
             score(scorer, mine)
         for reporting in (*self.scorers, self.environment):
-            if isinstance(reporting, Reports):
-                with calling(reporting, "report"):
-                    said = reporting.report
-                report |= numbers_of(reporting, "report", said)
+            with calling(reporting, "report"):
+                said = reporting.report if isinstance(reporting, Reports) else {}
+            report |= numbers_of(reporting, "report", said)
 
         # An algorithm that arranges anew looks at all groups at once; for others, one exchange does for everything.
         arranges = type(self.algorithm).arrange is not Algorithm.arrange

@@ -3,8 +3,8 @@
 Each file of `corpus/` is a boundary: data, models, configs, code, folders, judges, scripts. Its cases are:
 
     name of the case:
-      files: {records.jsonl: "b'\\xff' * 8"}    # path → a Python expression of its content: a text or bytes
-      make: [broken_adapter]                    # functions of makers.py, called with the case's folder
+      files: {records.jsonl: "b'\\xff' * 8"}    # path → a Python expression of its content, with makers' names
+      make: [broken_adapter]                    # functions of makers*.py, called with the case's folder
       run: train {sft} data.path={here}/records.jsonl
       status: 2                                 # of the command; 2 unless it says otherwise
       never: [owned]                            # what must not be there afterwards
@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,14 @@ class Case:
 
     def write(self, here: Path, prepared: Path) -> None:
         """Make its files."""
-        from tests.hostile import makers
-
+        known = makers()
         for path, expression in self.files.items():
-            content = eval(expression, {"here": here, "prepared": prepared})
+            content = eval(expression, {**known, "here": here, "prepared": prepared})
             target = here / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         for maker in self.make:
-            getattr(makers, maker)(here, prepared)
+            known[maker](here, prepared)
 
     def words(self, here: Path, prepared: Path) -> list[str]:
         """Its command line."""
@@ -64,6 +65,15 @@ class Case:
         for name, place in places.items():
             text = text.replace(f"{{{name}}}", place)
         return shlex.split(text)
+
+
+@cache
+def makers() -> dict[str, Any]:
+    """What the modules `makers*.py` define, by name."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(__file__).parent.glob("makers*.py")):
+        found |= vars(import_module(f"tests.hostile.{path.stem}"))
+    return found
 
 
 def short(algorithm: str, here: Path, prepared: Path) -> list[str]:
