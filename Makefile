@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
+.PHONY: demo check test fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -46,6 +46,10 @@ test-slurm: export SLURM_CONF = $(ALIGNLAB_SLURM_CONF)/slurm.conf
 test-slurm: $(VENV)/.test
 	slurm/local-cluster.sh start
 	$(PYTEST) tests/slurm; status=$$?; slurm/local-cluster.sh wipe; exit $$status
+
+fuzz: export ALIGNLAB_FUZZ ?= 10
+fuzz: $(VENV)/.test
+	$(PYTEST) --timeout=3600 tests/hostile/test_fuzz.py
 
 guard: $(VENV)/.test
 	$(PYTEST) tests/performance/test_guard.py

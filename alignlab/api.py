@@ -23,6 +23,7 @@ from typing import Any
 from alignlab.build import build_type, check_type, section
 from alignlab.config import compose, resolve
 from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
+from alignlab.core.parts import score as score_groups
 from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
 from alignlab.launch import start
@@ -147,7 +148,7 @@ def score(groups: Sequence[Group], scorer: Scorer | Function) -> Sequence[Group]
         AlignlabError: the function fails or gives no number, with the record's origin.
     """
     made = scorer if isinstance(scorer, Scorer) else FunctionScorer(scorer)
-    made.score(groups)
+    score_groups(made, groups)
     return groups
 
 

@@ -137,8 +137,11 @@ def check_type(kind: Any, made: Any, where: str) -> Any:
     Raises:
         ConfigError: it lacks something, with what that is.
     """
-    if isinstance(made, kind):
-        return made
+    try:
+        if isinstance(made, kind):  # which reads its properties
+            return made
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where}: {failure(error)}") from error
     missing = sorted(name for name in _attributes(kind) if not hasattr(made, name))
     what = f"it has no {', '.join(missing)}" if missing else f"it is a {type(made).__name__}"
     raise ConfigError(f"{where}: not a {kind.__name__}: {what}")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from alignlab.benchmarks.exact.metrics import best_of_n_kl_bound
 from alignlab.core import ConfigError, Group, Sampler, Scorer
+from alignlab.core.parts import drawn, score
 from alignlab.models import PackedModel
 from alignlab.rollout import best_of
 
@@ -57,7 +58,7 @@ class Subject:
         """Each prompt with one answer of the policy: a sample, or the best of `best_of` samples."""
         sampler = self.sampler(self.policy)
         if self.best_of == 1:
-            return sampler.sample(prompts, 1, self.seed)
+            return drawn(sampler, None, prompts, 1, self.seed)
         return best_of(sampler, self.judge(), prompts, self.best_of, self.seed)
 
     def log_probs(self, model: PackedModel, groups: Sequence[Group]) -> list[float]:
@@ -101,12 +102,12 @@ def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[d
     the KL is an upper bound, and `note` says so.
     """
     mine = subject.answers(prompts)
-    gold.score(mine)
+    score(gold, mine)
     logp_N = subject.log_probs(subject.policy, mine)
     with subject.reference() as reference:
-        theirs = subject.sampler(reference).sample(prompts, 1, subject.seed + REFERENCE_SEED)
+        theirs = drawn(subject.sampler(reference), None, prompts, 1, subject.seed + REFERENCE_SEED)
         ref_logp_N = subject.log_probs(reference, mine)
-    gold.score(theirs)
+    score(gold, theirs)
     reward, other = column(mine, "reward"), column(theirs, "reward")
     tokens = [len(g.responses[0].token_ids) for g in mine]
     found: dict[str, Any] = {
@@ -121,7 +122,7 @@ def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[d
         found["perplexity"] = math.exp(-math.fsum(subject.log_probs(subject.base(), mine)) / sum(tokens))
     if subject.proxy is not None:
         scored = [g.with_responses([replace(r, columns=dict(r.columns)) for r in g.responses]) for g in mine]
-        subject.proxy.score(scored)
+        score(subject.proxy, scored)
         found["proxy_reward"] = mean(column(scored, "reward"))
     if subject.best_of > 1:
         # log(π_n/π_ref) is log(π_n/π) + log(π/π_ref): the second is estimated above, the first is at most this.

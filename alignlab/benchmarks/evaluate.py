@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from pydantic import Field
 
 from alignlab.benchmarks.base import Subject
 from alignlab.build import build_type, section
-from alignlab.core import AlignlabError, Benchmark, ConfigError, MeasuresBestOf, NeedsPolicy, Scorer, require
+from alignlab.core import AlignlabError, Benchmark, ConfigError, MeasuresBestOf, Scorer, require
 from alignlab.core.files import write_json
+from alignlab.core.parts import bind_all, calling, fills_of, name_of, sampler_of
 from alignlab.core.settings import Settings
 from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import build_engine
 from alignlab.scoring import RewardModelScorer, SeveralScorers, build_scorers
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import build_tracker
+
+RANKED = ("reward", "kl", "win_rate")
+"""Metrics whose names have a meaning for leaderboards."""
 
 
 class EvaluateSettings(Settings):
@@ -45,7 +50,10 @@ def build_benchmark(values: dict[str, Any]) -> Any:
     Raises:
         ConfigError: there is none, or it lacks a method, with which.
     """
-    return build_type(Benchmark, values, "benchmark")
+    benchmark = build_type(Benchmark, values, "benchmark")
+    if not isinstance(benchmark.name, str) or not benchmark.name:
+        raise ConfigError(f"{name_of(benchmark, 'name')}: must be a text; got {benchmark.name!r:.80}")
+    return benchmark
 
 
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,28 +97,41 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     subject = Subject(
         policy=open_model(str(path), "run"),
         reference=_as_context(lambda: open_model(reference_path, "reference")),
-        sampler=rollout.sampler,
+        sampler=partial(sampler_of, rollout),
         base=(lambda: open_model(base, "base")) if base else None,
         proxy=proxy,
         max_tokens_per_microbatch=wanted.max_tokens_per_microbatch,
         seed=wanted.seed,
         best_of=wanted.best_of,
     )
-    if isinstance(proxy, NeedsPolicy):
-        proxy.bind(subject.policy, subject.policy.tokenizer)
-    measured = benchmark.evaluate(subject)
+    bind_all([proxy], subject.policy)
+    with calling(benchmark, "evaluate"):
+        measured = benchmark.evaluate(subject)
     if not isinstance(measured, Mapping):
         raise AlignlabError(
             f"benchmark '{benchmark.name}': evaluate returned {measured!r}; it must return metrics by name"
         )
     found = {"benchmark": benchmark.name, "samples_per_answer": wanted.best_of}
     found |= {str(name): _as_json(value, f"benchmark '{benchmark.name}': {name}") for name, value in measured.items()}
+    _check_metrics(benchmark.name, found)
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", without_nan(found))
     if tracker.get("_target_"):
         _track(folder, tracker, config, found)
     return found
+
+
+def _check_metrics(benchmark: str, found: Mapping[str, Any]) -> None:
+    """Refuse what leaderboards cannot rank, and say which metrics are not finite: JSON has null for them."""
+    for name, value in found.items():
+        numbers = value if name.endswith("_per_prompt") else [value] if name in RANKED else []
+        if not isinstance(numbers, list) or any(not isinstance(n, int | float | None) for n in numbers):
+            raise AlignlabError(
+                f"benchmark '{benchmark}': {name}: evaluate returned {value!r:.80}; it must be a number"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            print(f"note: benchmark '{benchmark}': {name} is {value}: written as null", file=sys.stderr)
 
 
 def _proxy(scoring: Any, reward_model: str | None) -> Scorer | None:
@@ -120,8 +141,8 @@ def _proxy(scoring: Any, reward_model: str | None) -> Scorer | None:
         return RewardModelScorer(reward_model) if reward_model else None
     require(reward_model is None, "reward_model", reward_model, "scoring gives the reward: leave out one of them")
     proxy = scorers[0] if len(scorers) == 1 else SeveralScorers({str(i): s for i, s in enumerate(scorers)})
-    if "reward" not in proxy.fills:
-        raise ConfigError(f"scoring: fills {', '.join(proxy.fills)}, not reward")
+    if "reward" not in (fills := fills_of(proxy)):
+        raise ConfigError(f"scoring: fills {', '.join(fills)}, not reward")
     return proxy
 
 

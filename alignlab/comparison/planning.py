@@ -19,6 +19,7 @@ from alignlab.comparison.graph.node import Command, Node
 from alignlab.comparison.settings import ComparisonSettings, Overrides, Pairs
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, HasBaseModel, HasReward, Scorer, TrainingBenchmark
+from alignlab.core.parts import calling
 from alignlab.training.callbacks.trackers import named
 from alignlab.training.run_config import check
 from alignlab.training.run_folder import REFERENCE_CACHE
@@ -54,7 +55,10 @@ def plan(
         ConfigError: an override of a run is wrong, or something that it needs is not made.
     """
     check_type(TrainingBenchmark, benchmark, f"benchmark._target_={config['benchmark']['_target_']}")
-    base = config["model"]["path"] or (benchmark.base_path() if isinstance(benchmark, HasBaseModel) else None)
+    base = config["model"]["path"]
+    if not base and isinstance(benchmark, HasBaseModel):
+        with calling(benchmark, "base_path"):
+            base = benchmark.base_path()
     if not base:
         raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
     return _Plan(config, settings, benchmark, out, own, str(base)).nodes
@@ -259,7 +263,8 @@ class _Plan:
 
 def gold(benchmark: HasReward) -> Scorer:
     """The benchmark's own reward: `{_target_: alignlab.comparison.planning.gold, benchmark: {_target_: …}}`."""
-    return benchmark.gold()
+    with calling(benchmark, "gold"):
+        return benchmark.gold()
 
 
 def _group(name: str) -> str:

@@ -86,7 +86,10 @@ class Example:
         for k, columns in enumerate(self.columns):
             steps = len(self.steps[k]) if self.steps else 0
             for name, value in columns.items():
-                numbers = [float(v) for v in value] if is_per_token(value) else float(value)  # type: ignore[union-attr, arg-type]
+                try:
+                    numbers = [float(v) for v in value] if is_per_token(value) else float(value)  # type: ignore[union-attr, arg-type]
+                except (TypeError, ValueError, OverflowError):
+                    return f"responses[{k}]: {name}={value!r:.80} must be a number, or a list of one for each step"
                 if isinstance(numbers, list) and len(numbers) != steps:
                     return f"responses[{k}] has {steps} steps but {len(numbers)} values of {name}"
                 if not all(map(math.isfinite, numbers if isinstance(numbers, list) else [numbers])):

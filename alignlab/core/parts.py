@@ -5,27 +5,50 @@ What they raise and what they return is checked here: a mistake is one line that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from inspect import isroutine
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alignlab.core.algorithm import Algorithm, Metrics, Outputs
 from alignlab.core.batch import Batch, Unit
 from alignlab.core.errors import AlignlabError, ConfigError, did_you_mean, failure
-from alignlab.core.group import Group
+from alignlab.core.group import Group, Response, is_per_token
+from alignlab.core.interfaces import (
+    DataOrder,
+    Environment,
+    NeedsPolicy,
+    NeedsSampler,
+    RolloutContext,
+    RolloutEngine,
+    Sampler,
+    Scorer,
+)
 from alignlab.core.memory import is_memory_error
 
 READS = ("logp", "entropy", "entropy_grad", "value", "score", "step")
 """What a forward pass can compute for a loss."""
 
 
+WHOLE = (int, np.integer)
+"""Kinds of whole numbers."""
+
+
 def name_of(part: object, method: str = "") -> str:
     """As in "my_module.MyScorer.score"."""
-    kind = type(part)
+    kind: Any = part if isroutine(part) else type(part)
+    method = "" if isroutine(part) else method
     return ".".join(filter(None, (kind.__module__, kind.__qualname__, method)))
+
+
+def is_ours(part: object) -> bool:
+    """Whether a part's class is one of alignlab's own."""
+    return type(part).__module__.partition(".")[0] == "alignlab"
 
 
 @contextmanager
@@ -45,7 +68,7 @@ def calling(part: object, method: str, where: str = "") -> Iterator[None]:
     except AlignlabError:
         raise
     except (Exception, SystemExit) as error:
-        if type(part).__module__.partition(".")[0] == "alignlab" or is_memory_error(error):
+        if is_ours(part) or is_memory_error(error):
             raise
         place = f"{where}: " if where else ""
         raise AlignlabError(f"{place}{name_of(part, method)}: {failure(error)}") from error
@@ -142,9 +165,258 @@ def numbers_of(part: object, method: str, found: Any) -> dict[str, float]:
     if not isinstance(found, Mapping):
         raise AlignlabError(f"{name_of(part, method)}: must return a dictionary of numbers; got {_kind(found)}")
     try:
-        return {str(name): float(value) for name, value in found.items()}
-    except (TypeError, ValueError) as error:
-        raise AlignlabError(f"{name_of(part, method)}: must return a dictionary of numbers: {error}") from error
+        return {str(name): number(value) for name, value in found.items()}
+    except ValueError as error:
+        raise AlignlabError(f"{name_of(part, method)}: must return a dictionary of numbers: one {error}") from error
+
+
+def number(value: Any) -> float:
+    """A number that someone else's code gave, NaN and infinity among them.
+
+    Raises:
+        ValueError: it is none; a text of digits is none.
+    """
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except Exception as error:
+        raise ValueError(f"is no number ({_kind(value)})") from error
+    raise ValueError(f"is no number ({_kind(value)})")
+
+
+def finite(value: Any) -> float:
+    """A number that is neither NaN nor infinite.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not math.isfinite(found := number(value)):
+        raise ValueError(f"is not finite ({found})")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- scoring
+
+
+def fills_of(part: Scorer | Environment) -> tuple[str, ...]:
+    """Names of the columns that a scorer or an environment fills.
+
+    Raises:
+        ConfigError: they are no names.
+    """
+    with calling(part, "fills"):
+        found: Any = part.fills
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(isinstance(n, str) for n in found):
+        raise ConfigError(f'{name_of(part, "fills")}: must be a tuple of names, as in ("reward",); got {found!r:.80}')
+    return tuple(found)
+
+
+def bind_all(parts: Iterable[object], model: Any) -> None:
+    """Tell the parts that want to know it which model is trained, or measured."""
+    for part in parts:
+        if isinstance(part, NeedsPolicy):
+            with calling(part, "bind"):
+                part.bind(model, model.tokenizer)
+
+
+def score(scorer: Scorer, groups: Sequence[Group]) -> None:
+    """Have a scorer fill its columns.
+
+    Raises:
+        AlignlabError: it raised, or a response lacks a column, or has something else in it than finite numbers.
+    """
+    with calling(scorer, "score", records(groups)):
+        scorer.score(groups)
+    _check_columns(scorer, "score", groups, fills_of(scorer))
+
+
+def _check_columns(part: object, method: str, groups: Sequence[Group], names: Sequence[str]) -> None:
+    for group in groups:
+        for k, response in enumerate(group.responses):
+            for name in names:
+                if name not in response.columns:
+                    if is_ours(part):  # of a record's own responses, or of groups of another size
+                        continue
+                    raise AlignlabError(
+                        f"{group.place}: {name_of(part, method)}: response {k + 1} got no '{name}', which is in `fills`"
+                    )
+                try:
+                    response.columns[name] = _column(response, response.columns[name])
+                except ValueError as error:
+                    raise AlignlabError(
+                        f"{group.place}: {name_of(part, method)}: '{name}' of response {k + 1} {error}"
+                    ) from error
+
+
+def _column(response: Response, value: Any) -> Any:
+    """A column as it was given; a tensor of one number becomes that number."""
+    if getattr(value, "ndim", None) == 0 or not is_per_token(value) or isinstance(value, str | bytes):
+        return finite(value) if hasattr(value, "ndim") or not isinstance(value, bool | int | float) else _same(value)
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except Exception as error:
+        raise ValueError(f"is neither a number nor one for each token; got {_kind(value)}") from error
+    if found.shape != (response.loss_tokens,):
+        raise ValueError(
+            f"has the shape {found.shape}: give one number, or one for each of its {response.loss_tokens} tokens that "
+            "bear loss"
+        )
+    if not np.isfinite(found).all():
+        raise ValueError("has numbers that are not finite")
+    return value
+
+
+def _same(value: float) -> float:
+    finite(value)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def check_engine(engine: RolloutEngine) -> RolloutEngine:
+    """Raise ConfigError unless an engine's temperature and importance cap are numbers."""
+    for name, wanted in (("temperature", "a number >= 0"), ("importance_cap", "a number > 0, or None")):
+        with calling(engine, name):
+            value = getattr(engine, name)
+        try:
+            good = (value is None and name != "temperature") or finite(value) >= 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"{name_of(engine, name)}: must be {wanted}; got {value!r:.80}")
+    return engine
+
+
+@contextmanager
+def started(engine: RolloutEngine, context: RolloutContext) -> Iterator[None]:
+    """What an engine needs for as long as a run samples."""
+    with ExitStack() as stack:
+        with calling(engine, "start"):
+            manager: Any = engine.start(context)
+            if not isinstance(manager, AbstractContextManager):
+                raise AlignlabError(
+                    f"{name_of(engine, 'start')}: must return a context manager, as nullcontext(); got {_kind(manager)}"
+                )
+            stack.enter_context(manager)
+        yield
+
+
+def sampler_of(engine: RolloutEngine, policy: Any) -> Sampler:
+    """An engine's sampler of a policy."""
+    with calling(engine, "sampler"):
+        found: Any = engine.sampler(policy)
+        if not isinstance(found, Sampler):
+            raise AlignlabError(
+                f"{name_of(engine, 'sampler')}: must return a sampler, with `sample` and `generated_tokens`; got "
+                f"{_kind(found)}"
+            )
+    return found
+
+
+def give_sampler(scorers: Iterable[Scorer], sampler: Sampler) -> None:
+    """Hand the sampler to the scorers that draw responses themselves."""
+    for scorer in scorers:
+        if isinstance(scorer, NeedsSampler):
+            with calling(scorer, "bind_sampler"):
+                scorer.bind_sampler(sampler)
+
+
+def generated_tokens(sampler: Sampler) -> int:
+    """Tokens that a sampler has drawn so far."""
+    with calling(sampler, "generated_tokens"):
+        found = sampler.generated_tokens
+    try:
+        return int(finite(found))
+    except ValueError as error:
+        raise AlignlabError(f"{name_of(sampler, 'generated_tokens')}: {error}") from error
+
+
+def drawn(sampler: Sampler, environment: Environment | None, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
+    """The groups with n responses each, from the sampler, or from an environment in which its policy acts.
+
+    Raises:
+        AlignlabError: that raised, or returned something else.
+    """
+    part, method = (sampler, "sample") if environment is None else (environment, "rollout")
+    with calling(part, method, records(groups)):
+        found: Any = (
+            sampler.sample(groups, n, seed) if environment is None else environment.rollout(sampler, groups, n, seed)
+        )
+    if not is_ours(part):
+        _check_drawn(name_of(part, method), groups, found, n)
+    if environment is not None:
+        _check_columns(environment, method, found, fills_of(environment))
+    return list(found)
+
+
+def _check_drawn(name: str, groups: Sequence[Group], found: Any, n: int) -> None:
+    if not isinstance(found, Sequence) or not all(isinstance(g, Group) for g in found):
+        raise AlignlabError(f"{name}: must return a list of groups; got {_kind(found)}")
+    if len(found) != len(groups):
+        raise AlignlabError(f"{name}: returned {len(found)} groups for {len(groups)}")
+    for group, asked in zip(found, groups, strict=True):
+        if len(group.responses) != n or not all(isinstance(r, Response) for r in group.responses):
+            raise AlignlabError(f"{asked.place}: {name}: must give {n} responses; got {len(group.responses)}")
+        for k, response in enumerate(group.responses):
+            where, ids, mask = f"{asked.place}: {name}: response {k + 1}", response.token_ids, response.loss_mask
+            if not isinstance(ids, list) or not ids or not all(isinstance(i, WHOLE) and i >= 0 for i in ids):
+                raise AlignlabError(f"{where} needs a list of at least one token id")
+            if mask is not None and len(mask) != len(ids):
+                raise AlignlabError(f"{where} has {len(ids)} tokens and {len(mask)} values of loss_mask")
+            if not is_per_token(response.columns.get("behaviour_logp", 0.0)):
+                raise AlignlabError(f"{where} needs `behaviour_logp`, a log-prob for each token that bears loss")
+            try:
+                _column(response, response.columns["behaviour_logp"])
+            except ValueError as error:
+                raise AlignlabError(f"{where}: `behaviour_logp` {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def factor_of(schedule: Any, done: float) -> float:
+    """A schedule's factor on the peak learning rate when a share `done` of the run is over.
+
+    Raises:
+        AlignlabError: it raised, or returned something else than a number >= 0.
+    """
+    with calling(schedule, "__call__", f"at {done:.1%} of the run"):
+        found = schedule(done)
+    try:
+        if (factor := finite(found)) >= 0:
+            return factor
+        raise ValueError(f"is {factor}")
+    except ValueError as error:
+        raise AlignlabError(
+            f"{name_of(schedule, '__call__')}: a factor on the learning rate must be >= 0; that at {done:.1%} of the "
+            f"run {error}"
+        ) from error
+
+
+def check_order(order: DataOrder) -> None:
+    """Raise ConfigError unless an order says how many batches make an epoch."""
+    with calling(order, "batches_per_epoch"):
+        found: Any = order.batches_per_epoch
+    if not isinstance(found, WHOLE) or int(found) < 1:
+        raise ConfigError(f"{name_of(order, 'batches_per_epoch')}: must be a whole number >= 1; got {found!r:.80}")
+
+
+def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
+    """Indices of the records of a batch, of `count` records in all.
+
+    Raises:
+        AlignlabError: it raised, or returned something else.
+    """
+    with calling(order, "batch", f"batch {index + 1}"):
+        found: Any = order.batch(index)
+        listed = None if found is None or isinstance(found, str) else list(found)
+    if not listed or not all(isinstance(i, WHOLE) and 0 <= i < count for i in listed):
+        raise AlignlabError(
+            f"{name_of(order, 'batch')}: batch {index + 1} must be indices of records, from 0 to {count - 1}, at least "
+            f"one; got {found!r:.80}"
+        )
+    return [int(i) for i in listed]
 
 
 def _kind(value: object) -> str:

@@ -148,7 +148,7 @@ class _Reader:
                 raise BadRecord(f"data.parser={name}: {fault}")
         except BadRecord:
             raise
-        except Exception as error:  # the parser may be the user's own: say where it failed
+        except (Exception, SystemExit) as error:  # the parser may be the user's own: say where it failed
             raise BadRecord(f"data.parser={name}: {failure(error)}") from error
         example.format, example.origin = name, record.origin
         if example.group is not None:

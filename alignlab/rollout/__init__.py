@@ -6,6 +6,7 @@ from typing import Any
 
 from alignlab.build import build_type
 from alignlab.core import Environment, RolloutEngine
+from alignlab.core.parts import check_engine
 from alignlab.rollout.local import LocalRollout
 from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.multi_turn import MultiTurn
@@ -36,8 +37,7 @@ __all__ = [
 
 def build_engine(values: Any) -> RolloutEngine:
     """The engine of the config's section `rollout`: one of ours or anyone's on the Python path."""
-    engine: RolloutEngine = build_type(RolloutEngine, values, "rollout")
-    return engine
+    return check_engine(build_type(RolloutEngine, values, "rollout"))
 
 
 def build_environment(values: Any) -> Environment | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Sampler, require
 from alignlab.core.example import BadRecord
+from alignlab.core.parts import finite
 from alignlab.data import DataSettings
 from alignlab.data.chat import ChatTemplate
 from alignlab.data.encode import Encoder
@@ -65,7 +66,9 @@ class _Conversation:
 def _read(reply: tuple[str | None, float]) -> tuple[str | None, float]:
     """What `MultiTurn.reply` returned, held against what it is to return."""
     said, reward = reply
-    return None if said is None else str(said), float(reward)
+    if said is not None:
+        str(said).encode()  # half a character is none: no tokenizer takes it
+    return None if said is None else str(said), finite(reward)
 
 
 class MultiTurn:
@@ -165,7 +168,7 @@ class MultiTurn:
         c = conversation
         before = self.tokenizer.decode(c.tokens[: c.start], skip_special_tokens=True)
         columns: dict[str, Any] = {"behaviour_logp": np.asarray(c.logp), "reward": float(c.reward)}
-        columns |= {name: float(value) for name, value in call(self.columns, dict, c.group, c.state).items()}
+        columns |= call(self.columns, lambda found: {n: finite(v) for n, v in found.items()}, c.group, c.state)
         if missing := sorted(set(self.fills) - set(columns)):
             raise AlignlabError(f"{type(self).__name__}.columns: gives no {', '.join(missing)}, which is in fills")
         mask = None if all(c.mask) else c.mask

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from alignlab.build import section
-from alignlab.core import ConfigError, Group, NeedsPolicy, NeedsSampler, RolloutContext
+from alignlab.core import ConfigError, Group, RolloutContext
+from alignlab.core.parts import bind_all, calling, drawn, generated_tokens, give_sampler, sampler_of, score, started
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
@@ -39,7 +40,8 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     settings = section(ModelSettings, config["model"], "model")
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
     engine, environment = build_engine(config["rollout"]), build_environment(config.get("environment"))
-    engine.check({"model": settings, "quantization": quantization, "environment": environment}, None)
+    with calling(engine, "check"):
+        engine.check({"model": settings, "quantization": quantization, "environment": environment}, None)
     scorers = build_scorers(config["scoring"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -53,26 +55,19 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
         print(f"note: {note}", file=sys.stderr)
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
     check_tokens(prompts, int(model.config.vocab_size))
-    for part in (*scorers, environment):
-        if isinstance(part, NeedsPolicy):
-            part.bind(model, model.tokenizer)
+    bind_all((*scorers, environment), model)
     found: list[Group] = []
     tokens = 0
-    with engine.start(RolloutContext(model, settings, out)):
-        started = time.monotonic()
-        sampler = engine.sampler(model)
-        for scorer in scorers:
-            if isinstance(scorer, NeedsSampler):
-                scorer.bind_sampler(sampler)
+    with started(engine, RolloutContext(model, settings, out)):
+        begun = time.monotonic()
+        sampler = sampler_of(engine, model)
+        give_sampler(scorers, sampler)
         for round_ in range(wanted.rounds):
-            seed, before = wanted.seed + round_, sampler.generated_tokens
-            if environment is None:
-                groups = sampler.sample(prompts, wanted.group_size, seed)
-            else:
-                groups = environment.rollout(sampler, prompts, wanted.group_size, seed)
-            tokens += sampler.generated_tokens - before
+            seed, before = wanted.seed + round_, generated_tokens(sampler)
+            groups = drawn(sampler, environment, prompts, wanted.group_size, seed)
+            tokens += generated_tokens(sampler) - before
             for scorer in scorers:
-                scorer.score(groups)
+                score(scorer, groups)
             found.extend(groups)
     write_jsonl(out / "groups.jsonl", [group_to_record(g) for g in found])
-    return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - started, 3)}
+    return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - begun, 3)}

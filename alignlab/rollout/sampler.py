@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from alignlab.algorithms.rejection_sampling import best
 from alignlab.core import AlignlabError, ConfigError, DataError, Group, Sampler, Scorer
+from alignlab.core.parts import drawn, fills_of, score
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
 from alignlab.rollout.sampling import stream_key
@@ -143,8 +144,8 @@ def best_of(
     Raises:
         AlignlabError: where the scorer does not fill that column.
     """
-    if column not in scorer.fills:
-        raise AlignlabError(f"best of {n}: the scorer fills {', '.join(scorer.fills) or 'nothing'}, not '{column}'")
-    sampled = sampler.sample(groups, n, seed)
-    scorer.score(sampled)
+    if column not in (fills := fills_of(scorer)):
+        raise AlignlabError(f"best of {n}: the scorer fills {', '.join(fills) or 'nothing'}, not '{column}'")
+    sampled = drawn(sampler, None, groups, n, seed)
+    score(scorer, sampled)
     return [g.with_responses(best(g, 1, column)) for g in sampled]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Sampler, Scorer, require
+from alignlab.core import AlignlabError, ConfigError, Group, Sampler, Scorer, require
+from alignlab.core.parts import bind_all, fills_of, score
 from alignlab.data.steps import Steps
 from alignlab.rollout.batching import Row
 from alignlab.rollout.sampler import StepSampler
@@ -66,16 +67,15 @@ class StepSearch:
     ) -> None:
         require(beams >= 1, "environment.beams", beams, "must be at least 1")
         require(expand >= 1, "environment.expand", expand, "must be at least 1")
-        if "reward" not in scorer.fills:
-            raise AlignlabError(f"environment.scorer: fills {', '.join(scorer.fills) or 'nothing'}, not 'reward'")
+        self.fills = fills_of(scorer)
+        if "reward" not in self.fills:
+            raise AlignlabError(f"environment.scorer: fills {', '.join(self.fills) or 'nothing'}, not 'reward'")
         self.scorer, self.beams, self.expand = scorer, beams, expand
         self.step_separator, self.step_token = step_separator, step_token
-        self.fills = tuple(scorer.fills)
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
         """For a scorer that works with the policy."""
-        if isinstance(self.scorer, NeedsPolicy):
-            self.scorer.bind(policy, tokenizer)
+        bind_all([self.scorer], policy)
 
     def rollout(self, sampler: Sampler, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
         """See `alignlab.core.Environment.rollout`.
@@ -101,7 +101,7 @@ class StepSearch:
         self._prune(searches, 1)
         best = [s.beams[0].row.response() for s in searches]
         found = [g.with_responses(best[i * n : (i + 1) * n]) for i, g in enumerate(groups)]
-        self.scorer.score(found)
+        score(self.scorer, found)
         return found
 
     def _expand(self, search: _Search, count: int) -> None:
@@ -130,7 +130,7 @@ class StepSearch:
         pairs = zip(crowded, new, strict=True)
         scored = [s.group.with_responses([b.row.response() for b in some]) for s, some in pairs]
         if wanted := [g for g in scored if g.responses]:
-            self.scorer.score(wanted)
+            score(self.scorer, wanted)
         for group, some in zip(scored, new, strict=True):
             for response, beam in zip(group.responses, some, strict=True):
                 beam.score = float(response.columns["reward"])  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Reports, Scorer, require
+from alignlab.core.parts import calling, fills_of, score
 
 How = Literal["weighted_sum", "minimum", "mean_minus_deviation", "mean_minus_variance"]
 
@@ -28,17 +29,18 @@ class SeveralScorers:
 
     def __init__(self, members: Mapping[str, Scorer]) -> None:
         self.members = dict(members)
-        self.fills: tuple[str, ...] = tuple(dict.fromkeys(c for m in members.values() for c in m.fills))
+        self.fills: tuple[str, ...] = tuple(dict.fromkeys(c for m in members.values() for c in fills_of(m)))
 
     def score(self, groups: Sequence[Group]) -> None:
         for member in self.members.values():
-            member.score(groups)
+            score(member, groups)
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
         """See `alignlab.core.NeedsPolicy`: for the members that do."""
         for member in self.members.values():
             if isinstance(member, NeedsPolicy):
-                member.bind(policy, tokenizer)
+                with calling(member, "bind"):
+                    member.bind(policy, tokenizer)
 
     @property
     def report(self) -> dict[str, float]:
@@ -71,8 +73,8 @@ class CombinedScorer(SeveralScorers):
         require(how in COMBINE, "scoring.how", how, f"must be one of {', '.join(COMBINE)}")
         require(penalty >= 0, "scoring.penalty", penalty, "must be >= 0")
         for name, member in members.items():
-            if "reward" not in member.fills:
-                raise ConfigError(f"scoring.members.{name}: fills {', '.join(member.fills)}; it must fill reward")
+            if "reward" not in (fills := fills_of(member)):
+                raise ConfigError(f"scoring.members.{name}: fills {', '.join(fills)}; it must fill reward")
         unknown = sorted(set(weights or {}) - set(members))
         require(not unknown, "scoring.weights", weights, f"there is no member {', '.join(unknown)}")
         super().__init__(members)
@@ -85,7 +87,7 @@ class CombinedScorer(SeveralScorers):
             for group in groups:
                 for response in group.responses:
                     response.columns.pop("reward", None)  # another's must not pass for this member's
-            member.score(groups)
+            score(member, groups)
             for group in groups:
                 for response in group.responses:
                     if "reward" not in response.columns:

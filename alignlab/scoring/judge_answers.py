@@ -1,14 +1,98 @@
-"""From a judge's text and log-probs to a verdict."""
+"""What a judge's endpoint replies, and the verdict in its text and log-probs."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from alignlab.scoring.endpoint import Answer
+from pydantic import TypeAdapter
 
 NUMBER = r"-?\d+(?:\.\d+)?"
+MOST_TOKENS = 10_000_000
+"""No prompt or answer has more: an endpoint that says so, or says a negative number, has not counted."""
+ROUNDING = 0.01
+"""A log-prob may exceed 0 by so much."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: the answer, "" where there was none.
+        tokens: for each token of the answer its text and the log-probs, in nats, of the likeliest alternatives by their
+            text (the same text may come several times); empty where the endpoint gave none.
+        prompt_tokens, completion_tokens: what was paid for; 0 where the endpoint does not say.
+    """
+
+    text: str
+    tokens: list[tuple[str, list[tuple[str, float]]]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @classmethod
+    def read(cls, body: str, clean: Callable[[str], str] = str) -> Answer:
+        """From the body of a reply. Log-probs that are none, and counts of tokens that cannot be, are left out.
+
+        Args:
+            clean: what becomes of texts.
+
+        Raises:
+            ValueError: it is no chat completion.
+        """
+        try:
+            reply = json.loads(body)
+            choice = reply["choices"][0]
+            text = str(choice["message"].get("content") or "")
+            usage = reply.get("usage")
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        usage = usage if isinstance(usage, dict) else {}
+        counts = (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+        return cls(_whole(clean(text)), _read_tokens(choice, clean), *counts)
+
+    @classmethod
+    def kept(cls, values: Any) -> Answer:
+        """From a cache.
+
+        Raises:
+            ValueError: it is no answer.
+        """
+        return TypeAdapter(cls).validate_python(values)
+
+
+def _read_tokens(choice: Mapping[str, Any], clean: Callable[[str], str]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """The tokens of a choice with their alternatives; none where one of the log-probs is not a log-prob."""
+    try:
+        listed = (choice.get("logprobs") or {}).get("content") or []
+        found = [
+            (
+                _whole(clean(str(t["token"]))),
+                [(_whole(clean(str(o["token"]))), float(o["logprob"])) for o in t.get("top_logprobs") or []],
+            )
+            for t in listed
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
+        return []
+    return found if all(p <= ROUNDING for _, alternatives in found for _, p in alternatives) else []
+
+
+def _whole(text: str) -> str:
+    """The text with a mark in place of each half of a character, which no request and no file takes."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where it is none that can be."""
+    try:
+        count = 0 if isinstance(value, bool) else int(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return count if 0 <= count <= MOST_TOKENS else 0
 
 
 def find_answer(text: str, wanted: str) -> re.Match[str] | None:

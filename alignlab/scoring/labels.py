@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignlab.core import AlignlabError, Group, NeedsPolicy, Scorer, require
+from alignlab.core.parts import score
 
 
 class BradleyTerryLabels:
@@ -38,7 +39,7 @@ class BradleyTerryLabels:
             self.reward.bind(policy, tokenizer)
 
     def score(self, groups: Sequence[Group]) -> None:
-        self.reward.score(groups)
+        score(self.reward, groups)
         for group in groups:
             scaled = [float(r.columns["reward"]) / self.temperature for r in group.responses]  # type: ignore[arg-type]
             if self.certain:

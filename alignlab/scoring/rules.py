@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from alignlab.core import AlignlabError, Group
+from alignlab.core.errors import failure, shorten
+from alignlab.core.parts import finite
 from alignlab.data.steps import Steps, label_steps
 from alignlab.scoring.process_reward import spread
 
@@ -25,11 +27,15 @@ def call(function: Callable[..., Any], convert: Callable[[Any], Result], group: 
     Raises:
         AlignlabError: that failed, with the function's name and the record it failed on.
     """
+    where = f"{group.place}: {name_of(function)}"
     try:
-        return convert(function(*arguments))
+        found = function(*arguments)
+    except (Exception, SystemExit) as error:
+        raise AlignlabError(f"{where} failed: {failure(error)}") from error
+    try:
+        return convert(found)
     except Exception as error:
-        where = f"{group.origin or 'a group'}: {name_of(function)}"
-        raise AlignlabError(f"{where} failed: {type(error).__name__}: {error}") from error
+        raise AlignlabError(f"{where} returned {found!r:.80}: {shorten(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -52,9 +58,7 @@ class FunctionScorer:
     def score(self, groups: Sequence[Group]) -> None:
         for group in groups:
             for response in group.responses:
-                value = call(self.function, float, group, group.prompt, response.text, group.extra)
-                if value != value:
-                    raise AlignlabError(f"{group.origin}: the reward of a response is not a number")
+                value = call(self.function, finite, group, group.prompt, response.text, group.extra)
                 response.columns[self.column] = value
 
 
@@ -97,7 +101,7 @@ class StepCheckScorer:
 
     def _labels(self, group: Group, steps: list[str]) -> list[float]:
         name = name_of(self.function)
-        labels = call(self.function, lambda found: [float(x) for x in found], group, group.prompt, steps, group.extra)
+        labels = call(self.function, lambda found: [finite(x) for x in found], group, group.prompt, steps, group.extra)
         if len(labels) != len(steps):
             raise AlignlabError(f"{group.origin}: {name} gave {len(labels)} labels for {len(steps)} steps")
         for label in labels:

@@ -13,7 +13,6 @@ from alignlab.core import (
     Environment,
     ExactSampler,
     Group,
-    NeedsSampler,
     PrefetchingSampler,
     Reports,
     Response,
@@ -21,7 +20,18 @@ from alignlab.core import (
     Sampler,
     Scorer,
 )
-from alignlab.core.parts import calling, groups_of, numbers_of, records
+from alignlab.core.parts import (
+    calling,
+    generated_tokens,
+    give_sampler,
+    groups_of,
+    numbers_of,
+    sampler_of,
+    score,
+)
+from alignlab.core.parts import (
+    drawn as draw,
+)
 from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
@@ -124,12 +134,11 @@ class Collector:
             if following is not None and self.rollout is not None and self.rollout.prefetches:
                 self._prefetch(*following(), step)
         for scorer in self.scorers:
-            with calling(scorer, "score", records(mine)):
-                scorer.score(mine)
+            score(scorer, mine)
         for reporting in (*self.scorers, self.environment):
-            if isinstance(reporting, Reports):
-                with calling(reporting, "report"):
-                    report |= numbers_of(reporting, "report", reporting.report)
+            with calling(reporting, "report"):
+                said: Mapping[str, float] = reporting.report if isinstance(reporting, Reports) else {}
+            report |= numbers_of(reporting, "report", said)
 
         # An algorithm that arranges anew looks at all groups at once; for others, one exchange does for everything.
         arranges = type(self.algorithm).arrange is not Algorithm.arrange
@@ -161,16 +170,11 @@ class Collector:
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
             with choice as policy, self.engine.whole(policy):
-                sampler = self.rollout.sampler(policy)
-                if self.environment is not None:
-                    drawn = self.environment.rollout(sampler, groups, self.source.group_size, seed)
-                else:
-                    drawn = sampler.sample(groups, self.source.group_size, seed)
+                sampler = sampler_of(self.rollout, policy)
+                drawn = draw(sampler, self.environment, groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
-        tokens = sampler.generated_tokens  # a search draws more than it returns
-        for scorer in self.scorers:
-            if isinstance(scorer, NeedsSampler):
-                scorer.bind_sampler(sampler)
+        tokens = generated_tokens(sampler)  # a search draws more than it returns
+        give_sampler(self.scorers, sampler)
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]
@@ -181,7 +185,7 @@ class Collector:
         assert self.rollout is not None
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
         with self.engine.whole(self.model):
-            sampler = self.rollout.sampler(self.model)
+            sampler = sampler_of(self.rollout, self.model)
         if not isinstance(sampler, PrefetchingSampler):
             raise AlignlabError(f"{type(self.rollout).__name__} prefetches, but its samplers have no `prefetch`")
         take = sampler.prefetch(mine, self.source.group_size, seed)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Group, Interrupted, SamplerLost
-from alignlab.core.parts import calling
+from alignlab.core.parts import batch_of, calling, check_order, factor_of
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.signals import StopRequest
@@ -42,6 +42,7 @@ class Loop:
         trainer = self.trainer
         if trainer.order is None:
             raise AlignlabError("there are no records to train on: give Trainer(train=…), or call step(groups)")
+        check_order(trainer.order)
         error: BaseException | None = None
         try:
             self._resume()
@@ -71,7 +72,7 @@ class Loop:
                                 "get the same reward?)"
                             )
                         continue
-                    trainer.update(self._minibatch(), trainer.schedule(self.done))
+                    trainer.update(self._minibatch(), factor_of(trainer.schedule, self.done))
                     with calling(trainer.algorithm, "enough"):
                         enough = bool(trainer.algorithm.enough(trainer.last.metrics))
                     self._advance(enough)
@@ -149,9 +150,11 @@ class Loop:
             state.refreshed = index  # sampling may fail, and be done again after a resume
         groups, seed = self._drawn(index)
         found = trainer.collector.collect(groups, seed, step=state.step, following=lambda: self._drawn(index + 1))
-        trainer.order.observe(index, self._records.pop(index), found.sampled)
+        with calling(trainer.order, "observe", f"batch {index + 1}"):
+            trainer.order.observe(index, self._records.pop(index), found.sampled)
         state.iteration += 1
-        state.order = dict(trainer.order.state)
+        with calling(trainer.order, "state"):
+            state.order = dict(trainer.order.state)
         trainer.remember(found.report, found.reward if trainer.source.kind == "rollout" else None)
         if trainer.source.kind == "rollout":
             state.sampled = found.generated_tokens
@@ -164,7 +167,7 @@ class Loop:
         trainer = self.trainer
         assert trainer.order is not None
         if index not in self._records:
-            self._records[index] = list(trainer.order.batch(index))
+            self._records[index] = batch_of(trainer.order, index, len(trainer.train))
         return [trainer.train[i] for i in self._records[index]], iteration_seed(trainer.settings.seed, index)
 
     def _update_reference(self) -> None:

@@ -24,7 +24,7 @@ from alignlab.core import (
     Tracker,
     require,
 )
-from alignlab.core.parts import check_algorithm
+from alignlab.core.parts import calling, check_algorithm, fills_of, started
 from alignlab.data import DataSettings
 from alignlab.models import (
     ModelSettings,
@@ -72,7 +72,7 @@ class RunConfig:
 
     def sampling(self, context: RolloutContext) -> Any:
         """What must live while responses are sampled, such as a server."""
-        return self.rollout.start(context) if self.samples else nullcontext()
+        return started(self.rollout, context) if self.samples else nullcontext()
 
 
 def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: list[Scorer] | None = None) -> RunConfig:
@@ -113,7 +113,8 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
         _check_columns(run)
         parts = {"source": run.source, "distributed": run.distributed, "quantization": run.quantization}
-        run.rollout.check({**parts, "environment": run.environment}, run.algorithm)
+        with calling(run.rollout, "check"):
+            run.rollout.check({**parts, "environment": run.environment}, run.algorithm)
     elif run.environment is not None:
         raise ConfigError("environment: a policy acts in one only with source=rollout")
     if run.source.ref_update_interval and not wants_reference(run.algorithm, run.source):
@@ -141,8 +142,8 @@ def _check_limits(settings: TrainingSettings) -> None:
 def _check_columns(run: RunConfig) -> None:
     """Find out before anything is loaded that nobody fills in what the algorithm needs. Records bring columns of their
     own; a missing one is reported with the record."""
-    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in run.scorers for c in s.fills)}
-    filled |= set(run.environment.fills) if run.environment is not None else set()
+    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in run.scorers for c in fills_of(s))}
+    filled |= set(fills_of(run.environment)) if run.environment is not None else set()
     for column in run.algorithm.needs:
         if column not in filled:
             raise ConfigError(

@@ -22,14 +22,13 @@ from alignlab.core import (
     DataOrder,
     Environment,
     Group,
-    NeedsPolicy,
     NonFiniteError,
     Response,
     RolloutEngine,
     Schedule,
     Scorer,
 )
-from alignlab.core.parts import calling, check_algorithm, complaint
+from alignlab.core.parts import bind_all, calling, check_algorithm, complaint, numbers_of
 from alignlab.models import PackedModel, Reference, add_value_head, save_model
 from alignlab.training.checkpoints.state import State, load_state, save_state
 from alignlab.training.checkpoints.store import Checkpoints
@@ -142,9 +141,7 @@ class Trainer:
         if reference is not None and not reference.shares_weights:
             self.engine.divide(reference.held_in)
         self.reference = reference
-        for part in (*scorers, environment):
-            if isinstance(part, NeedsPolicy):
-                part.bind(model, model.tokenizer)
+        bind_all((*scorers, environment), model)
 
         self.checkpoints = checkpoints
         folder = self.checkpoints.folder.parent if self.checkpoints is not None else None
@@ -336,8 +333,9 @@ class Trainer:
 
     def remember(self, report: Mapping[str, float], reward: float | None) -> None:
         """What the steps on an iteration's groups report."""
-        self.state.report = {name: float(value) for name, value in {**self.algorithm.report, **report}.items()}
-        self.state.algorithm = dict(self.algorithm.state)
+        self.state.report = {**numbers_of(self.algorithm, "report", self.algorithm.report), **report}
+        with calling(self.algorithm, "state"):
+            self.state.algorithm = dict(self.algorithm.state)
         self.state.reward = reward
 
     # ------------------------------------------------------------------ evaluation
@@ -369,7 +367,8 @@ class Trainer:
         failed: BaseException | None = None
         for callback in reversed(self.callbacks):
             try:
-                callback.on_end(self, error or failed)
+                with calling(callback, "on_end"):
+                    callback.on_end(self, error or failed)
             except BaseException as raised:
                 failed = failed or raised
         if failed is not None and error is None:

@@ -3,7 +3,7 @@
 Each file of `corpus/` is a boundary: data, models, configs, code, folders, judges, scripts. Its cases are:
 
     name of the case:
-      files: {records.jsonl: "b'\\xff' * 8"}    # path → a Python expression of its content: a text or bytes
+      files: {records.jsonl: "b'\\xff' * 8"}    # path → a Python expression of its content, with makers' names
       make: [broken_adapter, {cut: {file: a}}]  # functions of makers*.py with the case's folder, and their options
       run: train {sft} data.path={here}/records.jsonl
       status: 2                                 # of the command; 2 unless it says otherwise
@@ -28,8 +28,7 @@ import yaml
 
 from tests.training import runs
 
-HERE = Path(__file__).parent
-CORPUS = HERE / "corpus"
+CORPUS = Path(__file__).parent / "corpus"
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,15 @@ class Case:
 
     def write(self, here: Path, prepared: Path) -> None:
         """Make its files."""
+        known = makers()
         for path, expression in self.files.items():
-            content = eval(expression, {"here": here, "prepared": prepared})
+            content = eval(expression, {**known, "here": here, "prepared": prepared})
             target = here / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         for maker in self.make:
             name, options = next(iter(maker.items())) if isinstance(maker, dict) else (maker, {})
-            _maker(name)(here, prepared, **options)
+            known[name](here, prepared, **options)
 
     def words(self, here: Path, prepared: Path) -> list[str]:
         """Its command line."""
@@ -69,10 +69,12 @@ class Case:
 
 
 @cache
-def _maker(name: str) -> Any:
-    """The function of a module `makers*.py` by its name."""
-    modules = (import_module(f"tests.hostile.{path.stem}") for path in sorted(HERE.glob("makers*.py")))
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+def makers() -> dict[str, Any]:
+    """What the modules `makers*.py` define, by name."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(__file__).parent.glob("makers*.py")):
+        found |= vars(import_module(f"tests.hostile.{path.stem}"))
+    return found
 
 
 def short(algorithm: str, here: Path, prepared: Path) -> list[str]:

@@ -100,14 +100,16 @@ def test_a_function_that_fails_names_the_record_and_itself() -> None:
     def my_rule(prompt: str, response: str, extra: dict) -> float:
         return float(extra["gold"])
 
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: .*my_rule failed: KeyError: 'gold'$"):
+    with pytest.raises(
+        AlignlabError, match=r"^data\.jsonl:5: .*my_rule failed: KeyError: 'gold' \(test_scoring\.py:\d+\)$"
+    ):
         FunctionScorer(my_rule).score([written("a")])
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: .*failed: (ValueError|TypeError)"):
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: .* returned 'good': is no number \(str\)"):
         FunctionScorer(lambda *_: "good").score([written("a")])  # type: ignore[arg-type, return-value]
 
 
 def test_a_reward_that_is_no_number() -> None:
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: the reward of a response is not a number"):
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: .*<lambda> returned nan: is not finite"):
         FunctionScorer(lambda *_: math.nan).score([written("a")])
 
 

@@ -17,6 +17,7 @@ from alignlab.benchmarks.exact.process import demonstrations, sample
 from alignlab.benchmarks.exact.steps import labelled_steps
 from alignlab.build import section
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer, require
+from alignlab.core.parts import score
 from alignlab.core.progress import progress
 from alignlab.data import write_jsonl
 
@@ -119,7 +120,7 @@ class ExactBenchmark(Benchmark):
         size = SCORED // SIBLINGS
         batches = [groups[i : i + size] for i in range(0, len(groups), size)]
         for batch in progress(batches, "scoring every completion", len(batches)):
-            scorer.score(batch)
+            score(scorer, batch)
         rewards = [float(r.columns["reward"]) for g in groups for r in g.responses]  # type: ignore[arg-type]
         reward_XY = torch.tensor(rewards, dtype=torch.float64).view(world.X, world.Y)
         if not reward_XY.isfinite().all():
@@ -145,7 +146,7 @@ class ExactBenchmark(Benchmark):
             for g in self._draw(logp_XY, PROXY_SAMPLES, seed)
             for i in range(0, len(g.responses), size)
         ]
-        proxy.score(groups)
+        score(proxy, groups)
         rewards = [float(r.columns["reward"]) for g in groups for r in g.responses]  # type: ignore[arg-type]
         return sum(rewards) / len(rewards)
 

@@ -18,6 +18,7 @@ from alignlab.build import locate
 from alignlab.comparison.graph.node import LOG, PLAN, fail, finish, last_words
 from alignlab.core import AlignlabError, ConfigError, Interrupted, StartAgain
 from alignlab.core.files import write_json
+from alignlab.core.parts import calling
 from alignlab.launch.start import HANDLED, Failed
 from alignlab.training.callbacks.pruning import PRUNED
 from alignlab.training.run_folder import RESULT, fingerprint
@@ -97,14 +98,18 @@ def base(config: dict[str, Any], folder: Path) -> None:
     """Make the base model that a benchmark brings along."""
     from alignlab.benchmarks.evaluate import build_benchmark
 
-    print(f"base model: {build_benchmark(config['benchmark']).base_model()}")
+    benchmark = build_benchmark(config["benchmark"])
+    with calling(benchmark, "base_model"):
+        print(f"base model: {benchmark.base_model()}")
 
 
 def data(config: dict[str, Any], folder: Path) -> None:
     """Write a benchmark's files."""
     from alignlab.benchmarks.evaluate import build_benchmark
 
-    build_benchmark(config["benchmark"]).write_data(folder, config["model"])
+    benchmark = build_benchmark(config["benchmark"])
+    with calling(benchmark, "write_data"):
+        benchmark.write_data(folder, config["model"])
 
 
 def train(config: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from alignlab.core import AlignlabError, Callback, Tracker
 from alignlab.core.files import write_text
+from alignlab.core.parts import number
 from alignlab.core.storage import storage_errors
 from alignlab.training.callbacks.progress import ProgressDisplay
 from alignlab.training.provenance import without_secrets
@@ -94,7 +95,10 @@ class MetricsLog:
         if self._file is None:
             self.resume(0)
         assert self._file is not None
-        values = {name: float(value) for name, value in metrics.items()}
+        try:
+            values = {str(name): number(value) for name, value in metrics.items()}
+        except ValueError as error:
+            raise AlignlabError(f"the metrics of step {step}: one {error}: {metrics!r:.200}") from error
         if taken := [name for name in RESERVED if name in values]:
             raise AlignlabError(f"a metric may not be called '{taken[0]}': every line has one already")
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -148,7 +152,7 @@ class MetricsLog:
             return None
         try:
             return work(self.tracker)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name, hint = type(self.tracker).__name__.lower(), getattr(self.tracker, "hint", "tracker=none does without")
             logger.error(
                 "%s failed: %s: %s. The work goes on; what it finds is in %s alone. %s",
@@ -162,7 +166,12 @@ class MetricsLog:
         if self.tracker is None:
             return
         config, lines = without_secrets(self.config), self._lines
-        known = self._with_tracker(lambda tracker: tracker.start(self.folder, config, lines))
+
+        def start(tracker: Tracker) -> int | None:
+            had = tracker.start(self.folder, config, lines)
+            return None if had is None else int(had)
+
+        known = self._with_tracker(start)
         counted = self.folder / TRACKED
         if known is None and counted.exists():
             with suppress(OSError, ValueError):
@@ -224,12 +233,12 @@ def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
     process's file."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for place, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
             found.append((line, values | {"step": int(values["step"]), "time": float(values["time"])}))
         except (ValueError, KeyError, TypeError):
-            logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, number, line)
+            logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, place, line)
     return found
 
 
