@@ -137,7 +137,7 @@ class Collector:
             score(scorer, mine)
         for reporting in (*self.scorers, self.environment):
             with calling(reporting, "report"):
-                said = reporting.report if isinstance(reporting, Reports) else {}
+                said: Mapping[str, float] = reporting.report if isinstance(reporting, Reports) else {}
             report |= numbers_of(reporting, "report", said)
 
         # An algorithm that arranges anew looks at all groups at once; for others, one exchange does for everything.
