@@ -25,8 +25,9 @@ from alignlab.core.memory import ADVICE, is_memory_error, said
 from alignlab.training.distributed.processes import launched
 from alignlab.training.distributed.watchdog import LOGS, STACKS, place
 from alignlab.training.settings import DistributedSettings
+from alignlab.training.signals import SIGNALS, heeded
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = tuple(getattr(signal, name) for name in SIGNALS)
 """What asks a run to stop, with a checkpoint."""
 
 POLL = 0.1
@@ -153,7 +154,7 @@ def start(config: dict[str, Any], out: Path, count: int) -> int:
     one asks for it (no memory, and a smaller token budget to go on with), all are started again.
     """
     team = Team(out, count)
-    former = {number: signal.signal(number, team.forward) for number in HANDLED}
+    former = {number: signal.signal(number, team.forward) for number in heeded()}
     try:
         status = team.run(config)
         while status == StartAgain.status and not team.forwarded:
