@@ -33,7 +33,7 @@ ONLY_PRINT = ("status", "plan", "help", "--help", "-h", "--version", "--cfg")
 """Commands and options that do nothing but print."""
 
 LEAVING = 30.0
-"""Seconds that one of a run's processes has to end once it has done its work: to part from the others may take for ever."""
+"""Seconds that one of a run's processes has to end once its work is done: parting from the others may take for ever."""
 
 
 def commands() -> dict[str, str]:
@@ -45,8 +45,8 @@ def commands() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, 74 where
-    it only prints and could not, and 128 + n when stopped by signal n with a checkpoint saved."""
+    """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, 74
+    where it only prints and could not, and 128 + n when stopped by signal n with a checkpoint saved."""
     own_process = arguments is None
     given = list(sys.argv[1:] if arguments is None else arguments)
     with safe_output(own_process) as output:

@@ -37,7 +37,7 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     Args:
         known: every command's one-line help.
     """
-    from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean, failure
+    from alignlab.core.errors import STARTER, AlignlabError, Interrupted, PeerLost, did_you_mean, failure
     from alignlab.launch import quiet
 
     quiet()
@@ -55,7 +55,8 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     except Interrupted as stop:
         return _stopped(stop)
     except AlignlabError as error:
-        _say_error(str(error), error)
+        if not (isinstance(error, PeerLost) and STARTER in os.environ):
+            _say_error(str(error), error)
         return error.status
     except KeyboardInterrupt:
         _say("stopped")

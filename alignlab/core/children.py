@@ -34,7 +34,7 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 
 
 def end_within(seconds: float, status: int) -> None:
-    """End this process with a status after so many seconds, unless it has ended: at its end a library may wait for ever.
+    """End this process with a status after so many seconds, unless it has ended: a library may wait for ever.
 
     The clock is the kernel's, and what it calls is no Python, so that it works also while Python's lock is held.
     """
@@ -49,17 +49,13 @@ def end_within(seconds: float, status: int) -> None:
     class Times(ctypes.Structure):  # itimerspec of <time.h>
         _fields_ = tuple((name, ctypes.c_long) for name in ("again", "again_ns", "first", "first_ns"))
 
-    try:
-        libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
-        end = ctypes.cast(libc._exit, ctypes.c_void_p).value
-        event = Event(value=status, notify=2, function=end)  # SIGEV_THREAD
-        whole, part = divmod(seconds, 1)
-        times = Times(first=int(whole), first_ns=int(part * 1e9))
+    libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+    if sys.platform == "linux" and hasattr(libc, "timer_create"):
+        event = Event(value=status, notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p))  # SIGEV_THREAD
+        times = Times(first=int(seconds), first_ns=int(seconds % 1 * 1e9))
         failed = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
-        if sys.platform == "linux" and not failed and not libc.timer_settime(timer, 0, ctypes.byref(times), None):
+        if not failed and not libc.timer_settime(timer, 0, ctypes.byref(times), None):
             return
-    except AttributeError:  # no such functions here
-        pass
     clock = threading.Timer(seconds, os._exit, [status])
     clock.daemon = True
     clock.start()

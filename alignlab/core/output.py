@@ -1,4 +1,4 @@
-"""Printing that ends nothing: a reader that is gone, a full disk, a closed terminal, an encoding without the symbols."""
+"""Printing that ends nothing, whether a reader or a terminal is gone, a disk is full, or an encoding lacks symbols."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Processes:
 
         distributed = distributed or DistributedSettings()
         on_cpu = not torch.cuda.is_available()
-        asked = _check_launch(distributed)
+        self.world = asked = _check_launch(distributed)
         self.timeout = distributed.timeout
         self.watchdog: Watchdog | None = None
         handlers = []
@@ -66,12 +66,13 @@ class Processes:
             ]
         AcceleratorState._reset_state()  # of an earlier run in this process, perhaps in another precision
         try:
-            self.accelerator = Accelerator(
-                mixed_precision=mixed_precision,
-                cpu=on_cpu,
-                step_scheduler_with_optimizer=False,
-                kwargs_handlers=handlers,
-            )
+            with self.peers():
+                self.accelerator = Accelerator(
+                    mixed_precision=mixed_precision,
+                    cpu=on_cpu,
+                    step_scheduler_with_optimizer=False,
+                    kwargs_handlers=handlers,
+                )
         except ValueError as error:
             raise ConfigError(f"training.mixed_precision={mixed_precision!r}: {error}") from error
         self.rank = int(self.accelerator.process_index)
