@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from alignlab.core.output import Output, safe_output
 
 HELP = """alignlab: which alignment algorithm should I use, and how far is it from the best that is possible?
 
@@ -25,6 +29,12 @@ options:
 HIDDEN = ("node",)
 """Commands that comparisons start and people do not: left out of the help."""
 
+ONLY_PRINT = ("status", "plan", "help", "--help", "-h", "--version", "--cfg")
+"""Commands and options that do nothing but print."""
+
+LEAVING = 30.0
+"""Seconds that one of a run's processes has to end once its work is done: parting from the others may take for ever."""
+
 
 def commands() -> dict[str, str]:
     """The one-line help of each command, by name: the first line of its file, read without importing it."""
@@ -35,14 +45,36 @@ def commands() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, and
-    128 + n when stopped by signal n with a checkpoint saved."""
-    status = _main(list(sys.argv[1:] if arguments is None else arguments))
-    if arguments is None:  # in a process of its own, which now ends: it must not look as if it had been stopped
+    """Run a command; returns the exit status: 0, 1 where parts of it failed, 2 for what the user can put right, 74
+    where it only prints and could not, and 128 + n when stopped by signal n with a checkpoint saved."""
+    own_process = arguments is None
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with safe_output(own_process) as output:
+        status = _main(given)
+        output.end()
+        if output.lost is not None:
+            status = _not_printed(output, status, any(word in ONLY_PRINT for word in given))
+    if own_process:  # it now ends, and must not look as if it had been stopped
         import signal
 
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from alignlab.core.children import end_within
+
+            end_within(LEAVING, status)
     return status
+
+
+def _not_printed(output: Output, status: int, wanted: bool) -> int:
+    """Say that something could not be printed; the exit status.
+
+    Args:
+        wanted: whether that was all that the command was to do.
+    """
+    if getattr(output.lost, "errno", None) == errno.EPIPE:  # the reader has seen enough, as in `… | head`
+        return status or (128 + 13 if wanted else 0)
+    print(f"{'alignlab' if wanted else 'note'}: not all could be printed: {output.lost}", file=sys.stderr)
+    return status or (74 if wanted else 0)  # EX_IOERR of sysexits.h
 
 
 def _main(arguments: list[str]) -> int:

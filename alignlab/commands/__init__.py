@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +37,7 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     Args:
         known: every command's one-line help.
     """
-    from alignlab.core.errors import AlignlabError, Interrupted, did_you_mean, failure
+    from alignlab.core.errors import STARTER, AlignlabError, Interrupted, PeerLost, did_you_mean, failure
     from alignlab.launch import quiet
 
     quiet()
@@ -56,13 +55,12 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     except Interrupted as stop:
         return _stopped(stop)
     except AlignlabError as error:
-        _say_error(str(error), error)
+        if not (isinstance(error, PeerLost) and STARTER in os.environ):
+            _say_error(str(error), error)
         return error.status
     except KeyboardInterrupt:
         _say("stopped")
         return 130
-    except BrokenPipeError:  # of what this command prints, as in `alignlab status runs | head`
-        return _without_reader()
     except (Exception, SystemExit) as error:
         hint = "" if os.environ.get(DEBUGGING) else f"; {DEBUG} shows where it comes from"
         _say_error(f"an error that alignlab did not expect: {failure(error)}{hint}", error)
@@ -81,24 +79,14 @@ def _say(text: str) -> None:
     """Print a message for people as one line."""
     from alignlab.core.errors import one_line
 
-    with suppress(OSError):  # nobody reads it, or the disk that it goes to is full
-        print(f"alignlab: {one_line(text)}", file=sys.stderr, flush=True)
+    print(f"alignlab: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _say_error(text: str, error: BaseException) -> None:
     """Print what was wrong; with --debug after the traceback."""
     if os.environ.get(DEBUGGING):
-        with suppress(OSError):
-            traceback.print_exception(error)
+        traceback.print_exception(error)
     _say(text)
-
-
-def _without_reader() -> int:
-    """Let no later flush raise again; the exit status, as of other programs that SIGPIPE ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    with suppress(OSError, ValueError):
-        os.dup2(null, sys.stdout.fileno())
-    return 128 + 13
 
 
 @dataclass(frozen=True)
@@ -201,7 +189,7 @@ def show_help(name: str, summary: str) -> None:
     folder = config_folder()
     if not (folder / f"{name}.yaml").exists():  # it has no settings
         return
-    text = (folder / f"{name}.yaml").read_text()
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     known = text + "".join((folder / f"{c}.yaml").read_text() for c in ("train", "compare") if f"- {c}\n" in text)
     print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):

@@ -1,4 +1,4 @@
-"""Child processes that end with the process that started them.
+"""Processes that end: with the process that started them, and in time.
 
 `python -m alignlab.core.children COMMAND …` runs a command in a new process group until standard input closes. Then it
 ends the whole group: a server that was killed may have left processes of its own behind.
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,34 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
+def end_within(seconds: float, status: int) -> None:
+    """End this process with a status after so many seconds, unless it has ended: a library may wait for ever.
+
+    The clock is the kernel's, and what it calls is no Python, so that it works also while Python's lock is held.
+    """
+    import ctypes
+
+    class Event(ctypes.Structure):  # sigevent of <signal.h>: a function to be called with a value, in a new thread
+        _fields_ = (
+            *(("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("notify", ctypes.c_int)),
+            *(("function", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("rest", ctypes.c_char * 64)),
+        )
+
+    class Times(ctypes.Structure):  # itimerspec of <time.h>
+        _fields_ = tuple((name, ctypes.c_long) for name in ("again", "again_ns", "first", "first_ns"))
+
+    libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+    if sys.platform == "linux" and hasattr(libc, "timer_create"):
+        event = Event(value=status, notify=2, function=ctypes.cast(libc._exit, ctypes.c_void_p))  # SIGEV_THREAD
+        times = Times(first=int(seconds), first_ns=int(seconds % 1 * 1e9))
+        failed = libc.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+        if not failed and not libc.timer_settime(timer, 0, ctypes.byref(times), None):
+            return
+    clock = threading.Timer(seconds, os._exit, [status])
+    clock.daemon = True
+    clock.start()
 
 
 def free_port() -> int:

@@ -30,6 +30,10 @@ class NonFiniteError(AlignlabError):
     """A loss or a gradient became NaN or infinite. The message names the records."""
 
 
+STARTER = "ALIGNLAB_STARTER"
+"""The variable that tells a process that the one which started it says what became of the others."""
+
+
 class PeerLost(AlignlabError):
     """Another process of the run has stopped or does not answer. The fault is there, not in this process."""
 

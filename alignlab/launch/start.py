@@ -20,13 +20,15 @@ import yaml
 
 from alignlab.core import AlignlabError, ConfigError, PeerLost, StartAgain
 from alignlab.core.children import end_with_parent, free_port
+from alignlab.core.errors import STARTER
 from alignlab.core.files import write_text
 from alignlab.core.memory import ADVICE, is_memory_error, said
 from alignlab.training.distributed.processes import launched
 from alignlab.training.distributed.watchdog import LOGS, STACKS, place
 from alignlab.training.settings import DistributedSettings
+from alignlab.training.signals import SIGNALS, heeded
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = tuple(getattr(signal, name) for name in SIGNALS)
 """What asks a run to stop, with a checkpoint."""
 
 POLL = 0.1
@@ -48,12 +50,14 @@ class Member:
 
     Attributes:
         log: where it writes, unless that is the terminal; `begun` is where its messages of this time start.
+        suspended: the signal by which it was suspended when it had to be ended.
     """
 
     rank: int
     process: subprocess.Popen[bytes]
     log: Path | None
     begun: int = 0
+    suspended: str | None = None
 
     @property
     def last_words(self) -> str:
@@ -153,7 +157,7 @@ def start(config: dict[str, Any], out: Path, count: int) -> int:
     one asks for it (no memory, and a smaller token budget to go on with), all are started again.
     """
     team = Team(out, count)
-    former = {number: signal.signal(number, team.forward) for number in HANDLED}
+    former = {number: signal.signal(number, team.forward) for number in heeded()}
     try:
         status = team.run(config)
         while status == StartAgain.status and not team.forwarded:
@@ -197,6 +201,8 @@ class Team:
         """End those that still run; who they were."""
         left = self.running()
         for member in left:
+            stop = os.waitid(os.P_PID, member.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+            member.suspended = signal.Signals(stop.si_status).name if stop else None
             member.process.kill()
         for member in left:
             member.process.wait()
@@ -241,13 +247,16 @@ class Team:
         own = [m for m in failed if m.process.returncode != PeerLost.status]
         logs = self.out / LOGS
         if not own and killed:
-            blamed, where = killed[0], place(logs / STACKS.format(killed[0].rank))
+            blamed = next((m for m in killed if m.suspended), killed[0])
+            where = place(logs / STACKS.format(blamed.rank))
             fault = f"did not answer{f'; it was in {where}' if where else ''}"
+            if blamed.suspended:
+                fault = f"did not answer: it was suspended by {blamed.suspended}"
         else:
             # The abort of a process may be what a library does when another one is gone.
             blamed = min(own or failed, key=lambda m: m.process.returncode == -signal.SIGABRT)
             alike = [m.rank for m in own or failed if m.process.returncode == blamed.process.returncode > 0]
-            if 0 in alike:  # has told the terminal itself
+            if 0 in alike and own:  # has told the terminal itself
                 return blamed.process.returncode
             fault = f"{blamed.ending}{f': {blamed.last_words}' if blamed.last_words else ''}"
         files = [blamed.log] if blamed.log is not None else []
@@ -274,6 +283,7 @@ def _start(rank: int, count: int, port: int, logs: Path) -> Member:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        STARTER: str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     log = logs / f"rank-{rank}.log" if rank else None

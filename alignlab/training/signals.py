@@ -9,12 +9,19 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
-"""Termination and pre-emption, Slurm's warning before the time limit (`--signal=USR1@60`), submitit's, and Ctrl-C."""
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP")
+"""Termination and pre-emption, Slurm's warning before the time limit (`--signal=USR1@60`), submitit's, Ctrl-C, and a
+terminal that is closed."""
+
+
+def heeded() -> list[int]:
+    """The numbers of those that ask for a stop: under `nohup` a closed terminal does not."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [getattr(signal, name) for name in SIGNALS if not (ignored and name == "SIGHUP")]
 
 
 class StopRequest:
-    """Within it, SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a clean stop; a second Ctrl-C stops at once.
+    """Within it, the first signal of `SIGNALS` asks for a clean stop; a second Ctrl-C stops at once.
 
         with StopRequest() as stop:
             for step in steps:
@@ -45,8 +52,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name)
+            for number in heeded():
                 self._former[number] = signal.signal(number, self._handle)
         return self
 

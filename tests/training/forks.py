@@ -63,6 +63,16 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def wait_at_most(pid: int, seconds: float) -> int:
+    """The same of a process that must have ended by then; otherwise it is killed."""
+    end = time.monotonic() + seconds
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return wait(pid)
+
+
 def command(words: Sequence[str]) -> Callable[[], None]:
     """A command line, as an action."""
 

@@ -15,7 +15,7 @@ def send(name: str) -> None:
     signal.raise_signal(getattr(signal, name))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
 def test_a_signal_asks_to_stop_and_is_named(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         assert not stop
@@ -60,6 +60,16 @@ def test_former_handlers_come_back_also_after_an_exception() -> None:
         signal.signal(signal.SIGUSR1, at_first["SIGUSR1"])
 
 
+def test_under_nohup_a_closed_terminal_is_no_reason_to_stop() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            send("SIGHUP")
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def test_in_another_thread_nothing_is_installed() -> None:
     handlers: list[object] = []
     errors: list[BaseException] = []
@@ -80,7 +90,7 @@ def test_in_another_thread_nothing_is_installed() -> None:
     assert handlers == before
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
 def test_a_process_signalled_from_outside_finishes_its_step(name: str) -> None:
     """Without the handler, each of these would end it by the signal; here it leaves its loop and reports the step."""
     read, write = os.pipe()

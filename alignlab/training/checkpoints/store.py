@@ -264,6 +264,7 @@ class Checkpoints:
             if self.agree(failure is None):
                 return
         except AlignlabError as silent:  # the others may be waiting for what this process failed to take part in
+            self._abandon(step)
             raise failure or silent from silent
         self._abandon(step)
         if failure is not None:

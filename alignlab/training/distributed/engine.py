@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import InStep, PackedModel
-from alignlab.training.distributed.processes import Processes
+from alignlab.training.distributed.processes import WRAPPERS, Processes
 from alignlab.training.settings import DistributedSettings
 
 BUCKET = 1 << 25
@@ -47,6 +47,7 @@ class Engine:
         self.module: Any = model
         self.optimizer: Any = optimizer
         self._wrap()
+        WRAPPERS.add(self.module)
 
     def _wrap(self) -> None:
         self.module, self.optimizer = self.processes.accelerator.prepare(self.model, self.optimizer)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from alignlab.training.distributed.watchdog import STACKS, Watchdog
 from alignlab.training.settings import DistributedSettings
 
 T = TypeVar("T")
+
+WRAPPERS: WeakSet[Any] = WeakSet()
+"""What engines have put around models, as long as it is in use: it may hold on to the process group."""
 
 SEVERAL = "ddp, fsdp, zero1, zero2 or zero3"
 
@@ -49,7 +53,7 @@ class Processes:
 
         distributed = distributed or DistributedSettings()
         on_cpu = not torch.cuda.is_available()
-        asked = _check_launch(distributed)
+        self.world = asked = _check_launch(distributed)
         self.timeout = distributed.timeout
         self.watchdog: Watchdog | None = None
         handlers = []
@@ -62,12 +66,13 @@ class Processes:
             ]
         AcceleratorState._reset_state()  # of an earlier run in this process, perhaps in another precision
         try:
-            self.accelerator = Accelerator(
-                mixed_precision=mixed_precision,
-                cpu=on_cpu,
-                step_scheduler_with_optimizer=False,
-                kwargs_handlers=handlers,
-            )
+            with self.peers():
+                self.accelerator = Accelerator(
+                    mixed_precision=mixed_precision,
+                    cpu=on_cpu,
+                    step_scheduler_with_optimizer=False,
+                    kwargs_handlers=handlers,
+                )
         except ValueError as error:
             raise ConfigError(f"training.mixed_precision={mixed_precision!r}: {error}") from error
         self.rank = int(self.accelerator.process_index)
@@ -76,7 +81,7 @@ class Processes:
         if self.world != asked:
             raise AlignlabError(f"started as one of {asked} processes, but Accelerate sees {self.world}")
         if torch.distributed.is_initialized():
-            atexit.register(_leave)
+            atexit.register(leave)
 
     @property
     def is_main(self) -> bool:
@@ -205,7 +210,15 @@ def _check_launch(distributed: DistributedSettings) -> int:
     return found
 
 
-def _leave() -> None:
-    """Part from the others in order: a group that is still there when the interpreter ends may abort it."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave() -> None:
+    """Part from the others in order: first what holds on to the process group, then the group itself.
+
+    A reducer of DDP that outlives the group ends its threads while it holds Python's lock, and they may be waiting for
+    that: for ever. A group that is still there when the interpreter ends may abort it.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    for wrapper in list(WRAPPERS):
+        for held in ("reducer", "logger"):
+            vars(wrapper).pop(held, None)
+    torch.distributed.destroy_process_group()

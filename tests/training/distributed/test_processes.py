@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from alignlab.cli import main
 from alignlab.core import ConfigError
+from alignlab.core.children import end_within
 from alignlab.launch import start
-from alignlab.training.distributed.processes import Processes, launched
+from alignlab.training.distributed.processes import WRAPPERS, Processes, launched, leave
 from alignlab.training.settings import DistributedSettings
+from alignlab.training.trainer import Trainer
 from tests.launch import forked
 from tests.training import forks, runs
 
@@ -92,6 +99,46 @@ def test_what_was_started_must_be_what_was_asked_for(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Processes("no", settings(**wanted))
+
+
+def test_what_holds_on_to_the_group_goes_before_it(tmp_path: Path) -> None:
+    """Exchanges that are still going on need Python's lock when they end. A reducer that is freed after the group waits
+    for them while it holds that lock: without the right order every one of these processes hangs."""
+    runs.prepare(tmp_path)
+    run, kept = Trainer.run, []
+
+    def keeping(self: Trainer) -> Any:
+        kept.append(self.engine.module)
+        return run(self)
+
+    def act() -> None:
+        Trainer.run = keeping  # type: ignore[method-assign]
+        runs.train(tmp_path, "sft", "run", "distributed=ddp", "training.steps=1", "training.progress=off")
+        assert kept[0] in WRAPPERS and kept[0].reducer is not None
+        torch.distributed.barrier()
+        for _ in range(8):
+            torch.distributed.all_reduce(torch.zeros(4_000_000), async_op=True)
+        leave()
+        kept.clear()
+        gc.collect()
+
+    log = tmp_path / "log"
+    pids = forks.members(act, log)
+    statuses = [forks.wait_at_most(pid, 60) for pid in pids]
+    assert statuses == [0, 0], "\n".join(log.with_name(f"log.{rank}").read_text() for rank in (0, 1))
+
+
+@pytest.mark.parametrize("status", [0, 143])
+def test_a_process_that_hangs_at_its_end_ends_with_its_status(status: int, tmp_path: Path) -> None:
+    """Even where it holds Python's lock, as a library does that frees something and waits."""
+
+    def act() -> None:
+        end_within(0.3, status)
+        ctypes.PyDLL(None).sleep(60)  # PyDLL: without giving up the lock
+
+    began = time.monotonic()
+    assert forks.wait(forks.fork(act)) == status
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.component
