@@ -33,12 +33,18 @@ class TrainingSettings(Settings):
     metric_mode: Literal["min", "max"] = "min"
     final: Literal["last", "best"] = "last"
     checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_seconds: float | None = Field(600.0, gt=0)
     keep_last: int = Field(2, ge=1)
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "despite_changes", "never"] = "auto"
     log_every: int = Field(1, ge=1)
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)
     save_model: Literal["adapter", "merged"] = "adapter"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether what is in the run's folder is gone on with."""
+        return self.resume != "never"
 
     @property
     def keeps_best(self) -> bool:
