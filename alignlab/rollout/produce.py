@@ -23,7 +23,6 @@ from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.rollout import build_engine, build_environment
 from alignlab.scoring import build_scorers
 
-
 GROUPS, MADE_FROM = "groups.jsonl", "sample.json"
 
 

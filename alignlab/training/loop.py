@@ -108,7 +108,7 @@ class Loop:
         """One checkpoint before the model is saved, which may fail, and for a run that is to be longer."""
         trainer = self.trainer
         known = trainer.checkpoints is None or trainer.checkpoints.at == trainer.state.step
-        if known or trainer.discarded or trainer.settings.checkpoint_seconds is None:
+        if known or trainer.discarded or trainer.settings.checkpoint_every is None:
             return
         try:
             trainer.checkpoint()

@@ -219,7 +219,7 @@ def _callbacks(
         found.append(Samples(out))
     if is_main and (pruning := Pruning.of(out)) is not None:
         found.append(pruning)
-    found.append(CheckpointEvery(settings.checkpoint_every, settings.checkpoint_seconds))
+    found.append(CheckpointEvery(settings.checkpoint_steps, settings.checkpoint_seconds))
     return found
 
 

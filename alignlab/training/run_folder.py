@@ -26,7 +26,7 @@ REFERENCE_CACHE = "cache"
 
 MAY_CHANGE = ("tracker", "callbacks", "out", "name", "distributed")
 MAY_CHANGE_TRAINING = (
-    *("progress", "log_every", "threads", "keep_last", "checkpoint_every", "checkpoint_seconds", "resume"),
+    *("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume"),
     *("max_tokens_per_microbatch", "reference_cache"),
 )
 LIMITS = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
@@ -95,7 +95,7 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     if (out / RESULT).exists() and not any(out.glob("checkpoints/step-*")):
         raise ConfigError(
             f"out={out}: this folder holds a finished run with {told} and no checkpoint to go on from "
-            f"(training.checkpoint_seconds=null writes none at the end): {anew}"
+            f"(training.checkpoint_every=null writes none at the end): {anew}"
         )
     wanted = ", ".join(f"{k}={_shown(now.get(k))}" for k in different)
     print(f"note: {out}: a run with {told} goes on with {wanted}, and with its schedule from here on", file=sys.stderr)
