@@ -117,8 +117,8 @@ def check_data(folder: Path, data_files: Iterable[Path], resume: str = "auto") -
 
 def changed_versions(folder: Path) -> list[str]:
     """What has other versions than when the run in a folder was last at work, as in "torch 2.7.0 → 2.8.0"."""
-    session = _last_session(folder)
-    code = _code()
+    session, package = _last_session(folder), Path(alignlab.__file__).parent
+    code = {"alignlab": alignlab.__version__, "sources_sha256": _tree_digest(package, "*.py")}
     before = {**session.get("packages", {}), "Python": session.get("python")}
     now = {**{name: _version(name) for name in PACKAGES}, "Python": platform.python_version()}
     for name, key in (("alignlab", "alignlab"), ("alignlab's code", "sources_sha256")):
