@@ -99,7 +99,8 @@ class Disk:
             place, handle = os.fspath(arguments[0]), arguments[-1]
             if event in ("os.remove", "os.rmdir") and isinstance(handle, int) and handle >= 0:
                 place = os.path.join(os.readlink(f"/proc/self/fd/{handle}"), place)
-            self.meet(EVENTS[event], place)
+            if event != "os.mkdir" or not os.path.isdir(place):
+                self.meet(EVENTS[event], place)
 
     def _wrap(self, owner: Any, name: str, told: Callable[..., tuple[str, Any]]) -> None:
         real = getattr(owner, name)

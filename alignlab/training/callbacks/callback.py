@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Callback, Group
-from alignlab.core.files import write_text
+from alignlab.core.files import sync, write_text
 from alignlab.core.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -122,10 +123,17 @@ class Samples(Callback):
         if not trainer.processes.is_main:
             return
         place = {"iteration": trainer.state.iteration, "step": trainer.state.step}
-        doing = storage_errors(self.path.parent, f"{SAMPLES} could not be written")
-        with doing, self.path.open("a", encoding="utf-8") as file:
+        with self._storage_errors(), self.path.open("a", encoding="utf-8") as file:
             for group in sampled[:SAMPLES_KEPT]:
                 for response in group.responses:
                     line = {**place, "prompt": group.prompt, "response": response.text}
                     numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
                     file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        if trainer.processes.is_main and self.path.exists():
+            with self._storage_errors():
+                sync(self.path)
+
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(self.path.parent, f"{SAMPLES} could not be written")
