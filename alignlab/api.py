@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.build import build_type, check_type, section
-from alignlab.config import compose, resolve
+from alignlab.config import compose, config_folder, read_yaml, resolve
 from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
 from alignlab.core.parts import score as score_groups
 from alignlab.data import DataSettings, encode_prompt
@@ -198,8 +198,8 @@ def train(
         settings.setdefault("distributed", "ddp")
     overrides, sections = [f"data={settings.pop('data_format', 'base')}"], {}
     made = algorithm if isinstance(algorithm, Algorithm) else None
-    if made is None:
-        overrides.append(f"algorithm={algorithm}")
+    if (option := algorithm if made is None else _option_of(made)) is not None:
+        overrides.append(f"algorithm={option}")
     for name, value in settings.items():
         if isinstance(value, str):
             overrides.append(f"{name}={value}")
@@ -270,6 +270,12 @@ def _data_settings(policy: Policy, **settings: Any) -> DataSettings:
     if wanted.max_length is None and policy.model.max_length:
         wanted = wanted.model_copy(update={"max_length": policy.model.max_length})
     return wanted
+
+
+def _option_of(algorithm: Algorithm) -> str | None:
+    """The option of the config group `algorithm` for its class, or the nearest one above: it says whether to sample."""
+    options = {str(read_yaml(p)["_target_"]): p.stem for p in (config_folder() / "algorithm").glob("*.yaml")}
+    return next((options[name] for kind in type(algorithm).__mro__ if (name := _name_of(kind)) in options), None)
 
 
 def _described(algorithm: Algorithm) -> dict[str, Any]:

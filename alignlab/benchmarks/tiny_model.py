@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignlab.core.errors import AlignlabError
+from alignlab.core.files import sync_below
 from alignlab.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def make_once(folder: Path, make: Callable[[], tuple[LlamaForCausalLM, PreTraine
     try:
         for part in make():
             part.save_pretrained(unfinished)
+        sync_below(unfinished)
         unfinished.chmod(0o755)  # mkdtemp's folder is its owner's alone
         try:
             unfinished.rename(folder)

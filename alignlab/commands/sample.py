@@ -17,5 +17,6 @@ def run(arguments: Sequence[str]) -> int:
     out = out_folder(config)
     result = produce(config, out)
     made = f"{result['groups']} groups, {result['generated_tokens']:,} tokens, {result['seconds']:.1f} s"
-    print(f"{made} → {out}/groups.jsonl")
+    already = "already done: " if result.get("already_done") else ""
+    print(f"{already}{made} → {out}/groups.jsonl")
     return 0

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
         return failure.status
     if result is not None and os.environ.get("RANK", "0") == "0":
         tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
-        told = "pruned" if result.get("pruned") else "done"
+        told = "pruned" if result.get("pruned") else "already done" if result.get("already_done") else "done"
         where = config["out"] if result.get("pruned") else f"{config['out']}/model"
         print(f"{told}: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {where}")
     return 0

@@ -25,9 +25,22 @@ ADVICE = {
 OTHERWISE = "See that the folder is there, writable and not in use by another run"
 
 
+class StorageError(AlignlabError):
+    """Something could not be written.
+
+    Attributes:
+        reason: the error number (0: unknown) and the system's text.
+    """
+
+    def __init__(self, message: str, reason: tuple[int, str]) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @contextmanager
 def storage_errors(folder: Path, what: str) -> Iterator[None]:
-    """Turn write errors in the block into an `AlignlabError` that says what failed, where, and what to do.
+    """Turn write errors in the block into a `StorageError` that says what failed, where, and what to do. Of several
+    such blocks the outermost says what failed.
 
     Args:
         folder: where files are written.
@@ -35,10 +48,8 @@ def storage_errors(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except AlignlabError:
-        raise
     except Exception as error:
-        reason = _reason(error)
+        reason = error.reason if isinstance(error, StorageError) else _reason(error)
         if reason is None:
             raise
         number, text = reason
@@ -46,7 +57,8 @@ def storage_errors(folder: Path, what: str) -> Iterator[None]:
         if number == 0 and free < 1 << 20:
             number = errno.ENOSPC
         advice = ADVICE.get(number, OTHERWISE)
-        raise AlignlabError(f"{folder}: {what}: {text} ({free / 1e6:,.0f} MB free there). {advice}") from error
+        message = f"{folder}: {what}: {text} ({free / 1e6:,.0f} MB free there). {advice}"
+        raise StorageError(message, reason) from error
 
 
 def _reason(error: BaseException) -> tuple[int, str] | None:
@@ -55,6 +67,8 @@ def _reason(error: BaseException) -> tuple[int, str] | None:
     torch.save raises a RuntimeError from its C++ stream, safetensors an error class of its own. Both put the message of
     the operating system into their text; torch leaves it out sometimes.
     """
+    if isinstance(error, AlignlabError):
+        return None
     if isinstance(error, OSError):
         return error.errno or 0, str(error)
     text = str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from alignlab.core import Group
-from alignlab.core.files import write_json
+from alignlab.core.files import replacing, write_json
 from alignlab.models.heads import save_value_head
 from alignlab.models.packed_model import PackedModel
 from alignlab.models.private_api import spare_deepspeed
@@ -30,7 +29,7 @@ def save_model(
     merge: bool = False,
     texts: Sequence[Group] = (),
 ) -> list[str]:
-    """Write the model and its tokenizer to `folder`, atomically: a full model, or a PEFT adapter.
+    """Write the model and its tokenizer to `folder`, whole or not at all: a full model, or a PEFT adapter.
 
     Args:
         merge: fold the adapter into its base, dequantised where it is quantised, and write a full model.
@@ -39,34 +38,33 @@ def save_model(
 
     Returns:
         What the log should say of it.
+
+    Raises:
+        StorageError: the disk is full, over quota, read-only…; what was there before is unchanged.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     network: Any = model.network
     is_adapter = hasattr(network, "peft_config")
     notes: list[str] = []
-    if is_adapter and merge:
-        merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
-        with spare_deepspeed():
-            merged.save_pretrained(temporary)
-        if (quantization := quantization_of(network)) is not None:
-            report = {"quantization": name_of(quantization), **_difference(model, merged, texts)}
-            write_json(temporary / MERGE, report)
-            notes.append(
-                f"merged into the dequantised {report['quantization']} base: {report['compared']} differ by "
-                f"{report['mean_difference']:.2g} on average, {report['max_difference']:.2g} at most"
-            )
-    elif is_adapter:
-        network.save_pretrained(temporary, selected_adapters=["default"])
-        save_quantization(network, temporary)
-    else:
-        with spare_deepspeed():
-            network.save_pretrained(temporary)
-    save_value_head(model, temporary, merge)
-    model.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing(folder) as temporary:
+        if is_adapter and merge:
+            merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
+            with spare_deepspeed():
+                merged.save_pretrained(temporary)
+            if (quantization := quantization_of(network)) is not None:
+                report = {"quantization": name_of(quantization), **_difference(model, merged, texts)}
+                write_json(temporary / MERGE, report)
+                notes.append(
+                    f"merged into the dequantised {report['quantization']} base: {report['compared']} differ by "
+                    f"{report['mean_difference']:.2g} on average, {report['max_difference']:.2g} at most"
+                )
+        elif is_adapter:
+            network.save_pretrained(temporary, selected_adapters=["default"])
+            save_quantization(network, temporary)
+        else:
+            with spare_deepspeed():
+                network.save_pretrained(temporary)
+        save_value_head(model, temporary, merge)
+        model.tokenizer.save_pretrained(temporary)
     return notes
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from alignlab.core import AlignlabError, Group, Interrupted, SamplerLost
+from alignlab.core import AlignlabError, Group, Interrupted, PeerLost, SamplerLost
 from alignlab.core.parts import batch_of, calling, check_order, factor_of
+from alignlab.core.storage import StorageError
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 EMPTY_ITERATIONS = 20
 """Iterations in a row that may leave nothing to train on before the run is stopped."""
@@ -98,6 +103,19 @@ class Loop:
                 f"nothing was trained: of {trainer.state.step} steps {why}; no model was written, its weights would be "
                 "those of the base"
             )
+        self._keep_last_state()
+
+    def _keep_last_state(self) -> None:
+        """One checkpoint before the model is saved, which may fail, and for a run that is to be longer."""
+        trainer = self.trainer
+        known = trainer.checkpoints is None or trainer.checkpoints.at == trainer.state.step
+        if known or trainer.discarded or trainer.settings.checkpoint_every is None:
+            return
+        try:
+            trainer.checkpoint()
+        except (StorageError, PeerLost) as error:  # perhaps there is room for the model
+            if trainer.processes.is_main:
+                log.warning("%s. The model is saved all the same, if it can be; the run cannot be made longer", error)
 
     def _heed(self, signal: str | None) -> None:
         """Do what signals and callbacks have asked for in any of the processes."""
@@ -120,9 +138,7 @@ class Loop:
         trainer = self.trainer
         if trainer.checkpoints is None:
             return
-        found = (
-            trainer.checkpoints.latest() if trainer.settings.resume == "auto" and trainer.processes.is_main else None
-        )
+        found = trainer.checkpoints.latest() if trainer.settings.resumes and trainer.processes.is_main else None
         # The main process looks, after it has cleared away what a killed one left; all do what it found.
         mine = (found, trainer.checkpoints.problems, trainer.budget.found())
         folder, problems, trainer.budget.tokens = trainer.processes.gather(mine)[0]
@@ -136,6 +152,8 @@ class Loop:
             trainer.state = trainer.load_checkpoint(folder)
             trainer.stopped = trainer.state.stopped
             trainer.checkpoints.discard_after(trainer.state.step)
+            if (ended := self._ended_by) is not None and trainer.processes.is_main:
+                print(f"note: nothing is left to train at step {trainer.state.step}: {ended}", file=sys.stderr)
 
     # ------------------------------------------------------------------ groups
 
@@ -221,24 +239,31 @@ class Loop:
     @property
     def done(self) -> float:
         """Share of the run that is over, by the limit that is nearest; 0 without a limit."""
-        return max((consumed / limit for consumed, limit in self._limits()), default=0.0)
+        return max((consumed / limit for _, consumed, limit in self._limits()), default=0.0)
 
-    def _limits(self) -> list[tuple[float, float]]:
+    @property
+    def _ended_by(self) -> str | None:
+        """What ends the run here; None while it goes on."""
+        if self.trainer.stopped is not None:
+            return self.trainer.stopped
+        return next((f"training.{name} is reached" for name, used, limit in self._limits() if used >= limit), None)
+
+    def _limits(self) -> list[tuple[str, float, float]]:
         trainer = self.trainer
         s, state = trainer.settings, trainer.state
         ahead = 0.0  # share of the current iteration that is still to be trained on
         if state.pending:
             ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / s.batch_size))
-        limits: list[tuple[float, float | None]] = [
-            (state.step, s.steps),
-            (state.trained_tokens, s.max_trained_tokens),
+        limits: list[tuple[str, float, float | None]] = [
+            ("steps", state.step, s.steps),
+            ("max_trained_tokens", state.trained_tokens, s.max_trained_tokens),
             # What was sampled is trained on, also where it reaches the limit.
-            (state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
-            (state.seconds, s.max_seconds),
+            ("max_generated_tokens", state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
+            ("max_seconds", state.seconds, s.max_seconds),
         ]
         if s.epochs is not None and trainer.order is not None:
-            limits.append((state.iteration - ahead, math.ceil(s.epochs * trainer.order.batches_per_epoch)))
-        return [(float(c), float(limit)) for c, limit in limits if limit is not None]
+            limits.append(("epochs", state.iteration - ahead, math.ceil(s.epochs * trainer.order.batches_per_epoch)))
+        return [(name, float(used), float(limit)) for name, used, limit in limits if limit is not None]
 
     def _finished(self) -> bool:
         trainer = self.trainer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import alignlab
-from alignlab.core import AlignlabError, DataError
+from alignlab.core import AlignlabError, ConfigError, DataError
 from alignlab.core.files import write_json
 from alignlab.core.secrets import HIDDEN, SECRET_KEY, SECRET_VALUE
 from alignlab.core.storage import storage_errors
@@ -89,9 +89,54 @@ def write(folder: Path, provenance: Mapping[str, Any], resumed: bool = False) ->
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise AlignlabError(f"{path}: cannot be read ({error}). Move it away to go on without it") from None
     with storage_errors(path.parent, f"{PROVENANCE} could not be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, whole)
     return path
+
+
+def check_data(folder: Path, data_files: Iterable[Path], resume: str = "auto") -> None:
+    """Refuse to go on over other records than a run has been trained on so far, unless that is wanted.
+
+    Args:
+        folder: the run's.
+        resume: `training.resume`.
+
+    Raises:
+        ConfigError: a file of records is another than when the run was last at work.
+    """
+    known = _last_session(folder).get("data")
+    if not isinstance(known, dict) or resume == "despite_changes":
+        return
+    for path, now in _data(data_files).items():
+        if known.get(path) != now:
+            what = "has been edited" if path in known else "is new"
+            raise ConfigError(
+                f"{path}: {what} since the run in {folder} was trained on its data: choose another out=DIR, "
+                "training.resume=never to start anew, or training.resume=despite_changes to go on all the same"
+            )
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """What has other versions than when the run in a folder was last at work, as in "torch 2.7.0 → 2.8.0"."""
+    session, package = _last_session(folder), Path(alignlab.__file__).parent
+    code = {"alignlab": alignlab.__version__, "sources_sha256": _tree_digest(package, "*.py")}
+    before = {**session.get("packages", {}), "Python": session.get("python")}
+    now = {**{name: _version(name) for name in PACKAGES}, "Python": platform.python_version()}
+    for name, key in (("alignlab", "alignlab"), ("alignlab's code", "sources_sha256")):
+        before[name], now[name] = session.get("code", {}).get(key), code[key]
+    return [
+        f"{name} {str(before[name])[:12]} → {str(now[name])[:12]}"
+        for name in now
+        if before.get(name) is not None and before[name] != now[name]
+    ]
+
+
+def _last_session(folder: Path) -> dict[str, Any]:
+    """Where the run in a folder came from when it was last at work; nothing where that is unknown."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return dict([found, *found.get("resumed", [])][-1])
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def redact(arguments: Iterable[str]) -> list[str]:

@@ -37,7 +37,7 @@ from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
 from alignlab.training.optimizer import build_optimizer
 from alignlab.training.run_config import RunConfig, check
-from alignlab.training.run_folder import RESULT, claim
+from alignlab.training.run_folder import RESULT, claim, finished
 from alignlab.training.trainer import Trainer
 
 
@@ -51,23 +51,27 @@ def train(
         checked: what the config names, where it is made already.
 
     Returns:
-        What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation. Of a trial of a search that
-        was ended early: what `pruned.json` holds, and `pruned`.
+        What `result.json` holds: steps, tokens, seconds, peak memory, the last evaluation. Of a run that was finished
+        before, also `already_done`. Of a trial that was ended early: what `pruned.json` holds, and `pruned`.
 
     Raises:
-        ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings.
+        ConfigError: a setting is unknown or impossible, or `out` holds a run with other settings or on other data.
         DataError: a record cannot be used, with file and line.
     """
     run = checked or check(config)
+    files = [Path(p) for p in run.data.paths if Path(p).exists()]
+    if run.training.resumes and (found := finished(out, config)) is not None:
+        provenance.check_data(out, files, run.training.resume)
+        return found | {"already_done": True}
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     processes = Processes(run.training.mixed_precision, run.distributed)
-    lock = _take_folder(out, config, run, processes)
+    lock = _take_folder(out, config, run, processes, files)
     model = _load_model(run, processes)
     splits = _load_data(run, model, processes)
     trainer = _make_trainer(config, out, run, processes, lock, model, splits, callbacks)
     if processes.is_main:
-        _say(config, out, run, trainer)
+        _say(config, out, run, trainer, files)
     context = RolloutContext(
         model=model,
         model_settings=run.model,
@@ -81,11 +85,13 @@ def train(
     return _finish(out, run, trainer)
 
 
-def _take_folder(out: Path, config: dict[str, Any], run: RunConfig, processes: Processes) -> RunLock | None:
+def _take_folder(
+    out: Path, config: dict[str, Any], run: RunConfig, processes: Processes, files: list[Path]
+) -> RunLock | None:
     """Claim the run's folder; its lock, on the main process."""
     lock = RunLock(out) if processes.is_main else None
     if lock is not None:
-        claim(out, config, run.training)
+        claim(out, config, run.training, files)
         lock.take()
     processes.barrier()
     processes.watch(out / LOGS)
@@ -199,16 +205,14 @@ def _callbacks(
         found.append(Samples(out))
     if is_main and (pruning := Pruning.of(out)) is not None:
         found.append(pruning)
-    if settings.checkpoint_every is not None:
-        found.append(CheckpointEvery(settings.checkpoint_every))
+    found.append(CheckpointEvery(settings.checkpoint_steps, settings.checkpoint_seconds))
     return found
 
 
-def _say(config: dict[str, Any], out: Path, run: RunConfig, trainer: Trainer) -> None:
+def _say(config: dict[str, Any], out: Path, run: RunConfig, trainer: Trainer, files: list[Path]) -> None:
     """Write down where the run comes from, and print what it is."""
     processes, model = trainer.processes, trainer.model
-    files = [Path(p) for p in run.data.paths if Path(p).exists()]
-    resumed = run.training.resume == "auto" and trainer.checkpoints is not None and bool(trainer.checkpoints.folders())
+    resumed = run.training.resumes and trainer.checkpoints is not None and bool(trainer.checkpoints.folders())
     found = provenance.collect(config, files, model.tokenizer, run.training.seed, processes.world)
     provenance.write(out, found, resumed)
     where = f"{processes.world} process(es), {trainer.engine.name}, {processes.device}"

@@ -148,5 +148,6 @@ def _check_columns(run: RunConfig) -> None:
         if column not in filled:
             raise ConfigError(
                 f"scoring: {type(run.algorithm).__name__} needs the column '{column}' and nothing fills it: "
-                "choose a scorer, as in scoring=reward_model scoring.path=DIR"
+                "choose a scorer, as in scoring=reward_model scoring.path=DIR (or source=data, where the records have "
+                "responses and rewards)"
             )

@@ -3,14 +3,18 @@ compute nothing ask for the state of runs."""
 
 from __future__ import annotations
 
-import shutil
+import json
+import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.core.files import write_text
+from alignlab.core.files import discard, restore, write_text
+from alignlab.training import provenance
 from alignlab.training.callbacks.pruning import PRUNED
 from alignlab.training.settings import TrainingSettings
 
@@ -25,6 +29,9 @@ MAY_CHANGE_TRAINING = (
     *("progress", "log_every", "threads", "keep_last", "checkpoint_every", "resume"),
     *("max_tokens_per_microbatch", "reference_cache"),
 )
+LIMITS = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
+"""What may become more: then the run goes on from where it was over."""
+
 MAY_CHANGE_VLLM = ("url", "shared_dir", "python", "port", "devices", "memory", "arguments", "start_timeout", "timeout")
 """What may differ between a run and its continuation."""
 
@@ -35,31 +42,72 @@ BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
 """What a run leaves once it has trained; a folder without any of these holds nothing that could be continued."""
 
 
-def claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> None:
-    """Take the folder: a new one, or that of the same run to be continued.
+def finished(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of the run with these settings in a folder that has its model; None where something is left to do."""
+    try:
+        same = fingerprint(yaml.safe_load((out / "config.yaml").read_text())) == fingerprint(config)
+        result = json.loads((out / RESULT).read_text())
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    whole = isinstance(result, dict) and {"step", "trained_tokens", "generated_tokens", "seconds"} <= result.keys()
+    return result if same and whole and (out / "model").is_dir() else None
+
+
+def claim(out: Path, config: dict[str, Any], settings: TrainingSettings, data_files: Iterable[Path] = ()) -> None:
+    """Take the folder: a new one, or that of the same run to be continued, perhaps to be longer.
 
     Raises:
-        ConfigError: it holds a run with other settings.
+        ConfigError: it holds a run with other settings, or on other data.
+        StorageError: it cannot be written.
     """
     saved = out / "config.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if settings.resume == "never":
+        restore(out / "model")
+        if not settings.resumes:
+            _remove(out, RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET, PRUNED)
             for name in ("checkpoints", "model"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET, PRUNED):
-                (out / name).unlink(missing_ok=True)
+                discard(out / name)
         elif saved.exists() and any((out / name).exists() for name in BEGUN):
-            before, now = fingerprint(yaml.safe_load(saved.read_text())), fingerprint(config)
-            different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-            if different:
-                raise ConfigError(
-                    f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another "
-                    "out=DIR, or training.resume=never to start it anew"
-                )
+            _check_same(out, fingerprint(yaml.safe_load(saved.read_text())), fingerprint(config))
+            if any(out.glob("checkpoints/step-*")):
+                provenance.check_data(out, data_files, settings.resume)
+                for change in provenance.changed_versions(out):
+                    print(f"note: {out}: since this run was last at work: {change}", file=sys.stderr)
+            _remove(out, RESULT, "evaluation.json")  # of the shorter run, or of a model that is gone
         write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
+
+
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings, but for limits that make the run longer."""
+    limits = [f"training.{name}" for name in LIMITS]
+    different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    anew = "choose another out=DIR, or training.resume=never to start it anew"
+    if others := [k for k in different if k not in limits]:
+        raise ConfigError(f"out={out}: this folder holds a run with another {', '.join(others[:5])}: {anew}")
+    if not different:
+        return
+    told = ", ".join(f"{k}={_shown(before.get(k))}" for k in different)
+    if all((now.get(k) or math.inf) < (before.get(k) or math.inf) for k in different):
+        raise ConfigError(f"out={out}: this folder holds a run with {told}, which can be made longer only: {anew}")
+    if (out / RESULT).exists() and not any(out.glob("checkpoints/step-*")):
+        raise ConfigError(
+            f"out={out}: this folder holds a finished run with {told} and no checkpoint to go on from "
+            f"(training.checkpoint_every=null writes none at the end): {anew}"
+        )
+    wanted = ", ".join(f"{k}={_shown(now.get(k))}" for k in different)
+    print(f"note: {out}: a run with {told} goes on with {wanted}, and with its schedule from here on", file=sys.stderr)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _remove(out: Path, *names: str) -> None:
+    for name in names:
+        (out / name).unlink(missing_ok=True)
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from alignlab.core.settings import Settings
+
+TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
+"""Units of time, in seconds."""
 
 DIVIDING = ("fsdp", "zero3", "zero3_offload")
 """Modes in which no process holds all weights."""
@@ -32,18 +36,44 @@ class TrainingSettings(Settings):
     metric: str = "eval/loss"
     metric_mode: Literal["min", "max"] = "min"
     final: Literal["last", "best"] = "last"
-    checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | str | None = "10min"
     keep_last: int = Field(2, ge=1)
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "despite_changes", "never"] = "auto"
     log_every: int = Field(1, ge=1)
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)
     save_model: Literal["adapter", "merged"] = "adapter"
 
     @property
+    def resumes(self) -> bool:
+        """Whether what is in the run's folder is gone on with."""
+        return self.resume != "never"
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the checkpoint with the best metric is kept."""
-        return self.final == "best" or (self.eval_every is not None and self.checkpoint_every is not None)
+        return self.final == "best" or (self.eval_every is not None and self.checkpoint_steps is not None)
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Optimiser steps between checkpoints; None where it goes by time."""
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else None
+
+    @property
+    def checkpoint_seconds(self) -> float | None:
+        """Time between checkpoints, in seconds; None where it goes by steps."""
+        if not isinstance(self.checkpoint_every, str):
+            return None
+        unit = self.checkpoint_every.lstrip("0123456789.")
+        return float(self.checkpoint_every.removesuffix(unit)) * TIMES[unit]
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _steps_or_time(cls, value: int | str | None) -> int | str | None:
+        whole = value is None or (isinstance(value, int) and value >= 1)
+        if whole or re.fullmatch(rf"(\d+(\.\d+)?)({'|'.join(TIMES)})", str(value)):
+            return value
+        raise ValueError("must be steps, as in 100, or a time, as in 90s, 10min or 2h")
 
     @field_validator("mixed_precision", "progress", mode="before")
     @classmethod

@@ -326,7 +326,7 @@ class Trainer:
             budget=self.budget,
             temperature=self.collector.temperature,
             train=train,
-            resumes=self.settings.resume == "auto",
+            resumes=self.settings.resumes,
         )
         self.collector.max_tokens_per_microbatch = self.budget.tokens
         return passed

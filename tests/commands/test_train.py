@@ -74,7 +74,10 @@ from tests.training import forks
             "algorithm=rejection_sampling data=prompts source=rollout",
             "scoring: RejectionSampling needs the column 'reward' and nothing fills it: choose a scorer, as in ",
         ),
-        ("algorithm=rejection_sampling", "{folder}/demonstrations.jsonl:"),
+        ("algorithm=rejection_sampling", "scoring: RejectionSampling needs the column 'reward' and nothing fills it"),
+        ("algorithm=rejection_sampling source=data", "{folder}/demonstrations.jsonl:"),
+        ("training.checkpoint_every=10m", "training.checkpoint_every='10m': must be steps, as in 100, or a time, as "),
+        ("training.checkpoint_every=0", "training.checkpoint_every=0: must be steps, as in 100, or a time, as in "),
         ("algorithm._target_=my_own.Needy", "{folder}/demonstrations.jsonl:"),
         ("scoring=function", "scoring.function.path: must be given, as in scoring.function.path=VALUE"),
         (
@@ -124,7 +127,7 @@ def test_mistaken_runs(folder: Path, mistake: Mistake, words: str, message: str)
     chosen = words.replace("{folder}", str(folder)).split(" ")
     said = mistake(*training(folder, *chosen))
     assert said.startswith(message.replace("{folder}", str(folder)))
-    if "Needy" in words or words == "algorithm=rejection_sampling":
+    if "Needy" in words or words.startswith("algorithm=rejection_sampling"):
         assert "scoring=" in said
 
 
@@ -156,14 +159,15 @@ def test_a_folder_that_may_not_be_written(folder: Path, mistake: Mistake, tmp_pa
     with modes_hold():
         for out in (tmp_path / "new", tmp_path / "there"):
             said = mistake(*training(folder, f"out={out}"))
-            assert said.startswith(f"out={out}: cannot be written: Permission denied")
+            assert said.startswith((f"out={out}: cannot be written", f"{out}: config.yaml could not be written"))
+            assert "Permission denied" in said
     tmp_path.chmod(0o755)
 
 
 def test_a_folder_that_holds_another_run(folder: Path, mistake: Mistake) -> None:
     assert main(training(folder, out="taken")) == 0
     said = mistake(*training(folder, "optimizer.lr=0.5", "training.steps=2", out="taken"))
-    where = f"out={folder}/taken: this folder holds a run with another optimizer.lr, training.steps"
+    where = f"out={folder}/taken: this folder holds a run with another optimizer.lr"
     assert said == f"{where}: choose another out=DIR, or training.resume=never to start it anew"
     assert main(training(folder, "training.progress=plain", out="taken")) == 0  # the same run, otherwise shown
     assert main(training(folder, "optimizer.lr=0.5", "training.resume=never", out="taken")) == 0

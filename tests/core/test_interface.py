@@ -25,6 +25,7 @@ from alignlab.core import (
     require,
 )
 from alignlab.core.files import write_json, write_text
+from alignlab.core.storage import StorageError
 
 
 def test_the_loss_mask_decides_which_tokens_are_predicted() -> None:
@@ -132,7 +133,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         write_text(path, "half")
     assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1
     assert list(tmp_path.iterdir()) == [path], "nothing half-written is left behind"

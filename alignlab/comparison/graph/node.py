@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignlab import __version__
-from alignlab.core.files import write_json
+from alignlab.core.files import discard, write_json
 from alignlab.training.run_folder import fingerprint
 
 NODES = "nodes.json"
@@ -81,10 +80,7 @@ class Node:
     def begin(self) -> None:
         """Make the folder ready, and write down there what is to be done. What this plan left is gone on with."""
         if self.folder.exists() and not self.begun and not self.keeps_folder:
-            trash = self.folder.with_name(f".trash-{self.folder.name}")
-            shutil.rmtree(trash, ignore_errors=True)
-            self.folder.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            discard(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / FAILED).unlink(missing_ok=True)
         if read(self.folder / DONE).get("key") == self.key:  # done, and to be done anew

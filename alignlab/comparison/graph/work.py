@@ -61,7 +61,8 @@ def run(folder: Path, only: Sequence[str] = (), log: Path | None = None, queued_
             if name not in ACTIONS:
                 raise AlignlabError(f"{folder}: unknown command '{name}' in {PLAN}")
             if queued_again and name == "train":
-                config["training"]["resume"] = "auto"
+                resume = config["training"]["resume"]
+                config["training"]["resume"] = "auto" if resume == "never" else resume
             run_command(name, config, folder)
     except (Interrupted, StartAgain):
         raise

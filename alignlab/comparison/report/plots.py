@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from alignlab.comparison.report.metrics import Metric, format_number, metric
 from alignlab.comparison.statistics import Estimate
+from alignlab.core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ class Plot:
         dates: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
         paths = [folder / f"{self.name}.{kind}" for kind in dates]
         for path, (kind, metadata) in zip(paths, dates.items(), strict=True):
-            path.write_bytes(self._saved(kind, dpi=200, metadata=metadata))
+            write_bytes(path, self._saved(kind, dpi=200, metadata=metadata))
         return paths
 
     def _saved(self, kind: str, **options: Any) -> bytes:

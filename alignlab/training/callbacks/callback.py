@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Callback, Group
-from alignlab.core.files import write_text
+from alignlab.core.files import sync, write_text
+from alignlab.core.storage import storage_errors
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
+
+CHECKPOINTS = 0.05
+"""The most of a run's time that goes into checkpoints which are written by time."""
 
 SAMPLES = "samples.jsonl"
 SAMPLES_KEPT = 2
@@ -61,25 +67,37 @@ class Evaluation(Callback):
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         if error is not None or trainer.discarded:
             return
-        if trainer.state.step % self.every:
+        if trainer.state.step % self.every or not trainer.evaluation:  # or where only the model was left to be saved
             trainer.evaluated(trainer.evaluate())
         if self.final_best:
             trainer.load_best()
 
 
 class CheckpointEvery(Callback):
-    """Writes a checkpoint every so many steps.
+    """Writes a checkpoint every so many steps, and every so many seconds.
 
     Args:
-        every: optimiser steps, >= 1.
+        steps: >= 1; None: not by steps.
+        seconds: > 0; more where checkpoints would take more than `CHECKPOINTS` of the time; None: not by time.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, steps: int | None, seconds: float | None = None) -> None:
+        self.steps, self.seconds = steps, seconds
+        self._since = time.monotonic()
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._since = time.monotonic()
 
     def on_step(self, trainer: Trainer) -> None:
-        if trainer.state.step % self.every == 0:
+        if self.steps is not None and trainer.state.step % self.steps == 0:
             trainer.request_checkpoint()
+        if self.seconds is not None and trainer.checkpoints is not None:
+            pause = max(self.seconds, trainer.checkpoints.took / CHECKPOINTS)
+            if time.monotonic() - self._since >= pause:
+                trainer.request_checkpoint()
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        self._since = time.monotonic()
 
 
 class Samples(Callback):
@@ -105,9 +123,17 @@ class Samples(Callback):
         if not trainer.processes.is_main:
             return
         place = {"iteration": trainer.state.iteration, "step": trainer.state.step}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._storage_errors(), self.path.open("a", encoding="utf-8") as file:
             for group in sampled[:SAMPLES_KEPT]:
                 for response in group.responses:
                     line = {**place, "prompt": group.prompt, "response": response.text}
                     numbers = {k: v for k, v in response.columns.items() if isinstance(v, float)}
                     file.write(json.dumps({**line, **numbers}, ensure_ascii=False) + "\n")
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        if trainer.processes.is_main and self.path.exists():
+            with self._storage_errors():
+                sync(self.path)
+
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(self.path.parent, f"{SAMPLES} could not be written")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -114,6 +115,16 @@ class MetricsLog:
                 with suppress(OSError):
                     (self.folder / TRACKED).write_text(f"{self._told}\n")
 
+    def sync(self) -> None:
+        """Wait until the lines are on the disk.
+
+        Raises:
+            AlignlabError: the device reports an error.
+        """
+        if self._file is not None:
+            with self._storage_errors():
+                os.fsync(self._file.fileno())
+
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Tell the tracker, and nobody else, metrics of the run as a whole, such as those of an evaluation."""
         if not self._started and self.is_main:
@@ -222,6 +233,9 @@ class Logging(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         self.log.log(trainer.state.step, metrics)
         self.progress.update(trainer.state.step, {**metrics, "done": trainer.done})
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        self.log.sync()
 
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         self.progress.close()

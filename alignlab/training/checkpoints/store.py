@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignlab.core import AlignlabError, PeerLost, require
-from alignlab.core.files import sync, write_json
+from alignlab.core.files import sync, sync_below, write_json
 from alignlab.core.storage import storage_errors
 from alignlab.training.checkpoints.hashing import files_below, sha256_each
 
@@ -102,6 +102,8 @@ class Checkpoints:
         guard: called before anything is written; raises where this process may not write.
 
     Attributes:
+        at: step of the checkpoint that was last written, or gone on from; None before.
+        took: seconds that the last one took to write.
         problems: what was found wrong with checkpoints so far, for people; each is logged as an error once, too.
     """
 
@@ -119,6 +121,8 @@ class Checkpoints:
         require(mode in ("min", "max"), "mode", mode, "must be 'min' or 'max'")
         self.folder, self.keep_last, self.keep_best, self.mode = Path(folder), keep_last, keep_best, mode
         self.is_main, self.agree, self.guard = is_main, agree, guard
+        self.at: int | None = None
+        self.took = 0.0
         self.problems: list[str] = []
         self._damaged: set[Path] = set()
         if is_main:
@@ -154,7 +158,7 @@ class Checkpoints:
                 are as they were, and the temporary folder is gone if it could be deleted. Any other exception from
                 the block leaves things alike and passes through.
         """
-        temporary = self.folder / f"{TEMPORARY}{_name(step)}"
+        temporary, began = self.folder / f"{TEMPORARY}{_name(step)}", time.monotonic()
         with self._stage(step):
             if self.guard is not None:
                 self.guard()
@@ -168,14 +172,14 @@ class Checkpoints:
         with self._stage(step):
             if self.is_main:
                 self._commit(temporary, step, metric)
+        self.at, self.took = step, time.monotonic() - began
 
     def _commit(self, temporary: Path, step: int, metric: float | None) -> None:
         """Make the filled temporary folder the checkpoint of `step`, and prune."""
         final = self.folder / _name(step)
         with self._storage_errors(step):
             _write_manifest(temporary, step, metric)
-            for path in (*files_below(temporary), *_folders_below(temporary)):
-                sync(path)
+            sync_below(temporary)
             if final.exists() and not verify(final):
                 _remove(temporary)
             else:
@@ -183,10 +187,12 @@ class Checkpoints:
                 os.rename(temporary, final)
                 self._damaged.discard(final)
             sync(self.folder)
+            sync(self.folder.parent)
         self._prune(final)
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: those of a future that a run resumed at `step` will not have."""
+        self.at = step
         if self.is_main:
             for path in self.folders():
                 if _step(path) > step:
@@ -310,11 +316,6 @@ def _write_manifest(folder: Path, step: int, metric: float | None) -> None:
         },
     }
     write_json(folder / MANIFEST, manifest | {"sha256": _seal(manifest)})
-
-
-def _folders_below(folder: Path) -> list[Path]:
-    """The folder and all its subfolders, the deepest first."""
-    return sorted([folder, *(path for path in folder.rglob("*") if path.is_dir())], reverse=True)
 
 
 def _remove(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from alignlab.core.files import write_text
 from alignlab.core.settings import Settings
 
 
@@ -79,7 +80,7 @@ class Mlflow(Settings):
         flat = [Param(key, value[:500]) for key, value in _flat(config)]
         for start in range(0, len(flat), 100):  # as many as one request may hold
             client.log_batch(self._run, params=flat[start : start + 100])
-        known.write_text(self._run + "\n", encoding="utf-8")
+        write_text(known, self._run + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         import time
