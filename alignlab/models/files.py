@@ -36,7 +36,8 @@ READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 HUB_ID = re.compile(r"(?!\.)[\w.-]{1,96}(/[\w.-]{1,96})?")
 PICKLED = (
-    "its weights are a pickle that holds more than tensors, which could run any program: ask its author for safetensors"
+    "its weights are a pickle that is damaged, or that holds more than tensors and could run any program: ask its "
+    "author for safetensors"
 )
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
@@ -138,7 +139,8 @@ def read_object(file: Path, where: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{where}: {file.name} cannot be read: {error.strerror}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: {file.name} must hold a JSON object; it holds a {type(found).__name__}")
+        kind = "null" if found is None else f"a {type(found).__name__}"
+        raise ConfigError(f"{where}: {file.name} must hold a JSON object; it holds {kind}")
     return found
 
 
