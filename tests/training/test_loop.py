@@ -198,7 +198,7 @@ def test_order_of_records_does_not_matter(folder: Path, algorithm: str, tmp_path
     assert runs.difference(one, other) < ROUNDING
 
 
-@one_of_each_kind
+@every_algorithm
 def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -> None:
     """A tokenizer that pads on the other side, with another token; in rows that need padding and rows that do not.
 
@@ -218,7 +218,7 @@ def test_padding_does_not_matter(folder: Path, algorithm: str, tmp_path: Path) -
     assert runs.difference(one, other) < ROUNDING
 
 
-@one_of_each_kind
+@every_algorithm
 def test_merged_or_not_the_adapter_is_the_same_model(folder: Path, algorithm: str) -> None:
     """Training goes on from an adapter on its base and from the two folded into one: the first losses are the same,
     and the value head of a critic comes along."""
