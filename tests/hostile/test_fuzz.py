@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from alignlab.cli import main
@@ -43,6 +43,7 @@ def tried(examples: int) -> Any:
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # an example of a run takes a second: making it smaller would take minutes
     )
 
 
