@@ -151,12 +151,16 @@ def test_a_signal_to_one_process_stops_all_within_the_step(folder: Path, monkeyp
     goes_on(folder, "zero2-stopped", "zero2", 3)
 
 
-def test_ctrl_c_once_stops_all_with_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    marker, parent = folder / "ddp.stopped", os.getpid()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_once_or_a_closed_terminal_stops_all_with_a_checkpoint(
+    folder: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, parent = f"ddp-{number.name}", os.getpid()
     with monkeypatch.context() as patch:
-        at_call(patch, runs, "count_of_a", 1, lambda: forked.once(0, marker, lambda: os.kill(parent, signal.SIGINT)))
-        assert start(folder, "ddp-stopped", "ddp", "training.checkpoint_every=null") == 130
-    goes_on(folder, "ddp-stopped", "ddp", 1)
+        ask = lambda: forked.once(0, folder / f"{out}.asked", lambda: os.kill(parent, number))  # noqa: E731
+        at_call(patch, runs, "count_of_a", 1, ask)
+        assert start(folder, out, "ddp", "training.checkpoint_every=null") == 128 + number
+    goes_on(folder, out, "ddp", 1)
 
 
 def test_a_signal_before_training_ends_the_run_quietly(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
