@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from glob import escape, glob
+from os.path import isfile  # unlike Path's, False for names that are too long
 from pathlib import Path
 from typing import Any
 
@@ -125,5 +128,5 @@ def _digests(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _files(paths: Iterable[str]) -> dict[str, list[int]]:
     """Size and time of change, in nanoseconds, of the files that a model or records are read from."""
-    found = (file for path in map(Path, paths) for file in (path, *path.glob("*")) if file.is_file())
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
+    found = (file for path in paths for file in (path, *glob(f"{escape(path)}/*")) if isfile(file))
+    return {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in found}
