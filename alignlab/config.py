@@ -12,23 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from alignlab.build import build, locate, section
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.errors import shorten
 from alignlab.core.settings import renamed
-
-__all__ = [
-    "as_yaml",
-    "build",
-    "compose",
-    "config_folder",
-    "explain",
-    "hydra_ready",
-    "locate",
-    "read_saved",
-    "resolve",
-    "section",
-]
 
 BY_PATH = ("model", "data")
 """Groups whose value may be a path: `model=PATH` means `model.path=PATH`."""

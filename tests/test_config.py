@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
-from alignlab.config import build, compose, locate, resolve, section
+from alignlab.build import build, locate, section
+from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 from alignlab.core.settings import Settings
 

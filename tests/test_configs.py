@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from alignlab.benchmarks.evaluate import EvaluateSettings
-from alignlab.build import build
+from alignlab.build import build, locate
 from alignlab.comparison.settings import Budget, ComparisonSettings, Pairs
-from alignlab.config import compose, config_folder, locate, resolve
+from alignlab.config import compose, config_folder, resolve
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings
 from alignlab.launch.slurm.settings import SlurmSettings

@@ -110,8 +110,8 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     found |= {str(name): _as_json(value, f"benchmark '{benchmark.name}': {name}") for name, value in measured.items()}
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "evaluation.json", _without_nan(found))
-    if tracker.get("_target_"):
+    write_json(folder / "evaluation.json", without_nan(found))
+    if tracks(tracker):
         _track(folder, tracker, config, found)
     return found
 
@@ -191,10 +191,10 @@ def _as_json(value: Any, where: str) -> Any:
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN: null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    return [_without_nan(v) for v in value] if isinstance(value, list) else value
+        return {k: without_nan(v) for k, v in value.items()}
+    return [without_nan(v) for v in value] if isinstance(value, list) else value

@@ -15,7 +15,7 @@ from typing import Any
 
 from alignlab.benchmarks.base import Benchmark, Subject, measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
-from alignlab.data import DataSettings, load, write_jsonl
+from alignlab.data import DataSettings, encode_prompt, write_jsonl
 from alignlab.data.sources import HUB_ID, Record, read
 from alignlab.models import PackedModel
 from alignlab.scoring import FunctionScorer
@@ -89,15 +89,11 @@ class StoriesBenchmark(Benchmark):
 
     def _prompts(self, policy: PackedModel) -> list[Group]:
         """The held-out openings as groups without responses."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "openings.jsonl"
-            write_jsonl(path, [{"prompt": s["prompt"]} for s in self._stories("test")])
-            groups = load(DataSettings(path=str(path), parser="prompts"), policy.tokenizer).train
-        for number, group in enumerate(groups, start=1):
-            group.origin = f"test opening {number}"  # not the temporary path: samples are drawn by origin
-        return groups
+        settings, openings = DataSettings(parser="prompts"), [story["prompt"] for story in self._stories("test")]
+        return [
+            Group(encode_prompt(text, policy.tokenizer, settings), [], f"test opening {number}", text)
+            for number, text in enumerate(openings, start=1)
+        ]
 
     def _stories(self, split: str) -> list[dict[str, str]]:
         """Stories of the split as opening and rest. One too short to have a rest is skipped; the next takes its place.

@@ -106,20 +106,16 @@ class Arguments:
     """What follows a command.
 
     Attributes:
-        rest: everything but options: the overrides (KEY=VALUE) of a config, or the folders that a command looks at.
+        overrides: everything but options: overrides (KEY=VALUE) of a config, or folders that a command looks at.
         options: those given, with their values; "" where none is wanted.
     """
 
-    rest: list[str]
+    overrides: list[str]
     options: dict[str, str]
 
     @property
-    def overrides(self) -> list[str]:
-        return self.rest
-
-    @property
     def folders(self) -> list[Path]:
-        return [Path(folder) for folder in self.rest]
+        return [Path(folder) for folder in self.overrides]
 
     @property
     def config_dir(self) -> Path | None:
@@ -161,13 +157,13 @@ def parse(arguments: Sequence[str], *known: str) -> Arguments:
     """
     from alignlab.core.errors import ConfigError, did_you_mean
 
-    rest: list[str] = []
+    overrides: list[str] = []
     options: dict[str, str] = {}
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("-"):
-            rest.append(argument)
+            overrides.append(argument)
             continue
         option, equals, value = argument.partition("=")
         option = "--multirun" if option == "-m" else option
@@ -178,7 +174,7 @@ def parse(arguments: Sequence[str], *known: str) -> Arguments:
                 raise ConfigError(f"{option}: name {WITH_VALUE[option]}")
             value = waiting.pop(0)
         options[option] = value
-    return Arguments(rest, options)
+    return Arguments(overrides, options)
 
 
 def out_folder(config: Mapping[str, Any]) -> Path:

@@ -12,7 +12,7 @@ def run(arguments: Sequence[str]) -> int:
     config = parse(arguments, *COMPOSING).config("export")
     if config is None:
         return 0
-    from alignlab.config import section
+    from alignlab.build import section
     from alignlab.training.checkpoints.export import ExportSettings, export
 
     for line in export(section(ExportSettings, config, "")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from alignlab.commands import COMPOSING, parse
 
@@ -11,15 +10,13 @@ from alignlab.commands import COMPOSING, parse
 def run(arguments: Sequence[str]) -> int:
     """Print the plan of a run: as tables, or with --json as JSON."""
     given = parse(arguments, *COMPOSING, "--json")
-    if "--json" in given.options:
-        given = replace(given, rest=[*given.rest, "format=json"])
     config = given.config("plan")
     if config is None:
         return 0
     from alignlab.planning import plan
 
     found = plan(config, given.overrides)
-    if config["format"] == "json":
+    if "--json" in given.options:
         import json
 
         print(json.dumps(found, indent=2))

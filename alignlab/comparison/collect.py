@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def collect(out: Path) -> board.Leaderboard:
         evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
         measured = {k: v for k, v in evaluation.items() if k not in NOT_METRICS}
         costs = {k: result.get(k, 0) for k in COSTS}
-        row = {"algorithm": algorithm, "seed": int(seed), **measured, **costs}
-        rows.append(row | {name: None for name in board.REQUIRED if name not in row})
+        rows.append({"algorithm": algorithm, "seed": int(seed), **measured, **costs})
         frontier = evaluation.get("frontier", frontier)
         for sample in evaluation.get("samples", []):
             samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
@@ -67,7 +67,7 @@ def collect(out: Path) -> board.Leaderboard:
         found,
         frontier=frontier,
         curves=_by_metric(curves),
-        samples=[{"prompt": p, "answers": a} for p, a in samples.items()],
+        samples=samples,
         provenance=provenance,
     )
     return found
@@ -118,25 +118,24 @@ def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, 
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise AlignlabError(f"{path}: {error.strerror}; is this the folder of a comparison?") from error
+    return dict(_read(path, json.loads, {}))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
+    return list(_read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], []))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    found = _read(path, yaml.safe_load, None)
+    if found is None:
+        raise AlignlabError(f"{path}: No such file or directory; is this the folder of a comparison?")
+    return dict(found)
+
+
+def _read(path: Path, parse: Callable[[str], Any], absent: Any) -> Any:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return parse(path.read_text())
+    except FileNotFoundError:
+        return absent
     except ValueError as error:
         raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error

@@ -11,6 +11,7 @@ from typing import Any
 from alignlab.comparison.collect import is_current
 from alignlab.comparison.graph.ledger import EVALUATE, FILE, REPORT, Entry, Ledger
 from alignlab.comparison.graph.node import PLAN, is_result, last_words, planned, read
+from alignlab.comparison.report import Cell, Table
 from alignlab.core import AlignlabError
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import QUEUED, State
@@ -133,21 +134,16 @@ def _progress(folder: Path) -> str:
 def show(out: Path) -> int:
     """Print the parts of a comparison; 1 where one failed, else 0."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     found = parts(out)
     counts = {state: sum(p.state == state for p in found) for state in dict.fromkeys(p.state for p in found)}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, keep in (("part", True), ("state", True), ("job", True), ("time", True), ("", False)):
-        table.add_column(heading, no_wrap=keep, overflow="fold")
-    colours = {DONE: "green", RUNNING: "cyan", FAILED: "red", CANCELLED: "red", BLOCKED: "yellow"}
+    rows = []
     for p in found:
-        state = f"[{colours[p.state]}]{p.state}[/]" if p.state in colours else p.state
         told = [p.nodes if p.state == RUNNING else "", p.progress, p.why if p.state in (WAITING, BLOCKED) else ""]
-        table.add_row(p.name.removeprefix("runs/"), state, p.job, p.elapsed, escape(", ".join(t for t in told if t)))
+        texts = (p.name.removeprefix("runs/"), p.state, p.job, p.elapsed, ", ".join(t for t in told if t))
+        rows.append([Cell(text, kind=p.state) for text in texts])
     screen = Console()
-    screen.print(table)
+    screen.print(Table("Parts", ["part", "state", "job", "time", ""], rows).rich(fold=True))
     screen.print(f"\n{out}: " + ", ".join(f"{n} {state}" for state, n in counts.items()), markup=False, highlight=False)
     for p in found:
         if p.state in (RUNNING, FAILED, CANCELLED) and (p.log or p.why):

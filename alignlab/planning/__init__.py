@@ -10,7 +10,7 @@ from typing import Any
 from alignlab.planning.devices import Device, find_device, speed
 from alignlab.planning.memory import GB, MODES, Memory
 from alignlab.planning.run import PlannedRun, PlanSettings
-from alignlab.planning.search import COUNTS, USABLE, Choice, cheapest, choices, fits, rescue, variants
+from alignlab.planning.search import COUNTS, USABLE, cheapest, choices, fits, rescue, variants
 
 __all__ = ["PlanSettings", "plan"]
 
@@ -112,51 +112,36 @@ def _fits(run: PlannedRun, device: Device) -> list[dict[str, Any]]:
     for variant in variants(run):
         every = list(choices(run, variant))
         for mode in MODES:
-            cells = {str(c.devices): _cell(c.memory, device) for c in every if c.mode == mode}
+            mine = {str(c.devices): c.memory for c in every if c.mode == mode}
+            cells = {count: {"gb": memory.total / GB, "fits": fits(memory, device)} for count, memory in mine.items()}
             rows += [{"trained": run.name(variant), "mode": mode, "devices": cells}] if cells else []
     return rows
 
 
-def _cell(memory: Memory, device: Device) -> dict[str, Any]:
-    return {"gb": memory.total / GB, "fits": fits(memory, device)}
-
-
 def _cheapest(run: PlannedRun, device: Device, overrides: Sequence[str]) -> dict[str, Any]:
-    """The cheapest setting of what was asked, and of all; or what would help."""
-    asked = cheapest(run, device, [run.asked])
-    least = cheapest(run, device, variants(run))
-    instead = rescue(run, device) if asked is None else None
-    described = {"asked": asked, "any": least, "instead": instead}
-    found: dict[str, Any] = {name: choice and _described(run, choice, overrides) for name, choice in described.items()}
-    lines = []
-    if asked is not None:
-        lines += [f"Cheapest for {run.name(run.asked)} ({_size(asked)}):", f"  {found['asked']['command']}"]
-    else:
-        lines.append(f"{run.name(run.asked)} does not fit on up to {COUNTS[-1]} of {device.name}.")
-        nothing = ["Nor does anything else here: shorter prompts and responses, or larger devices, are needed."]
-        lines += ["This would:", f"  {found['instead']['command']}"] if instead else nothing
-    if least is not None and (asked is None or least.devices < asked.devices):
-        lines += [f"Cheapest of all ({run.name(least.variant)}, {_size(least)}):", f"  {found['any']['command']}"]
-    lines.append("Cheapest: fewest devices, then the simplest mode, then the least done to save memory.")
-    return {**found, "lines": lines}
-
-
-def _size(choice: Choice) -> str:
-    return f"{choice.devices} device{'s' if choice.devices > 1 else ''}, {choice.memory.total / GB:.1f} GB each"
-
-
-def _described(run: PlannedRun, choice: Choice, overrides: Sequence[str]) -> dict[str, Any]:
-    """A choice as plain values, with the command that trains so: the overrides given, but for what the choice says."""
+    """The cheapest setting of what was asked that fits, or else what would help, with the command that trains so."""
+    asked = cheapest(run, device, run.asked)
+    choice = asked or rescue(run, device)
+    lines = ["Cheapest: fewest devices, then the simplest mode."]
+    if asked is None:
+        lines = [f"{run.name(run.asked)} does not fit on up to {COUNTS[-1]} of {device.name}.", "This would:"]
+    if choice is None:
+        lines[-1] = "Nor does anything else here: shorter prompts and responses, or larger devices, are needed."
+        return {"fits_as_asked": False, "lines": lines}
     changed = choice.overrides(run)
     replaced = {*PlanSettings.model_fields, "distributed.processes", *changed}
     kept = [word for word in overrides if word.partition("=")[0] not in replaced]
     for group in ("adapter", "quantization"):  # settings of another one
         kept = [word for word in kept if group not in changed or not word.startswith(f"{group}.")]
+    command = " ".join(["alignlab train", *kept, *(f"{key}={value}" for key, value in changed.items())])
+    size = f"{choice.devices} device{'s' if choice.devices > 1 else ''}, {choice.memory.total / GB:.1f} GB each"
     return {
+        "fits_as_asked": asked is not None,
         "trained": run.name(choice.variant),
         "mode": choice.mode,
         "devices": choice.devices,
         "gb": choice.memory.total / GB,
         "host_gb_per_device": choice.memory.host / GB,
-        "command": " ".join(["alignlab train", *kept, *(f"{key}={value}" for key, value in changed.items())]),
+        "command": command,
+        "lines": [*lines, f"{run.name(choice.variant)} ({size}):", f"  {command}"],
     }

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
-from alignlab.config import section
+from alignlab.build import section
 from alignlab.core import AdapterKind
 from alignlab.core.memory import usual_tokens
 from alignlab.core.settings import Settings
@@ -27,7 +27,7 @@ FEW, MORE = 2, 4
 
 
 class PlanSettings(Settings):
-    """The keys of `configs/plan.yaml` beside those of a run: on what, for data of what lengths, shown how."""
+    """The keys of `configs/plan.yaml` beside those of a run: on what, for data of what lengths."""
 
     gpu: str | float | None = None
     gpus: int | None = Field(None, ge=1)
@@ -36,7 +36,6 @@ class PlanSettings(Settings):
     responses: int | None = Field(None, ge=1)
     peak_tflops: float | None = Field(None, gt=0)
     share_of_peak: float = Field(0.4, gt=0, le=1)
-    format: Literal["table", "json"] = "table"
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,10 @@ def _modes(run: PlannedRun, devices: int) -> Iterator[str]:
 
 
 def cheapest(
-    run: PlannedRun, device: Device, among: list[Variant], max_tokens_per_microbatch: int | None = None
+    run: PlannedRun, device: Device, variant: Variant, max_tokens_per_microbatch: int | None = None
 ) -> Choice | None:
-    """What fits on the fewest devices; of those the simplest mode; of those the first variant of `among`."""
-    found = []
-    for variant in among:
-        found += [next((c for c in choices(run, variant, max_tokens_per_microbatch) if fits(c.memory, device)), None)]
-    return min((c for c in found if c), key=lambda c: (c.devices, MODES.index(c.mode)), default=None)
+    """What fits on the fewest devices; of those the simplest mode."""
+    return next((c for c in choices(run, variant, max_tokens_per_microbatch) if fits(c.memory, device)), None)
 
 
 def rescue(run: PlannedRun, device: Device) -> Choice | None:
@@ -80,5 +77,5 @@ def rescue(run: PlannedRun, device: Device) -> Choice | None:
     if run.own_critic:  # it cannot be recomputed on an adapter
         tried = [v for v in tried if v.adapter == "none" or not v.checkpointing] + [Variant("lora", "nf4", False)]
     row = run.workload().length
-    found = (cheapest(run, device, [variant], row) for variant in dict.fromkeys(tried))
+    found = (cheapest(run, device, variant, row) for variant in dict.fromkeys(tried))
     return next((choice for choice in found if choice is not None), None)

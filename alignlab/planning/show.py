@@ -8,31 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-ITEMS = {
-    "weights": "weights",
-    "float32 copy": "float32 copy of trained weights (ZeRO)",
-    "reference": "reference policy",
-    "optimizer states": "optimiser states",
-    "scorers": "models that score",
-    "communication": "gradient buckets",
-    "gradients": "gradients",
-    "activations": "activations",
-    "gathered weights": "weights gathered from the others",
-    "temporary": "temporaries of the update",
-    "generation": "keys, values and logits of sampling",
-    "whole model": "the model before it is divided",
-    "merged copy": "copy that the adapter is folded into",
-}
-PHASES = {
-    "training": "forward and backward",
-    "gradients": "backward's end",
-    "update": "update",
-    "scoring": "log-probs before it",
-    "sampling": "sampling",
-    "saving": "saving the model",
-    "loading": "loading",
-}
-
 
 def show(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print a plan."""
@@ -64,13 +39,13 @@ def _memory(plan: dict[str, Any]) -> Table:
     memory = plan["memory"]
     table = _table("Memory of one device, GB", "", "GB")
     for name, value in memory["held"].items():
-        table.add_row(f"always        {ITEMS[name]}", _gb(value))
+        table.add_row(f"always        {name}", _gb(value))
     if memory["overhead"]:
         table.add_row("always        framework: CUDA context, libraries (a constant)", _gb(memory["overhead"]))
     for phase, items in memory["phases"].items():
         peak = phase == memory["peak"]
-        named = " + ".join(f"{ITEMS[k]} {_gb(v)}" for k, v in items.items() if v)
-        text = f"{'+' if peak else 'or':<2} {PHASES[phase]}: {named}"
+        named = " + ".join(f"{k} {_gb(v)}" for k, v in items.items() if v)
+        text = f"{'+' if peak else 'or':<2} {phase}: {named}"
         table.add_row(*(Text(cell, "bold" if peak else "dim") for cell in (text, _gb(sum(items.values())))))
     table.add_row(Text("peak", "bold"), Text(_gb(memory["total"]), "bold"))
     if memory["host"]:

@@ -70,7 +70,7 @@ class Launch:
             slurm.hand_over(batches)
             wait(out, nodes, self.describe, count)
         else:
-            execute(nodes, self.settings.workers, describe=self.describe, count=count)
+            execute(nodes, self.settings.n_jobs, describe=self.describe, count=count)
 
     def _left(self, combinations: Sequence[Combination]) -> list[Combination]:
         """Those that are not done. What cannot be right is noted as failed at once."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from alignlab.comparison.report import plots
-from alignlab.comparison.report.page import Cell, Heading, Table, render_page
-from alignlab.sweeps.results import Results, Run, cells, heading, headings, shortest, told_best
+from alignlab.comparison.report.page import render_page
+from alignlab.sweeps.results import Results, Run, heading, shortest, table, told_best
 
 
 def render(results: Results) -> str:
@@ -22,7 +22,7 @@ def render(results: Results) -> str:
         counts=results.counts(),
         panels=panels,
         note=_note(results),
-        runs=_runs(results),
+        runs=table(results),
         failed=[run for run in results.runs if run.state == "failed"],
     )
 
@@ -41,21 +41,19 @@ def panel(results: Results, runs: Sequence[Run], key: str, name: str) -> plots.P
     names = [] if len(numbers) == len(texts) else sorted(set(texts))
     xs = [float(names.index(text)) for text in texts] if names else numbers
     ys = [run.value for run in runs if run.value is not None]
-    tips = {}
     with plots.style():
         figure, ax = plots.axes()
         for i, (run, x, y) in enumerate(zip(runs, xs, ys, strict=True)):
             ax.plot(x, y, "o", color=plots.colour(0), alpha=0.35 if run.state == "pruned" else 1, gid=f"run{i}")
-            tips[f"run{i}"] = f"{run.name}: {run.values[key]}, {results.metric} {y:.6g}"
             if run is results.best:
                 ax.plot(x, y, "o", ms=10, mfc="none", mec=plots.colour(1), mew=1.8, gid="best")
         if names:
             ax.set_xticks(range(len(names)), [text if len(text) < 20 else f"…{text[-18:]}" for text in names])
-        elif key in results.log or _spans_decades(xs):
+        elif _spans_decades(xs):
             plots.logarithmic(ax, "x")
         ax.margins(0.06)
         ax.set(xlabel=name, ylabel=heading(results))
-    return plots.Plot(name, figure, f"{results.metric} of every run against {key}.", tips=tips)
+    return plots.Plot(name, figure, f"{results.metric} of every run against {key}.")
 
 
 def _note(results: Results) -> str:
@@ -75,13 +73,3 @@ def _number(text: str) -> float | None:
 def _spans_decades(values: Sequence[float]) -> bool:
     """Whether a logarithmic axis shows them better: positive, and over a factor of 50."""
     return min(values) > 0 and max(values) / min(values) >= 50
-
-
-def _runs(results: Results) -> Table:
-    head = [Heading(title, kind="narrow" if i else "narrow name") for i, title in enumerate(headings(results))]
-    rows = []
-    for run in results.runs:
-        name, *rest = cells(results, run)
-        kind = "best" if run is results.best else ""
-        rows.append([Cell(name, tag="th", kind=kind), *(Cell(text, kind=kind) for text in rest)])
-    return Table("Runs of the sweep", head, rows)

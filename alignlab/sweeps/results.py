@@ -10,13 +10,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.benchmarks.evaluate import without_nan
 from alignlab.comparison.collect import BOARD, is_complete
 from alignlab.comparison.graph.node import Outcome, outcome, planned, read, write_plan
-from alignlab.comparison.report import METRICS, MISSING, format_number
+from alignlab.comparison.report import METRICS, MISSING, Cell, Table, format_number
 from alignlab.core import AlignlabError, did_you_mean
 from alignlab.core.files import write_json, write_text
 from alignlab.core.storage import storage_errors
@@ -69,7 +70,6 @@ class Results:
         command: train or compare.
         own: the user's folder of configs.
         metric, direction: what the runs are compared by; the metric is None where none of the usual ones is there.
-        log: keys whose values were searched for on a logarithmic scale.
         runs: the best first, then those that were pruned, that failed, that are unfinished.
     """
 
@@ -78,7 +78,6 @@ class Results:
     own: str | None
     metric: str | None
     direction: str
-    log: list[str]
     runs: list[Run]
 
     @property
@@ -108,14 +107,7 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
-def note(
-    folder: Path,
-    command: str,
-    own: Path | None,
-    sweeper: Sweeper,
-    combinations: Sequence[Combination],
-    log: Sequence[str] = (),
-) -> None:
+def note(folder: Path, command: str, own: Path | None, sweeper: Sweeper, combinations: Sequence[Combination]) -> None:
     """Write down what a sweep consists of, so that its results can be put together whatever happens to it."""
     with storage_errors(folder, "the sweep could not be written"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +117,6 @@ def note(
                 "command": command,
                 "own": str(own) if own else None,
                 "sweeper": sweeper.model_dump(),
-                "log": list(log),
                 "runs": [{"name": c.name, "values": c.values, "overrides": c.overrides} for c in combinations],
             },
         )
@@ -156,7 +147,7 @@ def gather(folder: Path) -> Results:
         run.value = value if value is not None and math.isfinite(value) else None
     sign = 1 if direction == "minimize" else -1
     runs.sort(key=lambda r: (STATES.index(r.state), r.value is None, sign * (r.value or 0)))
-    results = Results(folder, command, plan["own"], metric, direction, plan["log"], runs)
+    results = Results(folder, command, plan["own"], metric, direction, runs)
     _write(results, plan)
     return results
 
@@ -233,19 +224,10 @@ def _write(results: Results, plan: Mapping[str, Any]) -> None:
         "runs": [asdict(run) for run in results.runs],
     }
     with storage_errors(results.folder, "the sweep's results could not be written"):
-        write_json(results.folder / FILE, _finite(told))
+        write_json(results.folder / FILE, without_nan(told))
         write_text(results.folder / "sweep.csv", to_csv(results))
         write_text(results.folder / "sweep.md", to_markdown(results))
         write_text(results.folder / "sweep.html", render(results))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def heading(results: Results) -> str:
@@ -259,12 +241,16 @@ def shortest(keys: Sequence[str]) -> dict[str, str]:
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)}
 
 
-def cells(results: Results, run: Run) -> list[str]:
-    """A row: name, what varies, the metric, state, seconds."""
-    found = run.metrics or {}
-    seconds = format_number(found.get("seconds"), None)
-    value = format_number(run.value, 4) if run.value is not None else MISSING
-    return [run.name, *(short_value(run.values.get(k, MISSING)) for k in results.varied), value, run.state, seconds]
+def table(results: Results) -> Table:
+    """The runs: name, what varies, the metric, state, seconds."""
+    head = ["run", *shortest(results.varied).values(), heading(results), "state", "time s"]
+    rows = []
+    for run in results.runs:
+        varied = [short_value(run.values.get(key, MISSING)) for key in results.varied]
+        value, seconds = format_number(run.value, 4), format_number((run.metrics or {}).get("seconds"), None)
+        kind = "best" if run is results.best else run.state
+        rows.append([Cell(text, kind=kind) for text in (run.name, *varied, value, run.state, seconds)])
+    return Table("Runs of the sweep", head, rows)
 
 
 def short_value(text: str) -> str:
@@ -273,10 +259,6 @@ def short_value(text: str) -> str:
         return f"{float(text):.4g}" if len(text) > 8 else text
     except ValueError:
         return text
-
-
-def headings(results: Results) -> list[str]:
-    return ["run", *shortest(results.varied).values(), heading(results), "state", "time s"]
 
 
 def to_csv(results: Results) -> str:
@@ -293,18 +275,10 @@ def to_csv(results: Results) -> str:
 
 
 def to_markdown(results: Results) -> str:
-    def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-    titles = headings(results)
-    table = [
-        line(titles),
-        line([":--", *["--:"] * (len(titles) - 1)]),
-        *(line(cells(results, r)) for r in results.runs),
-    ]
     failed = [f"* {run.name}: {run.reason}" for run in results.runs if run.state == "failed"]
-    parts = [f"# Sweep: {results.folder.resolve().name}", results.counts(), *told_best(results), "\n".join(table)]
-    return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(failed)] if failed else [])]) + "\n"
+    parts = [f"# Sweep: {results.folder.resolve().name}", results.counts(), *told_best(results)]
+    parts += [table(results).markdown(), *(["Failed:\n\n" + "\n".join(failed)] if failed else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def told_best(results: Results) -> list[str]:
@@ -318,19 +292,11 @@ def told_best(results: Results) -> list[str]:
 
 def show(results: Results, console: Console | None = None) -> None:
     """Print the table, the best run, and what failed and why."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for index, title in enumerate(headings(results)):
-        table.add_column(Text(title), justify="right" if index else "left", overflow="fold")
-    for run in results.runs[:SHOWN]:
-        style = {"failed": "red", "pruned": "dim", "unfinished": "dim"}.get(run.state, "")
-        table.add_row(*(Text(text, style="bold" if run is results.best else style) for text in cells(results, run)))
-    console.print(table)
+    shown = table(results)
+    console.print(replace(shown, rows=shown.rows[:SHOWN]).rich(fold=True))
 
     def say(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -54,11 +54,6 @@ class Search:
         self._same_as_before(config)
         self._known: dict[int, Combination] = {}
 
-    @property
-    def log(self) -> list[str]:
-        """What is searched on a logarithmic scale."""
-        return [key for key, found in self.space.items() if getattr(found, "log", False)]
-
     def run(self, launch: Callable[..., None]) -> None:
         """Launch batch after batch, until there are as many trials as are wanted."""
         given_up: set[int] = set()  # failed in this session: the next one tries again
@@ -142,7 +137,7 @@ class Search:
 
     def _note(self) -> None:
         trials = [self._combination(t) for t in self.study.get_trials(deepcopy=False)]
-        note(self.composer.folder, self.composer.command, self.composer.own, self.settings, trials, self.log)
+        note(self.composer.folder, self.composer.command, self.composer.own, self.settings, trials)
 
     def _first(self) -> dict[str, str]:
         """Some values, to see what the config is like."""

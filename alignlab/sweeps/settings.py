@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from alignlab.config import compose, resolve, section
+from alignlab.build import section
+from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, did_you_mean
 from alignlab.core.settings import Settings
 from alignlab.launch.slurm.settings import SlurmSettings
@@ -25,18 +25,7 @@ class LocalSettings(Settings):
     """Group `launcher`, option `local`: on this machine, each run in a process of its own."""
 
     kind: Literal["local"] = "local"
-    n_jobs: int = Field(1, ge=-1)
-
-    @field_validator("n_jobs")
-    @classmethod
-    def _some(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("must be 1 or more, or -1 for as many as there are cores")
-        return value
-
-    @property
-    def workers(self) -> int:
-        return self.n_jobs if self.n_jobs > 0 else os.cpu_count() or 1
+    n_jobs: int = Field(1, ge=1)
 
 
 class GridSettings(Settings):

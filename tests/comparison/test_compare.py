@@ -278,8 +278,9 @@ def test_the_embedded_default_is_the_demo(capsys: pytest.CaptureFixture[str]) ->
 def test_a_stage_may_choose_another_adapter_than_the_comparison(tmp_path: Path) -> None:
     """`adapter=none` in a stage's words is not undone by the comparison's own `adapter=lora`."""
     from alignlab.benchmarks.evaluate import build_benchmark
+    from alignlab.build import section
     from alignlab.comparison.compare import ComparisonSettings, plan
-    from alignlab.config import compose, resolve, section
+    from alignlab.config import compose, resolve
 
     config = resolve(compose("compare", ["experiment=demo", "adapter=lora", "model.path=base", "comparison.seeds=[0]"]))
     config["comparison"]["reward_model"].append("adapter=none")

@@ -11,10 +11,11 @@ import pytest
 
 from alignlab.benchmarks.base import Benchmark
 from alignlab.benchmarks.evaluate import EvaluateSettings, build_benchmark
+from alignlab.build import section
 from alignlab.comparison.graph.node import Node
 from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
-from alignlab.config import compose, resolve, section
+from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 
 SFT = ["algorithm=sft", "data=demonstrations", "data.path={demonstrations}"]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from alignlab.config import build, compose, resolve
+from alignlab.build import build
+from alignlab.config import compose, resolve
 from alignlab.core import ConfigError
 from alignlab.rollout.produce import produce
 from alignlab.scoring import JudgePairs, JudgeScores

@@ -60,7 +60,7 @@ def test_a_launcher_of_the_users(tmp_path: Path) -> None:
         ("launcher=slurm launcher.partion=x", "launcher.partion: unknown key; did you mean 'partition'?"),
         ("launcher=slurm launcher.n_jobs=3", "launcher.n_jobs: is a key of launcher=local: add launcher=local"),
         ("launcher=joblib", "launcher=joblib: is now launcher=local, with launcher.n_jobs=N for several at a time"),
-        ("launcher.n_jobs=0", "launcher.n_jobs=0: must be 1 or more, or -1 for as many as there are"),
+        ("launcher.n_jobs=0", "launcher.n_jobs=0: should be greater than or equal to 1"),
         ("launcher=slurm launcher.nodes=0", "launcher.nodes=0: should be greater than or equal to 1"),
         ("launcher=slurm launcher.stages.sft.nodes=2", "launcher.stages.sft.nodes=2: is for `alignlab submit` alone"),
         ("launcher=local,slurm", "launcher=local,slurm: a sweep has one launcher"),

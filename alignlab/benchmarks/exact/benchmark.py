@@ -15,7 +15,7 @@ from alignlab.benchmarks.exact.enumeration import completion_log_probs
 from alignlab.benchmarks.exact.language import ExactReward, ExactWorld, ExactWorldSettings
 from alignlab.benchmarks.exact.process import demonstrations, sample
 from alignlab.benchmarks.exact.steps import labelled_steps
-from alignlab.config import section
+from alignlab.build import section
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Scorer, require
 from alignlab.core.progress import progress
 from alignlab.data import write_jsonl

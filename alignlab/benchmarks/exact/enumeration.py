@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from alignlab.benchmarks.exact.language import ExactWorld
 from alignlab.core.errors import AlignlabError, require
+from alignlab.models import evaluating
+
+ROWS = 4096
+"""Run at once; bounds memory, does not change the result."""
 
 
 def chain(step_logp: Sequence[Tensor]) -> Tensor:
@@ -31,22 +34,19 @@ def chain(step_logp: Sequence[Tensor]) -> Tensor:
     return torch.cat([*levels, reached], dim=1)
 
 
-def completion_log_probs(
-    network: nn.Module, world: ExactWorld, temperature: float = 1.0, rows_per_forward: int = 4096
-) -> Tensor:
+def completion_log_probs(network: nn.Module, world: ExactWorld, temperature: float = 1.0) -> Tensor:
     """log π(y|x) of every completion of every prompt, in nats, float64 on the CPU, shape (X, Y).
 
     The V^(L-1) longest prefixes of a prompt are run as plain rows of equal length, so there is neither padding nor a
     mask to get wrong; the logits of the shorter prefixes are read from the first row that begins with them. Log-probs
     are normalised in float64, so each prompt's probabilities sum to 1 to about 1e-14 whatever the network's precision.
 
-    The network runs in evaluation mode and without gradient; the mode of every module is restored afterwards.
+    The network runs in evaluation mode and without gradient; afterwards it is in the mode that it had.
 
     Args:
         network: a causal language model: `network(input_ids=…, attention_mask=…, use_cache=False).logits`.
         world: the language; the network must have its vocabulary of V + 1 tokens.
         temperature: divides the logits, > 0; 1 is the model's own distribution.
-        rows_per_forward: how many rows are run at once; bounds memory, does not change the result.
     """
     require(temperature > 0, "temperature", temperature, "must be > 0")
     device = next(network.parameters()).device
@@ -56,7 +56,7 @@ def completion_log_probs(
         for prompt_ids in world.prompt_ids:
             row = torch.tensor(prompt_ids).expand(len(prefix_RL), -1)
             rows = torch.cat([row, prefix_RL], dim=1).to(device)
-            parts = [_next_token_logits(network, part, world) for part in rows.split(rows_per_forward)]
+            parts = [_next_token_logits(network, part, world) for part in rows.split(ROWS)]
             logp_RLV = (torch.cat(parts) / temperature).log_softmax(-1)
             # Sequences of k words: every V^(L-1-k)-th row is the first to begin with the next one of them.
             of_prompts.append([logp_RLV[:: world.V ** (world.L - 1 - k), k] for k in range(world.L)])
@@ -72,15 +72,3 @@ def _next_token_logits(network: nn.Module, rows: Tensor, world: ExactWorld) -> T
             "evaluate models trained from the benchmark's own base model, with the same `words`"
         )
     return logits[:, -world.L :].cpu().double()
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every module is in the mode it had."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -190,19 +190,6 @@ def win_rate(logp_XY: Tensor, other_logp_XY: Tensor, reward_XY: Tensor) -> float
     return expectation(logp_XY, beaten)
 
 
-def preference_probability(reward_a: Tensor, reward_b: Tensor, temperature: float) -> Tensor:
-    """P(a ≻ b) = σ((r_a - r_b)/τ), the Bradley-Terry label, elementwise.
-
-    A policy trained on such labels by DPO with its own β aims at `optimum` for β = τ·β_DPO.
-
-    Args:
-        reward_a, reward_b: rewards, of the same shape.
-        temperature: τ > 0 in units of reward; small makes labels certain.
-    """
-    require(temperature > 0, "temperature", temperature, "must be > 0")
-    return torch.sigmoid((reward_a - reward_b) / temperature)
-
-
 def _levels(logp_Y: Tensor, reward_Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The different rewards R ascending, which of them each completion has (Y,), and the probability of each (R,)."""
     value_R, level_Y = torch.unique(reward_Y, return_inverse=True)

@@ -14,7 +14,7 @@ node:
     node.json     what it is to do, and its key
     done.json     written last: it has been done, with the key that it had then
     failed.json   why it failed, and the log that says more; removed when it begins again
-    process.json  the process of this machine that is at work on it
+    lock          locked while a process of this machine is at work on it
     log.txt       what that process wrote
 
 So whatever is killed, the same command goes on: done are the nodes whose `done.json` has the key of the plan.

@@ -6,28 +6,26 @@ killed, they are told so by the kernel, save too, and are waited for by whoever 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
-
-from alignlab.comparison.graph.node import LOG, Node, fail, last_words, outcome, read
+from alignlab.comparison.graph.node import LOG, Node, fail, last_words, outcome
 from alignlab.core import AlignlabError, Interrupted
 from alignlab.core.children import end_with_parent
-from alignlab.core.files import write_json
 from alignlab.core.progress import console
 from alignlab.training.signals import SIGNALS, StopRequest
 
-PROCESS = "process.json"
-"""In a node's folder: which process of which machine is at work there, while that lives."""
+LOCK = "lock"
+"""In a node's folder: locked by the process that is at work there until it ends, however that is."""
 
 POLL = 0.05
 """Seconds between looks at the running processes."""
@@ -113,7 +111,7 @@ def execute(
                     count.total -= 1
                 able = [n for n in waiting if all(p.name in ready for p in n.parents)]
                 for node in able[: workers - len(running)]:
-                    if not _is_free(node, stop):
+                    if not _wait_until_free(node, stop):
                         break
                     waiting.remove(node)
                     running.append(_start(node, threads))
@@ -139,20 +137,19 @@ def _start(node: Node, threads: int | None) -> _Running:
     environment = dict(os.environ)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "alignlab", "node", str(node.folder)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches the executor, which then asks each node to save
-        preexec_fn=end_with_parent,
-    )
-    try:
-        created = psutil.Process(process.pid).create_time()
-        write_json(node.folder / PROCESS, {"host": socket.gethostname(), "pid": process.pid, "created": created})
-    except psutil.Error:  # it has ended already
-        pass
+    with (node.folder / LOCK).open("wb") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alignlab", "node", str(node.folder)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the executor, which then asks each node to save
+            preexec_fn=end_with_parent,
+            pass_fds=(lock.fileno(),),  # from now on the lock is the process's
+        )
     return _Running(node, process, log, time.monotonic())
 
 
@@ -160,7 +157,6 @@ def _ended(item: _Running) -> str:
     """Why a node has no result, though its process has ended; "" where it has one."""
     item.log.close()
     folder, code = item.node.folder, item.process.returncode
-    (folder / PROCESS).unlink(missing_ok=True)
     if code == 0:
         return ""
     found, log = outcome(folder, item.node.key), folder / LOG
@@ -189,33 +185,34 @@ def _stop(running: list[_Running], patience: float) -> None:
             item.process.kill()
             item.process.wait()
         item.log.close()
-        (item.node.folder / PROCESS).unlink(missing_ok=True)
     running.clear()
 
 
-def _is_free(node: Node, stop: StopRequest) -> bool:
+def _wait_until_free(node: Node, stop: StopRequest) -> bool:
     """Wait for a process that a killed executor has left behind on this node; False where a stop is asked for first.
 
     Raises:
         AlignlabError: it does not end.
     """
-    number = at_work(node.folder)
-    if number:
-        say(f"{node.name}: process {number} is still at work on it; waiting for it to end …")
+    if not is_free(node.folder):
+        say(f"{node.name}: a process is still at work on it; waiting for it to end …")
     end = time.monotonic() + PATIENCE
-    while number and not stop and time.monotonic() < end:
+    while not is_free(node.folder):
+        if stop:
+            return False
+        if time.monotonic() > end:
+            raise AlignlabError(f"{node.folder}: another process is at work in it: of another command?")
         time.sleep(POLL)
-        number = at_work(node.folder)
-    if number and not stop:
-        raise AlignlabError(f"{node.folder}: process {number} is at work in it: of another command?")
-    return not number
+    return True
 
 
-def at_work(folder: Path) -> int | None:
-    """The process of this machine that works in a folder."""
-    told = read(folder / PROCESS)
+def is_free(folder: Path) -> bool:
+    """Whether no process of an executor is at work in a folder."""
     try:
-        alive = told["host"] == socket.gethostname() and psutil.Process(told["pid"]).create_time() == told["created"]
-        return int(told["pid"]) if alive and psutil.Process(told["pid"]).status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return None
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # nobody has been, or the file system has no locks
+        pass
+    return True

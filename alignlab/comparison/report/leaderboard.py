@@ -5,9 +5,9 @@
     board.write("runs/demo")  # leaderboard.json, leaderboard.csv, leaderboard.md
 
 A row of the input is a run: `algorithm`, `seed`, the metrics of `REQUIRED` and any further numeric ones. A metric that
-could not be measured is None or NaN. `<metric>_per_prompt` holds the same metric for each prompt of the benchmark, in
-the benchmark's order, for intervals over prompts; leave it out where the prompts are all there are (the exact
-benchmark) rather than a sample of those one cares for.
+could not be measured is left out, None or NaN. `<metric>_per_prompt` holds the same metric for each prompt of the
+benchmark, in the benchmark's order, for intervals over prompts; leave it out where the prompts are all there are (the
+exact benchmark) rather than a sample of those one cares for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REQUIRED = ("reward", "kl", "win_rate", "seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
-"""Metrics that every row has (None or NaN where not measured), besides `algorithm` and `seed`."""
-
-PROVENANCE = ("folder", "config_hash")
-"""Text that a row may carry along; shown in the report."""
+"""Metrics that every row of the leaderboard has (None where not measured), besides `algorithm` and `seed`."""
 
 NOTE = "note"
 """What must be said of a run's metrics; stands below every table."""
@@ -45,7 +41,7 @@ PER_PROMPT = "_per_prompt"
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Aggregated rows, best first, and what they were made of. Made by `build` or `load`.
+    """Aggregated rows, best first, and what they were made of. Made by `build`.
 
     Attributes:
         benchmark: name of what was measured on.
@@ -139,10 +135,10 @@ def build(
         sort_by: the metric that ranks; `objective_score` where there is one, else `reward`.
 
     Raises:
-        AlignlabError: a row lacks a key, holds something that is no number, or appears twice.
+        AlignlabError: a metric is no number, or a run appears twice.
         ConfigError: no row has the metric `sort_by`.
     """
-    runs = [_checked(row, index) for index, row in enumerate(rows)]
+    runs = [_checked(row) for row in rows]
     if not runs:
         raise AlignlabError("a leaderboard needs at least one run, got none: has any run of the comparison finished?")
     by_algorithm: dict[str, dict[int, dict[str, Any]]] = {}
@@ -178,67 +174,37 @@ def build(
     rows_out.sort(key=lambda r: (r.get(sort_by) is None, -sign * (r.get(sort_by) or 0), r["algorithm"]))
     ranked = [row for row in rows_out if row["algorithm"] in ranking]
     comparisons = compare_all({row["algorithm"]: ranking[row["algorithm"]] for row in ranked})
-    board = Leaderboard(benchmark, _plain(budget), sort_by, rows_out, runs, names, comparisons, prompts)
+    board = Leaderboard(benchmark, dict(budget), sort_by, rows_out, runs, names, comparisons, prompts)
     for position, row in enumerate(ranked):
         differs = board.between(ranked[0]["algorithm"], row["algorithm"]).significant if position else False
         row |= {"rank": position + 1, "indistinguishable_from_best": None if differs is None else not differs}
     return board
 
 
-def load(path: str | os.PathLike[str]) -> Leaderboard:
-    """Read a `leaderboard.json` back; everything is computed again from its runs.
-
-    Raises:
-        AlignlabError: the file is absent, is no JSON or lacks a key.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return build(data["runs"], data["benchmark"], data["budget"], data["sort_by"])
-    except (OSError, ValueError, TypeError) as error:
-        raise AlignlabError(f"{path}: cannot be read as a leaderboard ({error})") from error
-    except KeyError as error:
-        raise AlignlabError(
-            f"{path}: no key {error}; only a leaderboard.json with its runs can be read back"
-        ) from error
-
-
-def _checked(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The row with plain numbers, None for what is not finite; an error for what cannot be a metric."""
-    where = f"row {index} (algorithm {row.get('algorithm')!r}, seed {row.get('seed')!r})"
-    lacking = [key for key in ("algorithm", "seed", *REQUIRED) if key not in row]
-    if lacking:
-        raise AlignlabError(f"{where} lacks {', '.join(lacking)}; give null for what was not measured")
-    if not isinstance(row["algorithm"], str) or not row["algorithm"]:
-        raise AlignlabError(f"{where}: 'algorithm' must be a name")
-    if not isinstance(row["seed"], Integral) or isinstance(row["seed"], bool):
-        raise AlignlabError(f"{where}: 'seed' must be a whole number")
-    checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": int(row["seed"])}
-    for key, value in row.items():
-        if key in checked or (key.endswith(PER_PROMPT) and value is None):
-            continue
-        if key in (*PROVENANCE, NOTE):
-            checked[key] = None if value is None else str(value)
-        elif key.endswith(PER_PROMPT):
-            if isinstance(value, str | Mapping) or not hasattr(value, "__iter__"):
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with all metrics of `REQUIRED`, None for what is not finite; an error for what cannot be a metric."""
+    where = f"algorithm '{row['algorithm']}', seed {row['seed']}"
+    checked: dict[str, Any] = {"algorithm": row["algorithm"], "seed": row["seed"]}
+    for key, value in {**row, **{name: None for name in REQUIRED if name not in row}}.items():
+        if key in ("algorithm", "seed", NOTE):
+            checked[key] = value
+        elif not key.endswith(PER_PROMPT):
+            checked[key] = _number(value, f"{where}: '{key}'")
+        elif value is not None:
+            if not isinstance(value, list):
                 raise AlignlabError(f"{where}: '{key}' must be a list of numbers, got {value!r}")
             checked[key] = [_number(v, f"{where}: '{key}' at prompt {i}") for i, v in enumerate(value)]
-        else:
-            checked[key] = _number(value, f"{where}: '{key}'")
     return checked
 
 
 def _number(value: object, where: str) -> int | float | None:
-    if value is None:
-        return None
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if value is not None and not _is_number(value):
         raise AlignlabError(f"{where} must be a number, got {value!r}")
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isfinite(value) else None
+    return None if isinstance(value, float) and not isfinite(value) else value  # type: ignore[return-value]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _measured(
@@ -311,17 +277,6 @@ def _pair_to_dict(pair: Comparison) -> dict[str, Any]:
     d = pair.difference
     interval = {"difference": d and d.mean, "difference_low": d and d.low, "difference_high": d and d.high}
     return {"a": pair.a, "b": pair.b, **interval, "p": pair.p, "p_holm": pair.p_holm, "seeds": pair.seeds}
-
-
-def _plain(value: Any) -> Any:
-    """The value with None for numbers that JSON does not have, and plain dicts and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return _number(value, "budget")
-    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def _dump(value: object) -> str:

@@ -1,8 +1,7 @@
 """Plots by matplotlib: SVG for the page, PDF and PNG files for papers.
 
-In a page, text stays text and colours follow its light or dark theme. An algorithm has the same colour and marker in
-every plot, by its place on the leaderboard; the marker says the same as the colour to those who cannot tell colours
-apart. Every plot has a text of what it shows.
+An algorithm has the same colour and marker in every plot, by its place on the leaderboard; the marker says the same as
+the colour to those who cannot tell colours apart. Every plot has a text of what it shows.
 
 matplotlib is imported when the first plot is drawn, since that takes a second.
 """
@@ -11,16 +10,15 @@ from __future__ import annotations
 
 import io
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from alignlab.comparison.report.metrics import Metric, format_number, metric
@@ -39,11 +37,10 @@ COLOURS = ("#0072b2", "#d55e00", "#007f5f", "#b5478c", "#a87400", "#3f9ad0", "#5
 MARKERS = ("o", "s", "^", "D", "v", "X")  # one fewer than colours: 42 pairs differ
 DASHES = ("-", "--", ":")  # the first 7 lines are solid, the next 7 dashed
 INK, MUTED, LINE, PAPER = "#1c2127", "#59636e", "#d8dde2", "#ffffff"
-THEME = {**{c: f"s{i}" for i, c in enumerate(COLOURS)}, INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"}
-"""Colour → the variable of page.css that takes its place in a page."""
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text, not outlines
+    "savefig.facecolor": PAPER,
     "svg.hashsalt": "alignlab",  # the same plot is the same file
     "pdf.fonttype": 42,  # TrueType, as publishers ask
     "text.parse_math": False,  # a name may hold a dollar sign
@@ -87,48 +84,29 @@ class Plot:
         name: of its files, without ending.
         alt: what it shows, for those who do not see it.
         caption: a sentence below it; may be empty.
-        tips: gid of an artist → text shown where the pointer rests on it.
     """
 
     name: str
     figure: Figure
     alt: str
     caption: str = ""
-    tips: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def svg(self) -> Markup:
-        """The plot as an element of a page; the same plot gives the same text."""
-        text = self._saved("svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        width, height = (72 * size for size in self.figure.get_size_inches())
-        body = text.decode().partition("<svg")[2].partition(">")[2]
-        body = re.sub(r"<style.*?</style>|(?<=>)\s+(?=<)", "", body, flags=re.DOTALL)
-        body = re.sub(r"<[^>]*>", lambda tag: self._themed(tag[0]), body)
-        for gid, tip in self.tips.items():
-            body = body.replace(f'<g id="{self._prefix}{gid}">', f"<g><title>{escape(tip)}</title>")
-        used = set(re.findall(r"#([\w-]+)", body))
-        body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
-        box = f"0 0 {width:g} {height:g}"
-        return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(self.alt, quote=True)}">{body.strip()}')
+    def svg(self) -> str:
+        """The plot as an SVG document; the same plot gives the same text."""
+        return self._saved("svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))).decode()
 
     @property
-    def _prefix(self) -> str:
-        """Of the ids: matplotlib's are those of a document of its own, and a page has several plots."""
-        return re.sub(r"[^a-zA-Z0-9]", "-", self.name) + "-"
-
-    def _themed(self, tag: str) -> str:
-        """A tag of matplotlib's SVG as it is put into a page: its font and colours, ids of its own, shorter numbers."""
-        tag = re.sub(r"(\.\d\d)\d+", r"\1", tag.replace("xlink:href", "href").replace("\n", " "))
-        tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
-        tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self._prefix}", tag)
-        return re.sub("|".join(THEME), lambda colour: f"var(--{THEME[colour[0]]})", tag)
+    def source(self) -> str:
+        """The plot as the `src` of an image, so that a page needs no other file."""
+        return f"data:image/svg+xml;base64,{b64encode(self.svg.encode()).decode()}"
 
     def write(self, folder: Path) -> list[Path]:
         """Write `NAME.pdf` and `NAME.png` into a folder; their paths."""
         dates: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
         paths = [folder / f"{self.name}.{kind}" for kind in dates]
         for path, (kind, metadata) in zip(paths, dates.items(), strict=True):
-            path.write_bytes(self._saved(kind, facecolor=PAPER, dpi=200, metadata=metadata))
+            path.write_bytes(self._saved(kind, dpi=200, metadata=metadata))
         return paths
 
     def _saved(self, kind: str, **options: Any) -> bytes:
@@ -182,7 +160,6 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> None:
 def intervals(names: Sequence[str], estimates: Sequence[Estimate | None], known: Metric) -> Plot:
     """A row for each algorithm that has the metric: its mean and 95 % interval."""
     rows = [(i, name, found) for i, (name, found) in enumerate(zip(names, estimates, strict=True)) if found is not None]
-    tips = {f"row{i}": told(name, known.title, found, known.decimals) for i, name, found in rows}
     every = [found for _, _, found in rows]
     with style():
         figure, ax = axes((SIZE[0], 0.8 + 0.27 * len(rows)))
@@ -194,9 +171,10 @@ def intervals(names: Sequence[str], estimates: Sequence[Estimate | None], known:
         ax.tick_params(axis="y", labelcolor=INK, length=0)
         ax.set(xlabel=known.title, ylim=(len(rows) - 0.4, -0.6), xlim=limits(every))
         ax.grid(visible=False, axis="y")
-    alt = f"{known.title} with 95 % intervals. {'; '.join(tips.values())}"
+    texts = [told(name, known.title, found, known.decimals) for _, name, found in rows]
+    alt = f"{known.title} with 95 % intervals. {'; '.join(texts)}"
     caption = f"{capital(known.title)}: mean and 95 % interval.{cut_note(every, ax.get_xlim())}"
-    return Plot("ranking", figure, alt, caption, tips)
+    return Plot("ranking", figure, alt, caption)
 
 
 def reward_kl(
@@ -210,7 +188,6 @@ def reward_kl(
     """
     drawn = [(i, name, kl, reward) for i, (name, kl, reward) in enumerate(points) if kl and reward]
     kls, rewards = [kl for _, _, kl, _ in drawn], [reward for *_, reward in drawn]
-    tips = {f"p{i}": f"{told(n, 'reward', reward, 3)}; {told(n, 'KL', kl, 2)}" for i, n, kl, reward in drawn}
     x_low, x_high = limits([Estimate(0.0), *kls])
     curve_C2 = np.array(frontier or np.empty((0, 2)), dtype=np.float64)
     kl_C = np.unique(np.clip(np.append(curve_C2[:, 0], x_high), None, x_high))  # cut where the plot ends
@@ -229,7 +206,6 @@ def reward_kl(
             tops = [Estimate(float(reward)) for reward in reward_C]
             handles += ax.plot(kl_C, reward_C, "--", color=INK, linewidth=1.2, gid="frontier", zorder=1.5)
             labels.append("frontier R*(KL)")
-            tips["frontier"] = "R*(KL), the highest reward at each KL"
         ax.set(xlabel="KL to reference (nats/response)", ylabel="reward", xlim=(x_low, x_high))
         ax.set_ylim(limits([*rewards, *tops]))
         legend(figure, handles, labels)
@@ -239,7 +215,7 @@ def reward_kl(
     caption = "Reward against the KL paid for it, both with 95 % intervals."
     caption += " Dashed: the highest reward that can be reached at each KL." if tops else ""
     caption += cut_note(kls, ax.get_xlim()) or cut_note(rewards, ax.get_ylim())
-    return Plot("reward-kl", figure, alt, caption, tips)
+    return Plot("reward-kl", figure, alt, caption)
 
 
 def learning(name: str, names: Sequence[str], curves: Curves, size: tuple[float, float] = SIZE) -> Plot:
@@ -253,7 +229,7 @@ def learning(name: str, names: Sequence[str], curves: Curves, size: tuple[float,
     """
     title, every = metric(name).title, finite(curves)
     x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
-    tips, handles, labels = {}, [], []
+    handles, labels = [], []
     with style():
         figure, ax = axes(size)
         for i, algorithm in enumerate(names):
@@ -267,8 +243,6 @@ def learning(name: str, names: Sequence[str], curves: Curves, size: tuple[float,
             look: dict[str, Any] = {"color": colour(i), "ls": DASHES[i // len(COLOURS) % len(DASHES)], "lw": 1.6}
             handles += ax.plot(x_B, y_B, marker=MARKERS[i % len(MARKERS)], markevery=[-1], gid=f"mean{i}", **look)
             labels.append(algorithm)
-            if len(x_B):
-                tips[f"mean{i}"] = f"{algorithm}: {title} {y_B[-1]:.4g} at step {x_B[-1]:g}"
         if name in LOGARITHMIC:
             logarithmic(ax, "y")
         ax.set_xlabel("step")
@@ -279,7 +253,7 @@ def learning(name: str, names: Sequence[str], curves: Curves, size: tuple[float,
             legend(figure, handles, labels)
     alt = f"{title} over training, {', '.join(labels)}, steps {x_low:g} to {x_high:g}"
     file = "-".join([name, *labels]) if size == SMALL else name
-    return Plot(re.sub(r"[^\w.]+", "-", file), figure, alt, "", tips)
+    return Plot(re.sub(r"[^\w.]+", "-", file), figure, alt)
 
 
 def finite(curves: Curves) -> list[Point]:

@@ -1,10 +1,11 @@
-"""The leaderboard as CSV, as Markdown and on the terminal."""
+"""Tables, made once and shown in three ways: on the terminal, in Markdown and in a page; and the leaderboard's."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alignlab.comparison.report.leaderboard import Leaderboard
@@ -13,20 +14,97 @@ from alignlab.comparison.report.verdict import method, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
+
+STYLES = {
+    **{"best": "bold", "pruned": "dim", "unfinished": "dim"},
+    **{"done": "green", "running": "cyan", "failed": "red", "cancelled": "red", "not run": "yellow"},
+}
+"""How a kind of cell looks on the terminal; in a page it is a CSS class."""
 
 
-def cell(board: Leaderboard, row: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """One metric as text: the mean, and its interval with, where some seeds lack it, the count of those that
-    have it. `("0.953", "±0.012")`, `("–", "")`, `("0.412", "±0.020 (2 of 3 seeds)")`."""
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table's body.
+
+    Attributes:
+        small: a second, smaller text, such as an interval.
+        kind: "best", "failed", "win", "loss", …: decides how it looks.
+    """
+
+    text: str
+    small: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        label: names it to screen readers.
+        names: the column that says what a row is about; it stands at the left, others at the right.
+        short: headings for the terminal, where they differ.
+    """
+
+    label: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    names: int = 0
+    short: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """A pipe table; the best values are bold."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+        def text(cell: Cell) -> str:
+            return f"{f'**{cell.text}**' if cell.kind == 'best' else cell.text} {cell.small}".strip()
+
+        aligned = [":--" if i == self.names else "--:" for i in range(len(self.head))]
+        return "\n".join([line(self.head), line(aligned), *(line([text(c) for c in row]) for row in self.rows)])
+
+    def rich(self, gap: str = " ", fold: bool = False) -> RichTable:
+        """For the terminal.
+
+        Args:
+            gap: between a text and its small one, and between the words of a heading.
+            fold: whether long texts are broken.
+        """
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for i, heading in enumerate(self.short or self.head):
+            side = "left" if i == self.names else "right"
+            table.add_column(Text(heading.replace(" ", gap)), justify=side, no_wrap=not fold, overflow="fold")  # type: ignore[arg-type]
+        for row in self.rows:
+            cells = []
+            for c in row:
+                small = c.small.replace(",", ",\n") if gap == "\n" else c.small  # of a lopsided interval, the bounds
+                text = Text(c.text, style=STYLES.get(c.kind, ""))
+                cells.append(text.append(f"{gap}{small}", style="not bold dim") if small else text)
+            table.add_row(*cells)
+        return table
+
+
+# ------------------------------------------------------------------ the leaderboard
+
+
+def cell(board: Leaderboard, row: Mapping[str, Any], name: str) -> Cell:
+    """One metric: the mean, and its interval with, where some seeds lack it, the count of those that have it, as in
+    `±0.020 (2 of 3 seeds)`."""
     found = board.estimate(row, name)
     if found is None:
-        return MISSING, ""
+        return Cell(MISSING)
     decimals = metric(name).decimals
     interval = format_interval(found, decimals)
     if f"{name}_seeds" in row:
         interval += f" ({row[f'{name}_seeds']} of {len(row['seeds'])} seeds)"
-    return format_number(found.mean, decimals), interval.strip()
+    kind = "best" if row["algorithm"] in board.best(name) else ""
+    return Cell(format_number(found.mean, decimals), interval.strip(), kind)
 
 
 def place(row: Mapping[str, Any]) -> str:
@@ -35,6 +113,17 @@ def place(row: Mapping[str, Any]) -> str:
         return MISSING
     mark = {True: " ≈", False: "", None: " ?"}[row["indistinguishable_from_best"]] if row["rank"] > 1 else ""
     return f"{row['rank']}{mark}"
+
+
+def leaderboard_table(board: Leaderboard, names: Sequence[str]) -> Table:
+    """The table of some metrics."""
+    fixed, known = ["#", "algorithm", "seeds"], [metric(name) for name in names]
+    rows = [
+        [Cell(place(row)), Cell(row["algorithm"]), Cell(str(len(row["seeds"]))), *(cell(board, row, n) for n in names)]
+        for row in board.rows
+    ]
+    head, short = [*fixed, *(m.heading for m in known)], [*fixed, *(m.short for m in known)]
+    return Table("Leaderboard", head, rows, names=1, short=short)
 
 
 def to_csv(board: Leaderboard) -> str:
@@ -49,26 +138,10 @@ def to_csv(board: Leaderboard) -> str:
 
 
 def to_markdown(board: Leaderboard) -> str:
-    """A heading, the verdict, a pipe table and how it was made."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
-
-    best = {name: board.best(name) for name in board.columns}
-    table = [
-        line(["#", "algorithm", "seeds", *(metric(name).heading for name in board.columns)]),
-        line(["--:", ":--", *["--:"] * (1 + len(board.columns))]),
-    ]
-    for row in board.rows:
-        cells = [place(row), row["algorithm"], str(len(row["seeds"]))]
-        for name in board.columns:
-            mean, interval = cell(board, row, name)
-            mean = f"**{mean}**" if row["algorithm"] in best[name] else mean
-            cells.append(f"{mean} {interval}".strip())
-        table.append(line(cells))
-    budget = f"{text}\n\n" if (text := budget_text(board)) else ""
-    body = "\n".join(table)
-    return f"# Leaderboard: {board.benchmark}\n\n{' '.join(verdict(board))}\n\n{budget}{body}\n\n{method(board)}\n"
+    """A heading, the verdict, the table and how it was made."""
+    table = leaderboard_table(board, board.columns).markdown()
+    parts = [f"# Leaderboard: {board.benchmark}", " ".join(verdict(board)), budget_text(board), table, method(board)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def limits_text(board: Leaderboard) -> str:
@@ -76,13 +149,16 @@ def limits_text(board: Leaderboard) -> str:
     return _items({key: value for key, value in board.budget.items() if key != "shared"})
 
 
+def shared_text(board: Leaderboard) -> str:
+    """What was made once for all runs, in a sentence; nothing where there is nothing."""
+    shared = board.budget.get("shared")
+    return f"Made once, before these runs, and used by all of them: {_items(shared)}." if shared else ""
+
+
 def budget_text(board: Leaderboard) -> str:
     """What each run was allowed, and what was made once for all of them, in sentences."""
-    limits, shared = limits_text(board), board.budget.get("shared")
-    sentences = [f"Budget of each run: {limits}."] if limits else []
-    if isinstance(shared, Mapping) and shared:
-        sentences.append(f"Made once, before these runs, and used by all of them: {_items(shared)}.")
-    return " ".join(sentences)
+    limits, shared = limits_text(board), shared_text(board)
+    return f"{f'Budget of each run: {limits}.' if limits else ''} {shared}".strip()
 
 
 def _items(values: Mapping[str, Any]) -> str:
@@ -92,12 +168,10 @@ def _items(values: Mapping[str, Any]) -> str:
         name = key.replace("_", " ")
         if isinstance(value, Mapping):
             texts.append(f"{name} ({inner})" if (inner := _items(value)) else name)
-        elif type(value) is int and value:
-            texts.append(f"{value:,} {name}")
         elif isinstance(value, float) and value:
             texts.append(f"{format_number(value, None) if value < 1e4 else f'{value:,.0f}'} {name}")
         elif value:
-            texts.append(f"{name} {value}")
+            texts.append(f"{value:,} {name}")
     return ", ".join(texts)
 
 
@@ -109,9 +183,9 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
 
     console = console or Console()
     unbounded = console.options.update(max_width=10_000)
-    shown, table = list(board.columns), _table(board, board.columns, " ")
+    shown, table = list(board.columns), leaderboard_table(board, board.columns).rich()
     while shown and console.measure(table, options=unbounded).maximum > console.width:
-        table = _table(board, shown, "\n")
+        table = leaderboard_table(board, shown).rich("\n")
         shown = shown if console.measure(table, options=unbounded).maximum <= console.width else shown[:-1]
     for sentence in verdict(board):
         console.print(Text(sentence))
@@ -119,28 +193,3 @@ def print_leaderboard(board: Leaderboard, console: Console | None = None) -> Non
     console.print(Text(method(board), style="dim"))
     if hidden := [metric(name).title for name in board.columns[len(shown) :]]:
         console.print(Text(f"Left out for want of room: {', '.join(hidden)}; the files have them.", style="dim"))
-
-
-def _table(board: Leaderboard, names: list[str], gap: str) -> Table:
-    """The table of some metrics, with `gap` between a mean and its interval and between the words of a heading."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in ("#", "algorithm", "seeds"):
-        table.add_column(heading, justify="left" if heading == "algorithm" else "right", no_wrap=True)
-    for name in names:
-        table.add_column(Text(metric(name).short.replace(" ", gap)), justify="right", no_wrap=True)
-    for row in board.rows:
-        cells = [Text(place(row)), Text(row["algorithm"]), Text(str(len(row["seeds"])))]
-        for name in names:
-            mean, interval = cell(board, row, name)
-            if metric(name).cost and name != "kl":
-                interval = ""  # in the files; here it would take the room of what matters
-            elif gap == "\n":
-                interval = interval.replace(",", ",\n")  # of a lopsided one, the bounds
-            text = Text(mean, style="bold" if row["algorithm"] in board.best(name) else "")
-            cells.append(text.append(f"{gap}{interval}", style="not bold dim") if interval else text)
-        table.add_row(*cells)
-    return table

@@ -26,18 +26,19 @@ GOING = frozenset(
 PATIENCE = 60
 """Seconds that a command of Slurm's may take before its controller counts as dead."""
 
-ASSOCIATIONS = ("sacctmgr", "-nP", "show", "associations", "user={user}")
-
 ABOUT = {
-    "accounting/qos": ("launcher", "your limits", (*ASSOCIATIONS, "format=account,maxjobs,maxsubmit,maxwall,grptres")),
-    "account": ("launcher.account", "your accounts", (*ASSOCIATIONS, "format=account")),
-    "partition": ("launcher.partition", "partitions here", ("sinfo", "--noheader", "--format=%R")),
-    "qos": ("launcher.qos", "there are", ("sacctmgr", "-nP", "show", "qos", "format=name")),
-    "gres": ("launcher.gpus_per_node", "nodes have", ("sinfo", "--noheader", "--format=%G")),
-    "feature": ("launcher.constraint", "features of nodes", ("sinfo", "--noheader", "--format=%f")),
-    "time limit": ("launcher.timeout_min", "longest times", ("sinfo", "--noheader", "--format=%R %l")),
+    "accounting/qos": "launcher",
+    "account": "launcher.account",
+    "partition": "launcher.partition",
+    "qos": "launcher.qos",
+    "gres": "launcher.gpus_per_node",
+    "feature": "launcher.constraint",
+    "time limit": "launcher.timeout_min",
+    **dict.fromkeys(
+        ("node configuration", "node count", "memory"), "launcher.nodes, gpus_per_node, cpus_per_task or mem_gb"
+    ),
 }
-"""A word in what Slurm complains of → the setting it is about, and how to ask for what there is to choose from."""
+"""A word in what Slurm complains of → the settings it is about."""
 
 
 @dataclass(frozen=True)
@@ -100,33 +101,18 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
 
 
 def _finished(ids: Sequence[str]) -> dict[str, State]:
-    """What the accounting says of jobs, or, where there is none, the controller of those it has not forgotten."""
+    """What the accounting says of jobs; nothing where there is none."""
     asked = [f"--jobs={','.join(ids)}", "--format=JobID,State,Elapsed,NodeList"]
     try:
         said = _run(["sacct", "--noheader", "--parsable2", "--allocations", *asked])
     except AlignlabError:
-        return _remembered(ids)
+        return {}
     found = {}
     for line in said.splitlines():
         name, state, elapsed, nodes = line.split("|")
         where = "" if nodes == "None assigned" else nodes
         for each in _tasks(name):
             found[each] = State(state.split()[0], "", elapsed.removeprefix("00:"), where)
-    return found
-
-
-def _remembered(ids: Sequence[str]) -> dict[str, State]:
-    found = {}
-    for job in ids:
-        try:
-            said = _run(["scontrol", "--oneliner", "show", "job", job])
-        except AlignlabError:  # forgotten
-            continue
-        for line in said.splitlines():
-            values = dict(re.findall(r"(\w+)=(\S*)", line))
-            name = f"{values['ArrayJobId']}_{values['ArrayTaskId']}" if "ArrayJobId" in values else values["JobId"]
-            for each in _tasks(name):
-                found[each] = State(values["JobState"], "", values.get("RunTime", ""), values.get("NodeList", ""))
     return found
 
 
@@ -171,28 +157,9 @@ def _run(words: Sequence[str], text: str = "") -> str:
 
 
 def explain(said: str, command: str = "sbatch") -> str:
-    """What a command of Slurm's complains of, with the setting that it is about and what there is to choose from."""
+    """What a command of Slurm's complains of, with the setting that it is about."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [re.sub(r"^(\w+: )?(error: )?", "", line) for line in lines if "error" in line.lower()] or lines[-1:]
     errors = [error.removeprefix("Batch job submission failed: ") for error in errors]
     text = "; ".join(dict.fromkeys(errors)) or f"{command} failed"
-    low = text.lower()
-    for word, (setting, what, query) in ABOUT.items():
-        if word in low:
-            return f"{setting}: {text}{_choices(query, what)}"
-    if "node configuration" in low or "node count" in low or "memory" in low:
-        sizes = _choices(["sinfo", "--noheader", "--format=%R: %D nodes of %c CPUs, %m MB, %G"], "there are")
-        return f"launcher.nodes, gpus_per_node, cpus_per_task or mem_gb: {text}{sizes}"
-    if "unable to contact" in low or "connection refused" in low or "timed out" in low:
-        return f"{command}: Slurm's controller does not answer ({text}): see `scontrol ping`, and try again later"
-    return f"{command}: {text}"
-
-
-def _choices(query: Sequence[str], what: str) -> str:
-    try:
-        words = [word.format(user=_user()) for word in query]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    found = sorted({line.strip() for line in done.stdout.splitlines()} - {"", "(null)"})
-    return f"; {what}: {', '.join(found)}" if found else ""
+    return f"{next((setting for word, setting in ABOUT.items() if word in text.lower()), command)}: {text}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from alignlab.comparison.report.leaderboard import REQUIRED, build, load
+from alignlab.comparison.report.leaderboard import REQUIRED, build
 from alignlab.comparison.report.metrics import METRICS, format_interval, format_number, metric
 from alignlab.comparison.report.tables import budget_text, limits_text, to_csv, to_markdown
 from alignlab.comparison.report.verdict import format_p, verdict
@@ -71,12 +71,6 @@ class TestRows:
     def test_an_estimate_below_the_bound_stays_within_its_interval(self):
         found = board([row("dpo", 0, kl=-0.02), row("dpo", 1, kl=-0.01)]).rows[0]
         assert found["kl_low"] <= found["kl"] <= found["kl_high"]
-
-    def test_numpy_numbers_are_numbers(self):
-        found = board(
-            [row("dpo", np.int64(0), reward=np.float32(0.5), seconds=np.float64(3), generated_tokens=np.int64(7))]
-        )
-        assert json.loads(found.to_json())["runs"][0]["generated_tokens"] == 7
 
 
 class TestPerPrompt:
@@ -212,31 +206,20 @@ class TestVerdict:
 
 
 class TestBadRows:
-    def test_lacking(self):
-        bad = row("dpo", 4)
-        del bad["kl"], bad["seconds"]
-        with pytest.raises(AlignlabError, match=r"row 1 \(algorithm 'dpo', seed 4\) lacks kl, seconds"):
-            board([row("ppo", 0), bad])
+    def test_what_is_lacking_was_not_measured(self):
+        found = board([{"algorithm": "dpo", "seed": 4, "reward": 0.5}, row("ppo", 4, reward=0.4)])
+        assert found.runs[0]["kl"] is None and found.rows[0]["kl"] is None
 
     @pytest.mark.parametrize("value", ["0.5", True, [1.0], {"a": 1}])
     def test_not_a_number(self, value):
-        with pytest.raises(AlignlabError, match=r"row 0 \(algorithm 'dpo', seed 2\): 'reward' must be a number, got"):
+        with pytest.raises(AlignlabError, match=r"algorithm 'dpo', seed 2: 'reward' must be a number, got"):
             board([row("dpo", 2, reward=value)])
 
     def test_not_a_number_among_the_prompts(self):
-        with pytest.raises(AlignlabError, match=r"seed 2\): 'reward_per_prompt' at prompt 1 must be a number, got 'x'"):
+        with pytest.raises(AlignlabError, match=r"seed 2: 'reward_per_prompt' at prompt 1 must be a number, got 'x'"):
             board([row("dpo", 2, reward_per_prompt=[0.5, "x"])])
         with pytest.raises(AlignlabError, match="must be a list"):
             board([row("dpo", 2, reward_per_prompt=0.5)])
-
-    @pytest.mark.parametrize("seed", [0.5, "0", True, None])
-    def test_not_a_seed(self, seed):
-        with pytest.raises(AlignlabError, match="'seed' must be a whole number"):
-            board([row("dpo", seed)])
-
-    def test_not_a_name(self):
-        with pytest.raises(AlignlabError, match=r"row 0 .*'algorithm' must be a name"):
-            board([row("", 0)])
 
     def test_twice(self):
         with pytest.raises(AlignlabError, match="two rows for algorithm 'dpo' and seed 0"):
@@ -262,7 +245,7 @@ class TestFiles:
         data = json.loads(path.read_text(), parse_constant=no_constants)
         assert {key: data[key] for key in ("benchmark", "budget", "rows")} == found.to_dict()
         assert data["runs"] == found.runs and len(data["runs"]) == 9
-        assert load(path) == found
+        assert build(data["runs"], data["benchmark"], data["budget"], data["sort_by"]) == found
         names = sorted(p.name for p in path.parent.iterdir())  # and no temporary files
         assert names == [
             "leaderboard.csv",
@@ -271,25 +254,10 @@ class TestFiles:
         ]
 
     def test_per_prompt_values_come_back(self, tmp_path):
-        found = board(
-            [row("dpo", 0, reward=0.5, reward_per_prompt=[0.4, 0.6, None], folder="runs/x", config_hash="ab")]
-        )
+        found = board([row("dpo", 0, reward=0.5, reward_per_prompt=[0.4, 0.6, None])])
         found.write(tmp_path)
-        assert load(tmp_path / "leaderboard.json") == found
+        assert build(json.loads((tmp_path / "leaderboard.json").read_text())["runs"], "stories", BUDGET) == found
         assert found.runs[0]["reward_per_prompt"] == [0.4, 0.6, None]
-
-    def test_what_json_does_not_know_in_the_budget(self, tmp_path):
-        found = build([row("a", 0)], "exact", {"seconds": float("inf"), "nested": {"x": (1, float("nan"))}, "on": True})
-        assert found.budget == {"seconds": None, "nested": {"x": [1, None]}, "on": True}
-        json.loads(found.to_json())
-
-    @pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "x", "budget": {}, "rows": []}'])
-    def test_damaged_json(self, tmp_path, text):
-        (tmp_path / "leaderboard.json").write_text(text)
-        with pytest.raises(AlignlabError, match=r"leaderboard\.json"):
-            load(tmp_path / "leaderboard.json")
-        with pytest.raises(AlignlabError, match="absent"):
-            load(tmp_path / "absent.json")
 
     def test_csv_comes_back(self):
         found = board()
@@ -326,14 +294,12 @@ class TestFiles:
         )
         assert "Budget" not in to_markdown(build([row("a", 0)], "exact", {}))
 
-    def test_notes(self, tmp_path):
+    def test_notes(self):
         rows = [{**r, **({"note": "a bound"} if r["algorithm"] == "dpo" else {})} for r in three_algorithms()]
         found = board(rows)
         assert by_name(found)["dpo"]["note"] == "a bound"  # once for three seeds
         assert "note" not in by_name(found)["sft"]
         assert to_markdown(found).rstrip().endswith("cannot be tested. dpo: a bound.")
-        found.write(tmp_path)
-        assert load(tmp_path / "leaderboard.json") == found
         assert "note" not in found.metrics
 
     def test_constants_are_no_columns(self):

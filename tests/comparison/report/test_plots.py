@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 
 import matplotlib as mpl
@@ -100,7 +101,6 @@ class TestLearning:
         assert legend(plot) == names
         handles = plot.figure.legends[0].legend_handles
         assert [(h.get_color(), h.get_marker()) for h in handles] == [(d.get_color(), d.get_marker()) for d in drawn]
-        assert plot.svg.count("<title>") == 20
 
     def test_orders_of_magnitude_have_a_logarithmic_axis_with_plain_numbers(self):
         plot = plots.learning("grad_norm", ["a", "b"], {"a": {0: [(0, 0.1), (9, 0.2)]}, "b": {0: [(0, 8), (9, 30)]}})
@@ -109,18 +109,17 @@ class TestLearning:
 
 
 class TestSvg:
-    def test_text_stays_text_and_colours_follow_the_theme(self):
-        svg = plots.learning("reward", ["dpo"], CURVES).svg
-        assert ">KL" not in svg and ">reward</text>" in svg and ">step</text>" in svg
-        assert not re.search(r"#[0-9a-f]{6}\b", svg) and "var(--s0)" in svg and "font-family" not in svg
+    def test_an_image_that_needs_no_file_with_text_as_text(self):
+        plot = plots.learning("reward", ["dpo"], CURVES)
+        assert base64.b64decode(plot.source.removeprefix("data:image/svg+xml;base64,")).decode() == plot.svg
+        assert ">reward</text>" in plot.svg and ">step</text>" in plot.svg
 
-    def test_names_are_never_markup_nor_formulas_nor_colours(self):
-        """Numbers are shortened and colours replaced in tags, not in texts."""
-        for name in ("<b>&", "$x^2$", "_hidden", "#0072b2", "0.123456", 'a"b'):
-            plot = plots.learning("reward", [name], {name: {0: [(0, 0.0), (9, 1.0)]}})
-            text = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", plot.svg))
+    def test_names_are_never_markup_nor_formulas(self):
+        for name in ("<b>&", "$x^2$", "_hidden", 'a"b'):
+            svg = plots.learning("reward", [name], {name: {0: [(0, 0.0), (9, 1.0)]}}).svg
+            text = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
             assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in text
-            assert "<b>" not in plot.svg
+            assert "<b>" not in svg
 
     def test_the_users_own_settings_of_matplotlib_change_nothing_and_are_kept(self):
         expected = plots.learning("reward", ["dpo"], CURVES).svg
