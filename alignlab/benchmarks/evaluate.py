@@ -111,7 +111,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     folder = Path(wanted.out) if wanted.out else run if run.is_dir() else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", without_nan(found))
-    if tracks(tracker):
+    if tracker.get("_target_"):
         _track(folder, tracker, config, found)
     return found
 
