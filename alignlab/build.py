@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
@@ -75,6 +76,30 @@ def _build(kind: Any, values: Any, key: str, arguments: tuple[Any, ...], given: 
         raise _invalid(error, nested, where, kind) from error
     except (Exception, SystemExit) as error:  # the target may be the user's own: say where it failed
         raise ConfigError(f"{key}._target_={name}: {failure(error)}") from error
+
+
+def targets(values: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every `_target_` in a section: the key it is at, and what it names."""
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if name == "_target_":
+            yield f"{key}._target_", str(value)
+        elif isinstance(value, dict | list):
+            yield from targets(value, f"{key}.{name}")
+
+
+def check_ours(values: Any, key: str, advice: str) -> None:
+    """Refuse a section that names anything but classes of alignlab, before anything of it is imported: a config may
+    come from someone else.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for place, name in targets(values, key):
+        ours = re.fullmatch(r"alignlab(\.(?!_)\w+)+", name) is not None
+        if not ours or getattr(locate(name, place), "__module__", "").partition(".")[0] != "alignlab":
+            raise ConfigError(
+                f"{place}={name}: is no class of alignlab, and the config that names it may be anyone's: {advice}"
+            )
 
 
 def build_type(kind: Any, values: Any, key: str, *arguments: Any, **given: Any) -> Any:

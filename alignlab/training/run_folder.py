@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from alignlab.config import read_yaml
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.core.files import write_text
+from alignlab.core.files import write_config
+from alignlab.core.secrets import without_secrets
 from alignlab.training.callbacks.pruning import PRUNED
 from alignlab.training.settings import TrainingSettings
 
@@ -31,6 +31,11 @@ MAY_CHANGE_VLLM = ("url", "shared_dir", "python", "port", "devices", "memory", "
 RESULT = "result.json"
 """Written last, when a run is finished."""
 
+SECTIONS = ("algorithm", "model", "adapter", "training")
+"""Of a run's config: without these it is none."""
+
+ANEW = "choose another out=DIR, or start anew with training.resume=never, which removes what the folder holds"
+
 BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
 """What a run leaves once it has trained; a folder without any of these holds nothing that could be continued."""
 
@@ -50,20 +55,20 @@ def claim(out: Path, config: dict[str, Any], settings: TrainingSettings) -> None
             for name in (RESULT, "metrics.jsonl", "samples.jsonl", "evaluation.json", "wandb_id", BUDGET, PRUNED):
                 (out / name).unlink(missing_ok=True)
         elif saved.exists() and any((out / name).exists() for name in BEGUN):
-            before, now = fingerprint(yaml.safe_load(saved.read_text())), fingerprint(config)
+            before, now = fingerprint(read_yaml(saved, *SECTIONS, advice=ANEW)), fingerprint(config)
             different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
             if different:
                 raise ConfigError(
                     f"out={out}: this folder holds a run with another {', '.join(different[:5])}: choose another "
                     "out=DIR, or training.resume=never to start it anew"
                 )
-        write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_config(saved, config)
     except OSError as error:
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat, by command-line key."""
+    """The settings that decide what a run computes, flat, by command-line key. Secrets do not: they may change."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -73,6 +78,6 @@ def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    walk({k: v for k, v in config.items() if k not in MAY_CHANGE}, "")
+    walk(without_secrets({k: v for k, v in config.items() if k not in MAY_CHANGE}), "")
     free = {f"training.{n}" for n in MAY_CHANGE_TRAINING} | {f"rollout.vllm.{n}" for n in MAY_CHANGE_VLLM}
     return {k: v for k, v in flat.items() if k not in free}

@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from alignlab.core import AlignlabError, Callback, Tracker
 from alignlab.core.files import write_text
+from alignlab.core.secrets import without_secrets
 from alignlab.core.storage import storage_errors
 from alignlab.training.callbacks.progress import ProgressDisplay
-from alignlab.training.provenance import without_secrets
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
