@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Callback
 from alignlab.core.files import write_text
+from alignlab.core.storage import storage_errors
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -37,7 +38,8 @@ class RunLock(Callback):
         self._looked = time.monotonic()
 
     def take(self) -> None:
-        write_text(self.path, self.mark + "\n")
+        with storage_errors(self.path.parent, f"{OWNER}, the lock on this folder, could not be written"):
+            write_text(self.path, self.mark + "\n")
 
     def check(self) -> None:
         """Look whether the lock is still this process's.
@@ -47,11 +49,11 @@ class RunLock(Callback):
         """
         self._looked = time.monotonic()
         try:
-            found = self.path.read_text().strip()
+            found = self.path.read_text(errors="replace").strip()
         except OSError:  # removed: nobody else's
             return
         if found and found != self.mark:
-            host, process, *_ = found.split()
+            host, process, *_ = [*found.split(), "?"]
             raise AlignlabError(
                 f"{self.path.parent}: process {process} on {host} has begun to work on this run since (the same "
                 "command again, or its job was queued again): this one stops, and leaves it alone"
