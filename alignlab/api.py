@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignlab.build import build_type, section
+from alignlab.build import build_type, check_type, section
 from alignlab.config import compose, resolve
 from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
 from alignlab.data import DataSettings, encode_prompt
@@ -115,7 +115,7 @@ def records(data: str | Path | Iterable[Mapping[str, Any]], policy: Policy, **se
         settings: those of the config group `data`: `parser` (told by the fields unless given), `fields`, …
 
     Raises:
-        DataError: a record cannot be used, with its file and line.
+        DataError: a record cannot be used, with its file and line; `records:2` is the second of `data`.
     """
     if isinstance(data, str | Path):
         path = str(data)
@@ -125,7 +125,10 @@ def records(data: str | Path | Iterable[Mapping[str, Any]], policy: Policy, **se
         with open(path, "w", encoding="utf-8") as file:
             for record in data:
                 file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
-        groups = load_data(_data_settings(policy, path=path, **settings), policy.tokenizer).train
+        try:
+            groups = load_data(_data_settings(policy, path=path, **settings), policy.tokenizer).train
+        except DataError as error:
+            raise DataError(str(error).replace(path, "records")) from error
     for group in groups:
         group.origin = group.origin.replace(path, "records")
     return groups
@@ -174,6 +177,7 @@ def train(
         config_dir: a folder of your own configs.
         settings: any other section of the config: an option of that group by name (`adapter="lora"`,
             `source="rollout"`), or its settings (`training={"steps": 100}`, `rollout={"max_new_tokens": 64}`).
+            `distributed` is "ddp" under torchrun unless given.
 
     Returns:
         The run's result: steps, tokens, seconds, the last evaluation, `out`.
@@ -182,6 +186,15 @@ def train(
         ConfigError: a setting is unknown or impossible.
         DataError: a record cannot be used, with file and line.
     """
+    if isinstance(algorithm, type):
+        raise ConfigError(f"algorithm: {algorithm.__name__} is a class; an object is wanted: {algorithm.__name__}(…)")
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise ConfigError(f"callbacks: {callback.__name__} is a class; an object is wanted: {callback.__name__}(…)")
+        check_type(Callback, callback, f"callbacks: {type(callback).__name__}")
+    if (launched() or 1) > 1:
+        settings.setdefault("distributed", "ddp")
     overrides, sections = [f"data={settings.pop('data_format', 'base')}"], {}
     made = algorithm if isinstance(algorithm, Algorithm) else None
     if made is None:
@@ -212,7 +225,7 @@ def train(
     if out is not None:
         config["out"] = str(out)
     checked = check(config, algorithm=made, scorers=scorers)
-    result = start.train(config, Path(config["out"]), list(callbacks), checked)
+    result = start.train(config, Path(config["out"]), callbacks, checked)
     assert result is not None  # processes are never started from here
     return {**result, "out": config["out"]}
 

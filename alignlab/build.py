@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import re
 import sys
@@ -120,8 +121,10 @@ def _check_target(kind: Any, target: Any, where: str) -> None:
     names would run.
 
     Raises:
-        ConfigError: the target is a function, a class of Python's own, or one that lacks the kind's methods.
+        ConfigError: the target is a function of a library, a class of Python's own, or lacks the kind's methods.
     """
+    if kind is None and inspect.isfunction(target) and _is_own(target):
+        return  # makes a part of a part
     if not inspect.isclass(target):
         raise ConfigError(f"{where}: not a class; a function is named by _target_=hydra.utils.get_method and path=…")
     if kind is not None and not getattr(kind, "_is_protocol", False):
@@ -135,6 +138,14 @@ def _check_target(kind: Any, target: Any, where: str) -> None:
             raise ConfigError(f"{where}: not a {kind.__name__}: it has no {', '.join(missing)}")
     if target.__module__.partition(".")[0] in sys.stdlib_module_names:
         raise ConfigError(f"{where}: a class of Python's own library, which nothing here is made of")
+
+
+def _is_own(function: Any) -> bool:
+    """Whether a function is ours or the user's: not of Python's library, nor of a package that is installed."""
+    package = function.__module__.partition(".")[0]
+    if package == "alignlab":
+        return True
+    return package not in sys.stdlib_module_names and package not in importlib.metadata.packages_distributions()
 
 
 def _attributes(kind: Any) -> set[str]:

@@ -168,9 +168,10 @@ def as_yaml(config: DictConfig) -> str:
 
 def _by_path(word: str, folders: Sequence[Path]) -> str:
     """`model=PATH` → `model.path=PATH`, unless there is an option of that name; `~/` is the home folder."""
-    if OPEN.match(word):
-        return f"++{word}"
     key, _, value = word.partition("=")
+    if OPEN.match(word):
+        a_file = key == "callbacks" and any(exists(f / key / f"{value}.yaml") for f in folders)
+        return f"+{word}" if a_file else f"++{word}"
     if value.startswith("~/"):
         value = str(Path(value).expanduser())
         word = f"{key}={value}"

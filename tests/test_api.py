@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import alignlab as al
-from alignlab.core import ConfigError
+from alignlab.core import ConfigError, DataError
 from tests import tiny
 from tests.training import forks, runs
 
@@ -196,9 +196,44 @@ def test_a_run_with_a_function_as_reward(tmp_path: Path) -> None:
     assert all(s["reward"] == s["response"].split().count("a") for s in samples)
 
 
+def test_a_whole_run_under_torchrun_uses_all_processes(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+
+    def run() -> None:
+        training = {"steps": 1, "batch_size": 4, "progress": "off"}
+        data = tmp_path / "preferences.jsonl"
+        result = al.train(algorithm="dpo", model=tmp_path / "base", data=data, training=training, out=tmp_path / "run")
+        assert (result["processes"], result["engine"]) == (2, "DistributedDataParallel")
+
+    log = tmp_path / "log"
+    forks.finish(forks.members(run, log), log)
+
+
+def test_a_bad_record_is_named_by_its_number(base: Path) -> None:
+    given = [{"prompt": "a", "chosen": "b", "rejected": r} for r in ("c", "")]
+    with pytest.raises(DataError, match=r"^records:2: 'rejected' is empty"):
+        al.records(given, al.load(base))
+
+
+class NoCallback:
+    def on_step(self, trainer: al.Trainer) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda base, out: al.train(algorithm=al.DPO, model=base, data="x", out=out),  # type: ignore[arg-type]
+            r"algorithm: DPO is a class; an object is wanted: DPO\(…\)",
+        ),
+        (
+            lambda base, out: al.train(algorithm="dpo", model=base, data="x", out=out, callbacks=[NoCallback()]),  # type: ignore[list-item]
+            "callbacks: NoCallback: not a Callback: it has no on_checkpoint, on_end, on_evaluate, on_iteration",
+        ),
+        (
+            lambda base, out: al.train(algorithm="dpo", model=base, data="x", out=out, callbacks=[Remember]),  # type: ignore[list-item]
+            "callbacks: Remember is a class",
+        ),
         (lambda base, out: al.load(base, adapter="lorra"), "adapter=lorra"),
         (lambda base, out: al.load(base, drpout=True), r"model\.drpout: unknown key"),
         (lambda base, out: al.Trainer(al.load(base), al.RewardModel(), lr=1e-3), "kind='score'"),

@@ -119,7 +119,8 @@ def test_a_function_by_name() -> None:
         ({"beta": 13}, f"scoring._target_={THING}: RuntimeError: an unlucky number; and more (test_config.py:"),
         ({"part": {"_target_": THING, "first": 1}}, "scoring.part.beta: must be given, as in scoring.part.beta=VALUE"),
         ({"part": {"_target_": THING, "first": 1, "beta": "x"}}, "scoring.part.beta='x': should be a valid number"),
-        ({"part": {"_target_": f"{HERE}.shout", "text": "a"}}, f"scoring.part._target_={HERE}.shout: not a class; a"),
+        ({"part": {"_target_": f"{HERE}.shout", "text": "a"}}, "scoring.part=<"),
+        ({"part": {"_target_": "torch.load", "f": "a"}}, "scoring.part._target_=torch.load: not a class"),
         ({"part": {"_target_": "subprocess.Popen", "args": "true"}}, "Popen: a class of Python's own library"),
         ({"part": {"_target_": "os.system", "command": "true"}}, "scoring.part._target_=os.system: not a class"),
         ({"first": {"_target_": "hydra.utils.get_method", "path": "no.such.rule"}}, "scoring.first.path=no.such.rule:"),
@@ -182,6 +183,14 @@ def test_the_users_folder_comes_first(tmp_path: Path) -> None:
     (tmp_path / "algorithm/broken.yaml").write_text("a: 1\nb: ]\n")
     with pytest.raises(ConfigError, match=r"algorithm/broken\.yaml:2: not YAML: "):
         compose("train", ["algorithm=broken"], tmp_path)
+
+
+def test_a_file_of_callbacks_is_chosen_like_that_of_any_other_part(tmp_path: Path) -> None:
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "early.yaml").write_text("early:\n  _target_: mine.Early\n  at: 1\n")
+    given = ["model=x", "callbacks=early", "callbacks.early.at=2", "callbacks.other._target_=mine.Other"]
+    config = compose("train", given, own=tmp_path)
+    assert config["callbacks"] == {"early": {"_target_": "mine.Early", "at": 2}, "other": {"_target_": "mine.Other"}}
 
 
 def test_composing_within_a_sweep(tmp_path: Path) -> None:

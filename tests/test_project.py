@@ -92,7 +92,7 @@ def test_the_scorer_of_contributing_works_as_it_stands() -> None:
     code, config = next(pair for pair in pairwise(blocks) if "LetterShare" in pair[0])
     names: dict[str, Any] = {}
     exec(code, names)  # the page's own example
-    values = yaml.safe_load(config)["scoring"]
+    values = yaml.safe_load(config)
     assert values.pop("_target_") == "my_rewards.LetterShare"
     scorer = names["LetterShare"](**values)
     assert isinstance(scorer, Scorer)

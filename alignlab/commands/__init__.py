@@ -212,5 +212,5 @@ def show_help(name: str, summary: str) -> None:
     print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
         if f"- {group.name}:" in known or f"- override /{group.name}:" in known:
-            print(f"  {group.name:<12}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+            print(f"  {group.name:<13}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
     print(f"\n{folder / f'{name}.yaml'}:\n\n{text}")

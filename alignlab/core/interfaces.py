@@ -43,7 +43,12 @@ class NeedsPolicy(Protocol):
     """A scorer, environment or benchmark that works with the policy that is trained."""
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
-        """Called once, before anything else, with the model that is trained and its tokenizer."""
+        """Called once, before anything else, with the model that is trained and its tokenizer.
+
+        Args:
+            policy: an `alignlab.models.PackedModel`. `alignlab.Policy(policy)` has `log_probs` and `sample`.
+            tokenizer: of transformers.
+        """
         ...
 
 

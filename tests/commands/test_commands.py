@@ -29,7 +29,7 @@ COMMANDS = commands()
         (["report", "--all"], "--all: unknown option; known here: --help"),
         (["report"], "report: name the folder of a comparison, or several: alignlab report DIR..."),
         (["report", "nowhere"], "nowhere/config.yaml: No such file or directory; is this the folder of a comparison?"),
-        (["train", "--from=nowhere.yaml"], "--from=nowhere.yaml: cannot be read: [Errno 2] No such file or directory"),
+        (["train", "--from=nowhere.yaml"], "nowhere.yaml: cannot be read: [Errno 2] No such file or directory"),
         (["evaluate", "run=nowhere"], "run=nowhere: is not there; a model of the Hub needs a reference: name"),
         (
             ["evaluate", "run=base"],
@@ -70,7 +70,7 @@ def test_help_of_a_command_shows_its_groups_and_keys(command: str, capsys: pytes
     said = capsys.readouterr().out
     assert f"alignlab {command}: {COMMANDS[command]}" in said
     groups = {
-        "train": {"algorithm": "dpo", "optimizer": "adamw", "training": "default"},
+        "train": {"algorithm": "dpo", "optimizer": "adamw", "quantization": "nf4", "training": "default"},
         "compare": {"benchmark": "exact", "experiment": "demo"},
         "evaluate": {"benchmark": "stories", "rollout": "local"},
         "sample": {"scoring": "labels", "data": "prompts"},
