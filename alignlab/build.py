@@ -97,7 +97,8 @@ def check_ours(values: Any, key: str, advice: str) -> None:
     """
     for place, name in targets(values, key):
         ours = re.fullmatch(r"alignlab(\.(?!_)\w+)+", name) is not None
-        if not ours or getattr(locate(name, place), "__module__", "").partition(".")[0] != "alignlab":
+        found = locate(name, place) if ours else None
+        if not inspect.isclass(found) or found.__module__.partition(".")[0] != "alignlab":
             raise ConfigError(
                 f"{place}={name}: is no class of alignlab, and the config that names it may be anyone's: {advice}"
             )
@@ -123,8 +124,8 @@ def _check_target(kind: Any, target: Any, where: str) -> None:
     Raises:
         ConfigError: the target is a function of a library, a class of Python's own, or lacks the kind's methods.
     """
-    if kind is None and inspect.isfunction(target) and _is_own(target):
-        return  # makes a part of a part
+    if inspect.isfunction(target) and (_is_own(target) if kind is None else target.__module__.startswith("alignlab.")):
+        return  # makes a part of a part; of ours, as a benchmark's reward, any: what they return is checked
     if not inspect.isclass(target):
         raise ConfigError(f"{where}: not a class; a function is named by _target_=hydra.utils.get_method and path=…")
     if kind is not None and not getattr(kind, "_is_protocol", False):
