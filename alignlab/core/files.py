@@ -15,6 +15,7 @@ from typing import Any
 
 from alignlab.core.errors import AlignlabError, shorten
 from alignlab.core.secrets import hide, without_secrets
+from alignlab.core.storage import storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -110,18 +111,19 @@ def write_text(path: Path, text: str, as_it_is: bool = False) -> None:
         as_it_is: what looks like a secret is not taken out of it: it is someone's data.
 
     Raises:
-        OSError: it cannot be written; the old file is unchanged.
+        AlignlabError: it cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text if as_it_is else hide(text), encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync(path.parent)
+    with storage_errors(path.parent, f"{path.name} could not be written"):
+        try:
+            temporary.write_text(text if as_it_is else hide(text), encoding="utf-8")
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
 
 
 def write_config(path: Path, config: Any) -> None:

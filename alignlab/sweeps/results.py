@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,16 +36,11 @@ USUAL = ("objective_score", "reward", "eval/loss", "loss")
 NO_METRICS = ("step", "time")
 """Numbers in metrics.jsonl that say where a line belongs."""
 
+NOTED = ("name", "values", "overrides")
+"""What sweep.json says of a run before it has come to anything."""
+
 SHOWN = 30
 """Rows that the terminal shows."""
-
-
-class Noted(TypedDict):
-    """What sweep.json says of a run before it has come to anything."""
-
-    name: str
-    values: dict[str, str]
-    overrides: list[str]
 
 
 @dataclass
@@ -139,18 +134,17 @@ def gather(folder: Path) -> Results:
     advice = "is this the folder of a sweep? The command that made it writes it anew"
     plan = read_json(folder / FILE, advice, {"command": str, "sweeper": dict, "runs": list})
     try:
-        noted = TypeAdapter(list[Noted]).validate_python(plan["runs"])
+        noted = [{k: each.get(k) for k in NOTED} if isinstance(each, dict) else each for each in plan["runs"]]
+        runs = TypeAdapter(list[Run]).validate_python(noted)
         sweeper = TypeAdapter(GridSettings | OptunaSettings).validate_python(plan["sweeper"]).model_dump()
     except ValidationError as error:
         raise AlignlabError(f"{folder / FILE}: damaged: {shorten(error)}: {advice}") from error
     command = plan["command"]
-    runs, keys = [], planned(folder)
-    for each in noted:
-        run = Run(each["name"], each["values"], each["overrides"])
+    keys = planned(folder)
+    for run in runs:
         found = state_of(command, folder / run.name, keys.get(run.name))
         run.state, run.reason, run.log = found.state, found.reason, found.log
         run.metrics = metrics_of(command, folder / run.name)
-        runs.append(run)
     metric = chosen_metric([r.metrics or {} for r in runs if r.state == "finished"], sweeper["metric"])
     direction = sweeper["direction"] or direction_of(metric or "")
     for run in runs:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Callback
 from alignlab.core.files import write_text
-from alignlab.core.storage import storage_errors
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -38,8 +37,7 @@ class RunLock(Callback):
         self._looked = time.monotonic()
 
     def take(self) -> None:
-        with storage_errors(self.path.parent, f"{OWNER}, the lock on this folder, could not be written"):
-            write_text(self.path, self.mark + "\n")
+        write_text(self.path, self.mark + "\n")
 
     def check(self) -> None:
         """Look whether the lock is still this process's.
