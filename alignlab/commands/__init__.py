@@ -196,6 +196,8 @@ def out_folder(config: Mapping[str, Any]) -> Path:
         out = str(out)  # a folder called 17
     if not isinstance(out, str) or not out:
         raise ConfigError("out: must name a folder, as in out=DIR")
+    if not out.isprintable():
+        raise ConfigError(f"out={out!r}: holds a line end or another sign that cannot be printed: choose another name")
     return Path(out)
 
 

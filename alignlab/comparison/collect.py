@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from alignlab.build import section
 from alignlab.comparison.graph.node import DONE, NODES, PLAN, altered, is_result, planned, read
 from alignlab.comparison.report import leaderboard as board
@@ -52,8 +54,8 @@ def collect(out: Path) -> board.Leaderboard:
         costs = {k: result.get(k, 0) for k in COSTS}
         rows.append({"algorithm": algorithm, "seed": int(seed), **measured, **costs})
         frontier = evaluation.get("frontier", frontier)
-        for sample in evaluation.get("samples") or []:
-            samples.setdefault(str(sample["prompt"]), {}).setdefault(algorithm, str(sample["answer"]))
+        for sample in _samples(folder / "evaluation.json", evaluation):
+            samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
         points = [line for _, line in read_lines(folder / "metrics.jsonl", {"step": int})]
         if points:
             curves.setdefault(algorithm, {})[int(seed)] = points
@@ -127,6 +129,21 @@ def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, 
                 if points:
                     found.setdefault(metric, {}).setdefault(algorithm, {})[seed] = points
     return found
+
+
+def _samples(path: Path, evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    """What an evaluation shows of the answers.
+
+    Raises:
+        AlignlabError: it has another shape; a benchmark of the user's may have it so.
+    """
+    try:
+        return TypeAdapter(list[dict[str, str]]).validate_python(
+            [{key: sample[key] for key in ("prompt", "answer")} for sample in evaluation.get("samples") or []]
+        )
+    except (ValidationError, TypeError, KeyError) as error:
+        what = 'samples must be a list of {"prompt": TEXT, "answer": TEXT}'
+        raise AlignlabError(f"{path}: {what}: is it the benchmark that returns it so?") from error
 
 
 def _config_of(out: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Each file of `corpus/` is a boundary: data, models, configs, code, folders, judg
 
     name of the case:
       files: {records.jsonl: "b'\\xff' * 8"}    # path → a Python expression of its content: a text or bytes
-      make: [broken_adapter]                    # functions of makers.py, called with the case's folder
+      make: [broken_adapter, {cut: {file: a}}]  # functions of makers*.py with the case's folder, and their options
       run: train {sft} data.path={here}/records.jsonl
       status: 2                                 # of the command; 2 unless it says otherwise
       never: [owned]                            # what must not be there afterwards
@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ import yaml
 
 from tests.training import runs
 
-CORPUS = Path(__file__).parent / "corpus"
+HERE = Path(__file__).parent
+CORPUS = HERE / "corpus"
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,20 @@ class Case:
     says: list[str] = field(default_factory=list)
     status: int = 2
     files: dict[str, str] = field(default_factory=dict)
-    make: list[str] = field(default_factory=list)
+    make: list[str | dict[str, dict[str, Any]]] = field(default_factory=list)
     never: list[str] = field(default_factory=list)
     process: bool = False
 
     def write(self, here: Path, prepared: Path) -> None:
         """Make its files."""
-        from tests.hostile import makers
-
         for path, expression in self.files.items():
             content = eval(expression, {"here": here, "prepared": prepared})
             target = here / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         for maker in self.make:
-            getattr(makers, maker)(here, prepared)
+            name, options = next(iter(maker.items())) if isinstance(maker, dict) else (maker, {})
+            _maker(name)(here, prepared, **options)
 
     def words(self, here: Path, prepared: Path) -> list[str]:
         """Its command line."""
@@ -64,6 +66,13 @@ class Case:
         for name, place in places.items():
             text = text.replace(f"{{{name}}}", place)
         return shlex.split(text)
+
+
+@cache
+def _maker(name: str) -> Any:
+    """The function of a module `makers*.py` by its name."""
+    modules = (import_module(f"tests.hostile.{path.stem}") for path in sorted(HERE.glob("makers*.py")))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def short(algorithm: str, here: Path, prepared: Path) -> list[str]:
