@@ -153,7 +153,7 @@ def take_back(config: Any, where: str, key: str = "") -> Any:
     found = STANDS_FOR.fullmatch(config) if isinstance(config, str) else None
     if found is None:
         return config
-    if found[1] not in os.environ:
+    if found[1] is None or found[1] not in os.environ:
         raise ConfigError(f"{where}: {key}: this secret was not written down: start the command that gave it again")
     return os.environ[found[1]]
 

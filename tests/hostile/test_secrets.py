@@ -114,13 +114,8 @@ def test_the_parts_of_a_comparison_get_it(
     assert holding(tmp_path / "comparison", KEY) == []
     assert KEY not in "".join(capfd.readouterr())
     capfd.readouterr()
-    small.write(
-        tmp_path,
-        "tiny",
-        small.changed(
-            **few, algorithms={"mine": [w.replace(KEY, "another-key-9") for w in mine] + ["data.path={demonstrations}"]}
-        ),
-    )
+    algorithms = {"mine": [word.replace(KEY, "another-key-9") for word in algorithms["mine"]]}
+    small.write(tmp_path, "tiny", small.changed(**few, algorithms=algorithms))
     forks.Process.started.clear()
     assert main(small.command(tmp_path, "comparison")) == 0
     assert forks.Process.started == [], "another key changes no result"

@@ -40,13 +40,14 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if not isinstance(value, str) or not re.match(r"\s*[=+@-]|[\t\r\n]", value):
+    if not isinstance(value, str):
         return value
+    text = one_line(value)
     try:
-        float(value)
-        return value
+        float(text)
     except ValueError:
-        return f"'{value}"
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    return text
 
 
 @dataclass(frozen=True)
