@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
@@ -78,6 +79,31 @@ def _build(kind: Any, values: Any, key: str, arguments: tuple[Any, ...], given: 
         raise ConfigError(f"{key}._target_={name}: {failure(error)}") from error
 
 
+def targets(values: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every `_target_` in a section: the key it is at, and what it names."""
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if name == "_target_":
+            yield f"{key}._target_", str(value)
+        elif isinstance(value, dict | list):
+            yield from targets(value, f"{key}.{name}")
+
+
+def check_ours(values: Any, key: str, advice: str) -> None:
+    """Refuse a section that names anything but classes of alignlab, before anything of it is imported: a config may
+    come from someone else.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for place, name in targets(values, key):
+        ours = re.fullmatch(r"alignlab(\.(?!_)\w+)+", name) is not None
+        found = locate(name, place) if ours else None
+        if not inspect.isclass(found) or found.__module__.partition(".")[0] != "alignlab":
+            raise ConfigError(
+                f"{place}={name}: is no class of alignlab, and the config that names it may be anyone's: {advice}"
+            )
+
+
 def build_type(kind: Any, values: Any, key: str, *arguments: Any, **given: Any) -> Any:
     """The object that `_target_` names, which must be what a Protocol asks for.
 
@@ -98,8 +124,8 @@ def _check_target(kind: Any, target: Any, where: str) -> None:
     Raises:
         ConfigError: the target is a function of a library, a class of Python's own, or lacks the kind's methods.
     """
-    if kind is None and inspect.isfunction(target) and _is_own(target):
-        return  # makes a part of a part
+    if inspect.isfunction(target) and (_is_own(target) if kind is None else target.__module__.startswith("alignlab.")):
+        return  # makes a part of a part; of ours, as a benchmark's reward, any: what they return is checked
     if not inspect.isclass(target):
         raise ConfigError(f"{where}: not a class; a function is named by _target_=hydra.utils.get_method and path=…")
     if kind is not None and not getattr(kind, "_is_protocol", False):

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.errors import shorten
+from alignlab.core.files import read_text
+from alignlab.core.secrets import notice, take_back, without_secrets
 from alignlab.core.settings import renamed
 
 BY_PATH = ("model", "data")
@@ -115,6 +117,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         what = "refers to itself in a circle" if "ecursi" in str(error) else shorten(error).partition("; full_key")[0]
         raise ConfigError(f"{_full_key(error) or 'a reference (${…})'}: {what}") from error
     assert isinstance(plain, dict)
+    notice(plain)
     return {str(k): v for k, v in plain.items()}
 
 
@@ -153,13 +156,14 @@ def hydra_ready() -> Iterator[None]:
 
 
 def as_yaml(config: DictConfig) -> str:
-    """The config for people to read, interpolations resolved where what they refer to is given."""
+    """The config for people to read, without secrets, interpolations resolved where what they refer to is given."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_yaml(config, resolve=True)
+        plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:
-        return OmegaConf.to_yaml(config)
+        plain = OmegaConf.to_container(config)
+    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain)))
 
 
 def _by_path(word: str, folders: Sequence[Path]) -> str:
@@ -286,11 +290,16 @@ def read_saved(path: Path) -> dict[str, Any]:
     for key in _top_level("train")[1]:
         if not isinstance(values[key], dict | None):
             raise ConfigError(f"{path}: {key}: must be a section with keys")
-    return values
+    found: dict[str, Any] = take_back(values, str(path))
+    return found
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *sections: str, advice: str = "mend it") -> dict[str, Any]:
     """A config file as it is, without what its `defaults` name.
+
+    Args:
+        sections: that it must have.
+        advice: what to do where it is damaged.
 
     Raises:
         ConfigError: it cannot be read or is no YAML of sections, with its name and the line.
@@ -298,14 +307,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path, advice))
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise ConfigError(f"{path}{line}: not YAML: {error.problem}") from error
+        raise ConfigError(f"{path}{line}: not YAML: {error.problem}: {advice}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError is a ValueError
-        raise ConfigError(f"{path}: cannot be read: {shorten(error)}") from error
+        raise ConfigError(f"{path}: nested too deeply: {advice}") from error
+    except (ValueError, yaml.YAMLError) as error:  # of a date that is none
+        raise ConfigError(f"{path}: cannot be read: {shorten(error)}: {advice}") from error
+    except AlignlabError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(values, dict | None):
-        raise ConfigError(f"{path}: not a config: must hold keys and values; it holds a {type(values).__name__}")
-    return values or {}
+        kind = type(values).__name__
+        raise ConfigError(f"{path}: not a config: must hold keys and values; it holds a {kind}: {advice}")
+    for name in sections:
+        if not isinstance((values or {}).get(name), dict):
+            raise ConfigError(f"{path}: damaged: it has no section '{name}': {advice}")
+    return {str(key): value for key, value in (values or {}).items()}

@@ -78,6 +78,8 @@ class Benchmark:
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     supports_best_of: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of all that it may measure. With them a comparison's sort_by is checked before anything is trained."""
 
     def base_model(self) -> str | None:
         return None
@@ -91,6 +93,10 @@ class Benchmark:
 
     def evaluate(self, subject: Subject) -> Mapping[str, Any]:
         raise NotImplementedError(f"{type(self).__name__} does not define evaluate")
+
+
+MEASURED = ("reward", "kl", "win_rate", "response_length", "finished", "perplexity", "proxy_reward")
+"""What `measure` gives."""
 
 
 def measure(subject: Subject, prompts: Sequence[Group], gold: Scorer) -> tuple[dict[str, Any], list[Group]]:

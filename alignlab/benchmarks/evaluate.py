@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import Field
 
 from alignlab.benchmarks.base import Subject
-from alignlab.build import build_type, section
+from alignlab.build import build_type, section, targets
+from alignlab.config import read_yaml
 from alignlab.core import AlignlabError, Benchmark, ConfigError, MeasuresBestOf, Scorer, require
 from alignlab.core.files import write_json
 from alignlab.core.parts import bind_all, calling, fills_of, name_of, sampler_of
@@ -168,7 +168,8 @@ def _track(folder: Path, tracker: dict[str, Any], config: dict[str, Any], found:
     """Put the metrics of an evaluation into the summary of the folder's tracked run, as in `exact/objective_score`."""
     trained = _config_of(folder)
     known = dict(trained.get("tracker") or {})
-    if known.get("_target_") == tracker["_target_"]:  # the names of the training run stay as they are
+    own = [name for _, name in targets(known, "tracker")] == [tracker["_target_"]]  # and nothing else, from anyone
+    if own:  # the names of the training run stay as they are
         tracker, shown = {**known, **({"mode": tracker["mode"]} if "mode" in tracker else {})}, trained
     else:
         shown = config
@@ -181,18 +182,15 @@ def _track(folder: Path, tracker: dict[str, Any], config: dict[str, Any], found:
 
 def _start_of(run: Path) -> str | None:
     """The model a run of ours started from."""
-    try:
-        return str(_config_of(run)["model"]["path"])
-    except (KeyError, TypeError):
-        return None
+    model = _config_of(run).get("model")
+    path = model.get("path") if isinstance(model, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def _config_of(run: Path) -> dict[str, Any]:
     """The config of a run of ours; nothing where the folder is none."""
-    try:
-        return dict(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {}
+    path = run / "config.yaml"
+    return read_yaml(path, advice="name the model to measure against, reference=PATH") if path.exists() else {}
 
 
 def _as_json(value: Any, where: str) -> Any:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from alignlab.benchmarks.base import Benchmark, Subject, measure
+from alignlab.benchmarks.base import MEASURED, Benchmark, Subject, measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import DataSettings, encode_prompt, write_jsonl
 from alignlab.data.sources import HUB_ID, Record, read
@@ -47,6 +47,7 @@ class StoriesBenchmark(Benchmark):
     """
 
     name = "stories"
+    metrics = (*MEASURED, "distinct_1", "distinct_2")
     files = ("demonstrations", "prompts")
     supports_best_of = True
 

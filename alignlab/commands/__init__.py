@@ -37,10 +37,13 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     Args:
         known: every command's one-line help.
     """
+    from alignlab.core import secrets
     from alignlab.core.errors import STARTER, AlignlabError, Interrupted, PeerLost, did_you_mean, failure
     from alignlab.launch import quiet
 
     quiet()
+    secrets.notice(arguments)
+    secrets.hide_in_logs()
     if DEBUG in arguments:
         os.environ[DEBUGGING] = "1"  # for the processes of a run and the parts of a comparison, too
         arguments = [a for a in arguments if a != DEBUG]
@@ -78,14 +81,17 @@ def _stopped(stop: Interrupted) -> int:
 def _say(text: str) -> None:
     """Print a message for people as one line."""
     from alignlab.core.errors import one_line
+    from alignlab.core.secrets import hide
 
-    print(f"alignlab: {one_line(text)}", file=sys.stderr, flush=True)
+    print(f"alignlab: {one_line(hide(text))}", file=sys.stderr, flush=True)
 
 
 def _say_error(text: str, error: BaseException) -> None:
     """Print what was wrong; with --debug after the traceback."""
+    from alignlab.core.secrets import hide
+
     if os.environ.get(DEBUGGING):
-        traceback.print_exception(error)
+        print(hide("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     _say(text)
 
 
@@ -178,6 +184,8 @@ def out_folder(config: Mapping[str, Any]) -> Path:
         out = str(out)  # a folder called 17
     if not isinstance(out, str) or not out:
         raise ConfigError("out: must name a folder, as in out=DIR")
+    if not out.isprintable():
+        raise ConfigError(f"out={out!r}: holds a line end or another sign that cannot be printed: choose another name")
     return Path(out)
 
 

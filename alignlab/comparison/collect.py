@@ -2,65 +2,79 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from alignlab.comparison.graph.node import DONE, NODES, PLAN, is_result, planned
+from alignlab.build import section
+from alignlab.comparison.graph.node import DONE, NODES, PLAN, altered, is_result, planned, read
 from alignlab.comparison.report import leaderboard as board
 from alignlab.comparison.report import write_report
+from alignlab.comparison.settings import COSTS, ComparisonSettings
+from alignlab.config import read_yaml
 from alignlab.core import AlignlabError
+from alignlab.core.files import read_json, read_lines
 from alignlab.training.callbacks.trackers import how_to_sync
+from alignlab.training.run_folder import RESULT
 
-COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
 CURVES = (
     *("loss", "reward", "kl", "accuracy", "grad_norm"),
     *("ratio", "clip_fraction", "explained_variance", "entropy", "response_length"),  # the health of policy gradients
 )
 """Metrics of training that the report draws, where a run has them."""
 BOARD = "leaderboard.json"
+AGAIN = "delete its folder and run the comparison again"
 NOT_METRICS = ("benchmark", "frontier", "samples")
 
 
 def collect(out: Path) -> board.Leaderboard:
-    """Read every finished run of the comparison in `out`; write the leaderboard, `report.html` and `plots/` there."""
-    config = _yaml(out / "config.yaml")
-    rows, provenance = [], []
+    """Read every finished run of the comparison in `out`; write the leaderboard, `report.html` and `plots/` there. A
+    run whose files are not what it wrote is left out, and said to be.
+
+    Raises:
+        AlignlabError: there is no finished run, or a file is damaged.
+    """
+    config = _config_of(out)
+    rows, provenance, left_out = [], [], []
     curves: dict[str, dict[int, list[dict[str, Any]]]] = {}
     samples: dict[str, dict[str, str]] = {}
     frontier = None
     for folder in sorted((out / "runs").glob("*-seed*")):
         if not is_result(out, f"runs/{folder.name}"):
             continue
+        if what := altered(folder):
+            left_out.append(f"{folder.name}: {what}; to have it again, delete {folder} and run the comparison again")
+            print(f"warning: {out}: left out: {left_out[-1]}", file=sys.stderr)
+            continue
         algorithm, seed = folder.name.rsplit("-seed", 1)
-        evaluation, result = _json(folder / "evaluation.json"), _json(folder / "result.json")
+        evaluation, result = (read_json(folder / name, AGAIN, absent={}) for name in ("evaluation.json", RESULT))
         measured = {k: v for k, v in evaluation.items() if k not in NOT_METRICS}
         costs = {k: result.get(k, 0) for k in COSTS}
         rows.append({"algorithm": algorithm, "seed": int(seed), **measured, **costs})
         frontier = evaluation.get("frontier", frontier)
-        for sample in evaluation.get("samples", []):
+        for sample in _samples(folder / "evaluation.json", evaluation):
             samples.setdefault(sample["prompt"], {}).setdefault(algorithm, sample["answer"])
-        points = _lines(folder / "metrics.jsonl")
+        points = [line for _, line in read_lines(folder / "metrics.jsonl", {"step": int})]
         if points:
             curves.setdefault(algorithm, {})[int(seed)] = points
-        key = _json(folder / PLAN).get("key", "")
+        key = read(folder / PLAN).get("key", "")
         provenance.append({"algorithm": algorithm, "seed": int(seed), "folder": str(folder), "config hash": key})
     if not rows:
-        raise AlignlabError(f"{out}: no finished run in it; run `alignlab compare` first")
+        why = left_out[0] if left_out else "run `alignlab compare` first"
+        raise AlignlabError(f"{out}: no finished run in it: {why}")
     comparison = config["comparison"]
     budget = {k: v for k, v in comparison["budget"].items() if v is not None}
     stages = ("sft", "pairs", "reward_model", *comparison.get("models", {}))
-    shared = {n: _json(out / n / "result.json") for n in stages if is_result(out, n)}
+    shared = {n: read(out / n / RESULT) for n in stages if is_result(out, n)}
     kept = ("trained_tokens", "generated_tokens", "seconds")
     budget["shared"] = {n: {k: r[k] for k in kept if k in r} for n, r in shared.items() if r}
     if all(row.get("samples_per_answer", 1) == 1 for row in rows):
         for row in rows:
             row.pop("samples_per_answer", None)
     name = rows[0].get("benchmark") or _name(config)
-    found = board.build(rows, name, budget, comparison["sort_by"])
+    found = board.build(rows, str(name), budget, comparison["sort_by"], left_out)
     found.write(out)
     write_report(
         out / "report.html",
@@ -91,7 +105,7 @@ def is_complete(out: Path) -> bool:
 def rebuild(out: Path) -> None:
     """Leaderboard and report again from what is on disk, printed."""
     collect(out).print()
-    if _yaml(out / "config.yaml").get("tracker", {}).get("mode") == "offline":
+    if (read_yaml(out / "config.yaml").get("tracker") or {}).get("mode") == "offline":
         print(how_to_sync(out))
     print(f"{out}/leaderboard.json, .csv, .md and report.html")
 
@@ -117,25 +131,28 @@ def _by_metric(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, 
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(_read(path, json.loads, {}))
+def _samples(path: Path, evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    """What an evaluation shows of the answers.
 
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return list(_read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], []))
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    found = _read(path, yaml.safe_load, None)
-    if found is None:
-        raise AlignlabError(f"{path}: No such file or directory; is this the folder of a comparison?")
-    return dict(found)
-
-
-def _read(path: Path, parse: Callable[[str], Any], absent: Any) -> Any:
+    Raises:
+        AlignlabError: it has another shape; a benchmark of the user's may have it so.
+    """
     try:
-        return parse(path.read_text())
-    except FileNotFoundError:
-        return absent
-    except ValueError as error:
-        raise AlignlabError(f"{path}: damaged: {error}; delete its folder and run the comparison again") from error
+        return TypeAdapter(list[dict[str, str]]).validate_python(
+            [{key: sample[key] for key in ("prompt", "answer")} for sample in evaluation.get("samples") or []]
+        )
+    except (ValidationError, TypeError, KeyError) as error:
+        what = 'samples must be a list of {"prompt": TEXT, "answer": TEXT}'
+        raise AlignlabError(f"{path}: {what}: is it the benchmark that returns it so?") from error
+
+
+def _config_of(out: Path) -> dict[str, Any]:
+    """The config of the comparison in a folder.
+
+    Raises:
+        ConfigError: it is damaged, or there is none.
+    """
+    advice = "is this the folder of a comparison? The command that made it writes it anew"
+    config = read_yaml(out / "config.yaml", "comparison", "benchmark", advice=advice)
+    section(ComparisonSettings, config["comparison"], f"{out / 'config.yaml'}: comparison")
+    return config

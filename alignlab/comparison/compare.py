@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.build import section
 from alignlab.comparison.collect import collect, is_current
@@ -23,7 +21,7 @@ from alignlab.comparison.graph.slurm import Slurm
 from alignlab.comparison.planning import plan
 from alignlab.comparison.settings import ComparisonSettings
 from alignlab.core import AlignlabError
-from alignlab.core.files import write_text
+from alignlab.core.files import write_config
 from alignlab.core.storage import storage_errors
 from alignlab.launch.slurm.settings import SlurmSettings
 from alignlab.training.callbacks.trackers import how_to_sync
@@ -112,4 +110,4 @@ def run_node(config: dict[str, Any], folder: Path) -> None:
 def _note(config: dict[str, Any], out: Path) -> None:
     with storage_errors(out, "the comparison could not be written"):
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_config(out / "config.yaml", config)

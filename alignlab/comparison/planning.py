@@ -16,9 +16,9 @@ from alignlab.benchmarks.evaluate import check_best_of
 from alignlab.build import check_type
 from alignlab.comparison.graph.ledger import LOGS, REPORT
 from alignlab.comparison.graph.node import Command, Node
-from alignlab.comparison.settings import ComparisonSettings, Overrides, Pairs
+from alignlab.comparison.settings import COSTS, ComparisonSettings, Overrides, Pairs
 from alignlab.config import compose, resolve
-from alignlab.core import ConfigError, HasBaseModel, HasReward, Scorer, TrainingBenchmark
+from alignlab.core import ConfigError, HasBaseModel, HasReward, Scorer, TrainingBenchmark, did_you_mean
 from alignlab.core.parts import calling
 from alignlab.training.callbacks.trackers import named
 from alignlab.training.run_config import check
@@ -61,7 +61,20 @@ def plan(
             base = benchmark.base_path()
     if not base:
         raise ConfigError(f"model.path: the benchmark '{benchmark.name}' needs a base model: give model=PATH")
+    _check_sort_by(settings, benchmark)
     return _Plan(config, settings, benchmark, out, own, str(base)).nodes
+
+
+def _check_sort_by(settings: ComparisonSettings, benchmark: TrainingBenchmark) -> None:
+    """Refuse a metric that no row can have, where the benchmark says what it measures."""
+    measured = {*getattr(benchmark, "metrics", ())}
+    if settings.reward_model is None:
+        measured -= {"proxy_reward"}
+    known = measured | set(COSTS)
+    if measured and settings.sort_by is not None and settings.sort_by not in known:
+        hint = did_you_mean(settings.sort_by, known)
+        what = f"no row has it: the benchmark '{benchmark.name}' does not measure it"
+        raise ConfigError(f"comparison.sort_by={settings.sort_by}: {what}{hint}")
 
 
 class _Plan:

@@ -11,6 +11,12 @@ from alignlab.core.settings import Settings
 Overrides = list[str]
 """Overrides as one writes them after `alignlab train`; `{sft}`, `{pairs}`, … stand for what earlier parts made."""
 
+COSTS = ("seconds", "generated_tokens", "trained_tokens", "peak_memory_mb")
+"""What is known of every run, whatever the benchmark measures."""
+
+LONGEST = 100
+"""Characters of a name that becomes that of a folder."""
+
 Several = Annotated[int, Field(ge=2)]
 
 
@@ -40,23 +46,23 @@ class Pairs(Settings):
     group_size: int = Field(2, ge=2)
     temperature: float = Field(1.0, gt=0)
     certain: bool = True
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class ComparisonSettings(Settings):
     """What is compared, and how."""
 
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1)
     budget: Budget
     common: Overrides
     sft: Overrides | None
     pairs: Pairs | None
     reward_model: Overrides | None
-    models: dict[Annotated[str, Field(pattern=r"^\w+$")], Overrides] = Field(default_factory=dict)
+    models: dict[Annotated[str, Field(pattern=r"^\w+$", max_length=LONGEST)], Overrides] = Field(default_factory=dict)
     best_of: Several | list[Several] | None = None
-    algorithms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], Overrides] = Field(min_length=1)
+    algorithms: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=LONGEST)], Overrides] = Field(min_length=1)
     workers: int = Field(ge=1)
-    threads: int | None = Field(ge=1)
+    threads: int | None = Field(ge=1, le=1024)
     sort_by: str | None
     baseline: Literal["sft"] | None = "sft"
 

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from alignlab.comparison.collect import is_current
 from alignlab.comparison.graph.ledger import EVALUATE, FILE, REPORT, Entry, Ledger
-from alignlab.comparison.graph.node import PLAN, is_result, last_words, planned, read
+from alignlab.comparison.graph.node import PLAN, altered, is_result, last_words, planned, read
 from alignlab.comparison.report import Cell, Table
 from alignlab.core import AlignlabError
+from alignlab.core.files import read_lines
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import QUEUED, State
 from alignlab.training.run_folder import RESULT
@@ -73,7 +73,8 @@ def parts(out: Path) -> list[Part]:
 
 def _part(out: Path, name: str, entry: Entry | None, state: State | None, parents: Sequence[Part]) -> Part:
     if _done(out, name, entry) and not (state and state.active):
-        return Part(name, DONE, job=entry.id if entry else "", elapsed=state.elapsed if state else "")
+        why = altered(out / name) if name != REPORT else ""
+        return Part(name, DONE, why, entry.id if entry else "", elapsed=state.elapsed if state else "")
     if entry is None:
         return Part(name, OPEN)
     log = entry.log if Path(entry.log).exists() else ""
@@ -108,26 +109,26 @@ def _done(out: Path, name: str, entry: Entry | None) -> bool:
     if is_result(out, name.removesuffix(EVALUATE)):
         return True
     here = read(out / name / PLAN)  # there is none of an evaluation apart
-    trained = bool(here) and here["key"] == planned(out).get(name) and (out / name / RESULT).exists()
-    return trained and any(command == "evaluate" for command, _ in here["commands"])
+    trained = bool(here) and here.get("key") == planned(out).get(name) and bool(read(out / name / RESULT))
+    commands = here.get("commands")
+    return trained and any(c[:1] == ["evaluate"] for c in (commands if isinstance(commands, list) else []))
 
 
 def _progress(folder: Path) -> str:
     """How far a training run is, by its metrics and its settings."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        last: dict[str, Any] = json.loads(lines[-1])
-        training = json.loads((folder / PLAN).read_text())["commands"][0][1]["training"]
-    except (OSError, ValueError, KeyError, IndexError):
+        last = read_lines(folder / "metrics.jsonl", {"step": int})[-1][1]
+        training = read(folder / PLAN)["commands"][0][1]["training"]
+    except (AlignlabError, KeyError, IndexError, TypeError):  # it has not begun, or is writing
         return ""
     limits = {
-        "epoch": training["epochs"],
-        "trained_tokens": training["max_trained_tokens"],
-        "generated_tokens": training["max_generated_tokens"],
-        "seconds": training["max_seconds"],
+        "epoch": training.get("epochs"),
+        "trained_tokens": training.get("max_trained_tokens"),
+        "generated_tokens": training.get("max_generated_tokens"),
+        "seconds": training.get("max_seconds"),
     }
     shares = [f"{last[k]:.4g} of {v:,} {k.replace('_', ' ')}" for k, v in limits.items() if v and k in last]
-    steps = f"step {last['step']}" + (f" of {training['steps']}" if training["steps"] else "")
+    steps = f"step {last['step']}" + (f" of {training['steps']}" if training.get("steps") else "")
     return ", ".join([steps, *shares])
 
 
@@ -139,7 +140,7 @@ def show(out: Path) -> int:
     counts = {state: sum(p.state == state for p in found) for state in dict.fromkeys(p.state for p in found)}
     rows = []
     for p in found:
-        told = [p.nodes if p.state == RUNNING else "", p.progress, p.why if p.state in (WAITING, BLOCKED) else ""]
+        told = [p.nodes if p.state == RUNNING else "", p.progress, p.why if p.state in (WAITING, BLOCKED, DONE) else ""]
         texts = (p.name.removeprefix("runs/"), p.state, p.job, p.elapsed, ", ".join(t for t in told if t))
         rows.append([Cell(text, kind=p.state) for text in texts])
     screen = Console()

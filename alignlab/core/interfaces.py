@@ -370,7 +370,8 @@ class Benchmark(Protocol):
 
 @runtime_checkable
 class TrainingBenchmark(Benchmark, Protocol):
-    """A benchmark for comparisons: it also writes what policies are trained on."""
+    """A benchmark for comparisons: it also writes what policies are trained on. With `metrics`, the names of all that
+    it may measure, a comparison's `sort_by` is checked before anything is trained."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, object]]) -> No
             lines.append(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
             raise DataError(f"{path}:{number}: the record cannot be written as JSON: {error}") from error
-    write_text(path, "".join(lines))
+    write_text(path, "".join(lines), as_it_is=True)
 
 
 def group_to_record(group: Group) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from alignlab.core.children import end_with_parent, free_port
 from alignlab.core.errors import STARTER
 from alignlab.core.files import write_text
 from alignlab.core.memory import ADVICE, is_memory_error, said
+from alignlab.core.secrets import set_aside
 from alignlab.training.distributed.processes import launched
 from alignlab.training.distributed.watchdog import LOGS, STACKS, place
 from alignlab.training.settings import DistributedSettings
@@ -215,7 +216,7 @@ class Team:
             logs.mkdir(parents=True, exist_ok=True)
             for stack in logs.glob(STACKS.format("*")):
                 stack.unlink()
-            write_text(logs / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_text(logs / "config.yaml", yaml.safe_dump(set_aside(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise AlignlabError(f"out={self.out}: cannot be written: {error.strerror}") from error
         port = free_port()

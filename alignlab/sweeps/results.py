@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from alignlab.benchmarks.evaluate import without_nan
 from alignlab.comparison.collect import BOARD, is_complete
-from alignlab.comparison.graph.node import Outcome, outcome, planned, read, write_plan
-from alignlab.comparison.report import METRICS, MISSING, Cell, Table, format_number
+from alignlab.comparison.graph.node import Outcome, altered, outcome, planned, read, write_plan
+from alignlab.comparison.report import METRICS, MISSING, Cell, Table, csv_text, format_number, plain
 from alignlab.core import AlignlabError, did_you_mean
-from alignlab.core.files import write_json, write_text
+from alignlab.core.errors import one_line, shorten
+from alignlab.core.files import read_json, read_lines, write_json, write_text
 from alignlab.core.storage import storage_errors
 from alignlab.sweeps.combinations import Combination
-from alignlab.sweeps.settings import Sweeper
+from alignlab.sweeps.settings import GridSettings, OptunaSettings, Sweeper
 from alignlab.training.callbacks.pruning import PRUNED, Direction
 from alignlab.training.run_folder import RESULT
 
@@ -36,6 +35,9 @@ USUAL = ("objective_score", "reward", "eval/loss", "loss")
 
 NO_METRICS = ("step", "time")
 """Numbers in metrics.jsonl that say where a line belongs."""
+
+NOTED = ("name", "values", "overrides")
+"""What sweep.json says of a run before it has come to anything."""
 
 SHOWN = 30
 """Rows that the terminal shows."""
@@ -129,17 +131,20 @@ def gather(folder: Path) -> Results:
     Raises:
         AlignlabError: there is no sweep, or no run has the metric that was asked for; then what there is.
     """
-    plan = read(folder / FILE)
-    if not plan:
-        raise AlignlabError(f"{folder / FILE}: is not there or damaged; is this the folder of a sweep?")
-    command, sweeper = plan["command"], plan["sweeper"]
-    runs, keys = [], planned(folder)
-    for each in plan["runs"]:
-        run = Run(each["name"], each["values"], each["overrides"])
+    advice = "is this the folder of a sweep? The command that made it writes it anew"
+    plan = read_json(folder / FILE, advice, {"command": str, "sweeper": dict, "runs": list})
+    try:
+        noted = [{k: each.get(k) for k in NOTED} if isinstance(each, dict) else each for each in plan["runs"]]
+        runs = TypeAdapter(list[Run]).validate_python(noted)
+        sweeper = TypeAdapter(GridSettings | OptunaSettings).validate_python(plan["sweeper"]).model_dump()
+    except ValidationError as error:
+        raise AlignlabError(f"{folder / FILE}: damaged: {shorten(error)}: {advice}") from error
+    command = plan["command"]
+    keys = planned(folder)
+    for run in runs:
         found = state_of(command, folder / run.name, keys.get(run.name))
         run.state, run.reason, run.log = found.state, found.reason, found.log
         run.metrics = metrics_of(command, folder / run.name)
-        runs.append(run)
     metric = chosen_metric([r.metrics or {} for r in runs if r.state == "finished"], sweeper["metric"])
     direction = sweeper["direction"] or direction_of(metric or "")
     for run in runs:
@@ -147,7 +152,7 @@ def gather(folder: Path) -> Results:
         run.value = value if value is not None and math.isfinite(value) else None
     sign = 1 if direction == "minimize" else -1
     runs.sort(key=lambda r: (STATES.index(r.state), r.value is None, sign * (r.value or 0)))
-    results = Results(folder, command, plan["own"], metric, direction, runs)
+    results = Results(folder, command, plan.get("own"), metric, direction, runs)
     _write(results, plan)
     return results
 
@@ -157,6 +162,8 @@ def state_of(command: str, folder: Path, key: str | None) -> Outcome:
     found = outcome(folder, key)
     if found.state != "done":
         return found
+    if what := altered(folder):
+        return Outcome("failed", f"{what}; to have it again, delete {folder} and run the sweep again")
     if command == "compare" and not is_complete(folder):
         return Outcome("unfinished")
     return Outcome("pruned" if (folder / PRUNED).exists() else "finished")
@@ -166,15 +173,11 @@ def metrics_of(command: str, folder: Path) -> dict[str, float]:
     """Everything measured of a run: its evaluation, else the last line of metrics.jsonl that has it, else
     evaluation.json; of a comparison, what stands in the first row of its leaderboard."""
     if command == "compare":
-        return _numbers((read(folder / BOARD).get("rows") or [{}])[0])
+        rows = read(folder / BOARD).get("rows")
+        return _numbers(rows[0]) if isinstance(rows, list) and rows else {}
     found = _numbers(read(folder / "evaluation.json"))
-    try:
-        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        with suppress(ValueError):  # a line that is being written, or of a killed process
-            found |= _numbers(json.loads(line))
+    for _, line in read_lines(folder / "metrics.jsonl", {}):
+        found |= _numbers(line)
     result = read(folder / RESULT) or read(folder / PRUNED)
     found |= _numbers(result) | _numbers(result.get("evaluation"))
     return {k: v for k, v in found.items() if k not in NO_METRICS} | _numbers({"steps": result.get("step")})
@@ -264,19 +267,19 @@ def short_value(text: str) -> str:
 def to_csv(results: Results) -> str:
     """One line for each run, numbers in full: what varies, the state, and everything that was measured."""
     known = dict.fromkeys(name for run in results.runs for name in run.metrics or {})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "state", *results.varied, *known, "reason"])
+    rows: list[list[Any]] = [["run", "state", *results.varied, *known, "reason"]]
     for run in results.runs:
         values = [run.values.get(k, "") for k in results.varied]
         measured = [(run.metrics or {}).get(k, "") for k in known]
-        writer.writerow([run.name, run.state, *values, *measured, run.reason])
-    return out.getvalue()
+        rows.append([run.name, run.state, *values, *measured, run.reason])
+    return csv_text(rows)
 
 
 def to_markdown(results: Results) -> str:
-    failed = [f"* {run.name}: {run.reason}" for run in results.runs if run.state == "failed"]
-    parts = [f"# Sweep: {results.folder.resolve().name}", results.counts(), *told_best(results)]
+    failed = [f"* {plain(run.name)}: {plain(run.reason)}" for run in results.runs if run.state == "failed"]
+    best = told_best(results)
+    told = [plain(best[0]), f"    {one_line(best[1].strip())}"] if best else []  # indented: as it is
+    parts = [f"# Sweep: {plain(results.folder.resolve().name)}", results.counts(), *told]
     parts += [table(results).markdown(), *(["Failed:\n\n" + "\n".join(failed)] if failed else [])]
     return "\n\n".join(parts) + "\n"
 

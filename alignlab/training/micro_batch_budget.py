@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from alignlab.core import AlignlabError, Batch
-from alignlab.core.files import write_json
+from alignlab.core.files import read_json, write_json
 from alignlab.core.memory import ADVICE, said, usual_tokens
 from alignlab.training.run_folder import BUDGET
 
@@ -78,10 +77,11 @@ class TokenBudget:
         if self.path is None:
             return self.asked
         try:
-            kept = json.loads(self.path.read_text())
-            return min(self.asked, int(kept["tokens"])) if kept["asked"] == self.asked else self.asked
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = read_json(self.path, "counts as not there", {"asked": int, "tokens": int}, {"asked": 0, "tokens": 0})
+        except AlignlabError as error:
+            log.warning("%s", error)
             return self.asked
+        return max(1, min(self.asked, kept["tokens"])) if kept["asked"] == self.asked else self.asked
 
     def halve(self, shortages: Sequence[Shortage], write: bool) -> None:
         """Make the budget half of what there was no memory for, but no less than the longest group there.

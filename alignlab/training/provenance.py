@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import alignlab
-from alignlab.core import AlignlabError, ConfigError, DataError
-from alignlab.core.files import write_json
-from alignlab.core.secrets import HIDDEN, SECRET_KEY, SECRET_VALUE
+from alignlab.core import ConfigError, DataError
+from alignlab.core.files import read_json, write_json
+from alignlab.core.secrets import redact, without_secrets
 from alignlab.core.storage import storage_errors
 from alignlab.training.checkpoints.hashing import files_below, sha256_each
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "numpy")
-INLINE = re.compile(r"(?P<key>[\w./+-]+)(?P<is>['\"]?\s*[:=]\s*)(?P<value>[^,{}\[\]]+)")
-"""A key and its value inside an argument, as in `judge={url:URL,api_key:KEY}`."""
 
 
 def collect(
@@ -60,7 +58,7 @@ def collect(
         "seed": seed,
         "world_size": world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1")),
         "code": dict(_code()),
-        "config_sha256": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "config_sha256": _digest(json.dumps(without_secrets(config), sort_keys=True, default=str)),
         "data": _data(data_files),
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -83,11 +81,9 @@ def write(folder: Path, provenance: Mapping[str, Any], resumed: bool = False) ->
     path = Path(folder) / PROVENANCE
     whole = dict(provenance)
     if resumed and path.exists():
-        try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-            whole["resumed"] = [*whole.get("resumed", []), dict(provenance)]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise AlignlabError(f"{path}: cannot be read ({error}). Move it away to go on without it") from None
+        whole = read_json(path, "move it away to go on without it")
+        before = whole.get("resumed", [])
+        whole["resumed"] = [*(before if isinstance(before, list) else [before]), dict(provenance)]
     with storage_errors(path.parent, f"{PROVENANCE} could not be written"):
         write_json(path, whole)
     return path
@@ -137,38 +133,6 @@ def _last_session(folder: Path) -> dict[str, Any]:
         return dict([found, *found.get("resumed", [])][-1])
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def redact(arguments: Iterable[str]) -> list[str]:
-    """Command-line arguments with what looks like a secret taken out: `judge.api_key=<secret>`."""
-    clean: list[str] = []
-    hide_next = False
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if hide_next:
-            clean.append(HIDDEN)
-        elif equals and SECRET_KEY.search(key):
-            clean.append(f"{key}={HIDDEN}")
-        else:
-            clean.append(SECRET_VALUE.sub(HIDDEN, INLINE.sub(_hide_inline, argument)))
-        hide_next = argument.startswith("--") and not equals and bool(SECRET_KEY.search(key))
-    return clean
-
-
-def _hide_inline(found: re.Match[str]) -> str:
-    return f"{found['key']}{found['is']}{HIDDEN}" if SECRET_KEY.search(found["key"]) else found[0]
-
-
-def without_secrets(config: Any) -> Any:
-    """A copy of a config (nested mappings and lists) with what looks like a secret taken out."""
-    if isinstance(config, Mapping):
-        return {
-            key: HIDDEN if isinstance(value, str) and SECRET_KEY.search(str(key)) else without_secrets(value)
-            for key, value in config.items()
-        }
-    if isinstance(config, list | tuple):
-        return [without_secrets(value) for value in config]
-    return SECRET_VALUE.sub(HIDDEN, config) if isinstance(config, str) else config
 
 
 def _digest(text: str) -> str:

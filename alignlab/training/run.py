@@ -263,7 +263,7 @@ def _whole_model(out: Path, run: RunConfig, trainer: Trainer) -> PackedModel:
         return trainer.model
     from alignlab.training.checkpoints.export import rebuild
 
-    return rebuild(out, trained)
+    return rebuild(out, trained, trust=True)
 
 
 def peak_memory_mb() -> float:

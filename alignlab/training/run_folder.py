@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from alignlab.config import read_yaml
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.core.files import discard, restore, write_text
+from alignlab.core.files import discard, restore, write_config
+from alignlab.core.secrets import without_secrets
 from alignlab.training import provenance
 from alignlab.training.callbacks.pruning import PRUNED
 from alignlab.training.settings import TrainingSettings
@@ -38,6 +38,11 @@ MAY_CHANGE_VLLM = ("url", "shared_dir", "python", "port", "devices", "memory", "
 RESULT = "result.json"
 """Written last, when a run is finished."""
 
+SECTIONS = ("algorithm", "model", "adapter", "training")
+"""Of a run's config: without these it is none."""
+
+ANEW = "choose another out=DIR, or start anew with training.resume=never, which removes what the folder holds"
+
 BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
 """What a run leaves once it has trained; a folder without any of these holds nothing that could be continued."""
 
@@ -45,9 +50,9 @@ BEGUN = ("checkpoints", "metrics.jsonl", "model", RESULT)
 def finished(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The result of the run with these settings in a folder that has its model; None where something is left to do."""
     try:
-        same = fingerprint(yaml.safe_load((out / "config.yaml").read_text())) == fingerprint(config)
+        same = fingerprint(read_yaml(out / "config.yaml")) == fingerprint(config)
         result = json.loads((out / RESULT).read_text())
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (AlignlabError, OSError, ValueError):
         return None
     whole = isinstance(result, dict) and {"step", "trained_tokens", "generated_tokens", "seconds"} <= result.keys()
     return result if same and whole and (out / "model").is_dir() else None
@@ -69,13 +74,13 @@ def claim(out: Path, config: dict[str, Any], settings: TrainingSettings, data_fi
             for name in ("checkpoints", "model"):
                 discard(out / name)
         elif saved.exists() and any((out / name).exists() for name in BEGUN):
-            _check_same(out, fingerprint(yaml.safe_load(saved.read_text())), fingerprint(config))
+            _check_same(out, fingerprint(read_yaml(saved, *SECTIONS, advice=ANEW)), fingerprint(config))
             if any(out.glob("checkpoints/step-*")):
                 provenance.check_data(out, data_files, settings.resume)
                 for change in provenance.changed_versions(out):
                     print(f"note: {out}: since this run was last at work: {change}", file=sys.stderr)
             _remove(out, RESULT, "evaluation.json")  # of the shorter run, or of a model that is gone
-        write_text(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_config(saved, config)
     except OSError as error:
         raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
 
@@ -111,7 +116,7 @@ def _remove(out: Path, *names: str) -> None:
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes, flat, by command-line key."""
+    """The settings that decide what a run computes, flat, by command-line key. Secrets do not: they may change."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -121,6 +126,6 @@ def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    walk({k: v for k, v in config.items() if k not in MAY_CHANGE}, "")
+    walk(without_secrets({k: v for k, v in config.items() if k not in MAY_CHANGE}), "")
     free = {f"training.{n}" for n in MAY_CHANGE_TRAINING} | {f"rollout.vllm.{n}" for n in MAY_CHANGE_VLLM}
     return {k: v for k, v in flat.items() if k not in free}

@@ -28,7 +28,8 @@ import yaml
 
 from tests.training import runs
 
-CORPUS = Path(__file__).parent / "corpus"
+HERE = Path(__file__).parent
+CORPUS = HERE / "corpus"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import pytest
 
 import alignlab
 from alignlab.core import AlignlabError, DataError
+from alignlab.core.secrets import HIDDEN, redact, without_secrets
 from alignlab.training import provenance
-from alignlab.training.provenance import HIDDEN, collect, redact, without_secrets, write
+from alignlab.training.provenance import collect, write
 from tests import tiny
 
 SHA256_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
@@ -277,6 +278,6 @@ def test_a_resumption_is_added_to_what_is_there(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text("{half")
-    with pytest.raises(AlignlabError, match=r"provenance\.json: cannot be read"):
+    with pytest.raises(AlignlabError, match=r"provenance\.json: damaged"):
         write(tmp_path, {"seed": 1}, resumed=True)
     assert (tmp_path / "provenance.json").read_text() == "{half"

@@ -44,6 +44,10 @@ class ExactBenchmark(Benchmark):
     """
 
     name = "exact"
+    metrics = (
+        *("reward", "kl", "entropy", "win_rate", "objective", "objective_score", "frontier_efficiency"),
+        *("reference_reward", "reference_entropy", "optimum_reward", "optimum_kl", "proxy_reward"),
+    )
     files = ("demonstrations", "prompts", "steps")
     supports_best_of = True
 

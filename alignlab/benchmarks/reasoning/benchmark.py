@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignlab.benchmarks.base import Benchmark, Subject, mean, measure
+from alignlab.benchmarks.base import MEASURED, Benchmark, Subject, mean, measure
 from alignlab.benchmarks.reasoning.base_model import BaseModelSettings, base_folder, base_model
 from alignlab.benchmarks.reasoning.problems import (
     SEPARATOR,
@@ -39,6 +39,7 @@ class ReasoningBenchmark(Benchmark):
     """
 
     name = "reasoning"
+    metrics = (*MEASURED, "solutions_right")
     files = ("demonstrations", "prompts", "steps")
     supports_best_of = True
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.core.files import write_json
+from alignlab.core.errors import shorten
+from alignlab.core.files import read_json, write_json
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.commands import State
 
@@ -36,7 +38,7 @@ class Entry:
         log: where the job writes.
     """
 
-    id: str
+    id: Annotated[str, Field(pattern=r"^\d+(_\d+)?$")]
     key: str
     folder: str
     log: str
@@ -70,13 +72,13 @@ class Ledger:
         path = out / FILE
         if not path.exists():
             return cls(out)
+        advice = "cancel the jobs that `squeue --me` still shows, and delete the file"
+        found = read_json(path, advice, {"graph": dict, "entries": dict})
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-            return cls(out, found["graph"], {n: Entry(**e) for n, e in found["entries"].items()})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AlignlabError(
-                f"{path}: damaged ({error}): cancel the jobs that `squeue --me` still shows, and delete the file"
-            ) from error
+            graph = TypeAdapter(dict[str, list[str]]).validate_python(found["graph"], strict=True)
+            return cls(out, graph, TypeAdapter(dict[str, Entry]).validate_python(found["entries"]))
+        except ValidationError as error:
+            raise AlignlabError(f"{path}: damaged: {shorten(error)}: {advice}") from error
 
     def write(self) -> None:
         entries = {name: asdict(entry) for name, entry in self.entries.items()}

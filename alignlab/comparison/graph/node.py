@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignlab import __version__
-from alignlab.core.files import discard, write_json
-from alignlab.training.run_folder import fingerprint
+from alignlab.core import AlignlabError
+from alignlab.core.files import checksums, discard, read_json, write_json
+from alignlab.core.secrets import set_aside, without_secrets
+from alignlab.training.callbacks.pruning import PRUNED
+from alignlab.training.run_folder import RESULT, fingerprint
+
+logger = logging.getLogger(__name__)
 
 NODES = "nodes.json"
 PLAN, DONE, FAILED, LOG = "node.json", "done.json", "failed.json", "log.txt"
+MEASURED = (RESULT, PRUNED, "evaluation.json", "metrics.jsonl", "leaderboard.json")
+"""Files whose numbers leaderboards are made of."""
 
 
 class Command(NamedTuple):
@@ -85,7 +93,7 @@ class Node:
         (self.folder / FAILED).unlink(missing_ok=True)
         if read(self.folder / DONE).get("key") == self.key:  # done, and to be done anew
             (self.folder / DONE).unlink()
-        commands = [[c.name, c.config] for c in self.commands]
+        commands = [[c.name, set_aside(c.config)] for c in self.commands]
         plan = {"name": self.name, "key": self.key, "content": self.content, "commands": commands}
         write_json(self.folder / PLAN, json.loads(json.dumps(plan, default=str)))
 
@@ -113,7 +121,8 @@ def content(node: Node) -> dict[str, Any]:
 def _settings_that_count(command: Command) -> dict[str, Any]:
     if command.name == "train":
         return fingerprint(command.config)
-    return {key: value for key, value in command.config.items() if key != "tracker"}
+    settings: dict[str, Any] = without_secrets({k: v for k, v in command.config.items() if k != "tracker"})
+    return settings
 
 
 def digest(value: Any) -> str:
@@ -158,8 +167,19 @@ def outcome(folder: Path, key: str | None) -> Outcome:
 
 
 def finish(folder: Path, seconds: float) -> None:
-    """Note that all commands of the node in a folder have been done."""
-    write_json(folder / DONE, {"key": read(folder / PLAN).get("key"), "seconds": round(seconds, 3)})
+    """Note that all commands of the node in a folder have been done, with checksums of what they have measured."""
+    noted = {"key": read(folder / PLAN).get("key"), "seconds": round(seconds, 3)}
+    write_json(folder / DONE, noted | {"files": checksums(folder, MEASURED)})
+
+
+def altered(folder: Path) -> str:
+    """Which files of a node that is done are not what it wrote, in words; "" where all are."""
+    written = read(folder / DONE).get("files")
+    if not isinstance(written, dict):  # of an earlier version
+        return ""
+    found = checksums(folder, MEASURED)
+    names = [n for n in MEASURED if found.get(n) != written.get(n)]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not what the run wrote" if names else ""
 
 
 def fail(folder: Path, key: str, reason: str, log: Path | str = "") -> None:
@@ -202,8 +222,9 @@ def is_result(out: Path, name: str) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
+    """A JSON object; empty where there is none. One that is damaged counts as none, and is said to be."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return read_json(path, "counts as not there", absent={})
+    except AlignlabError as error:
+        logger.warning("%s", error)
         return {}

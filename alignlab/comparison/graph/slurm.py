@@ -34,7 +34,7 @@ from alignlab.comparison.graph.node import Command, Node, parents_of
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.storage import storage_errors
 from alignlab.launch.slurm import commands
-from alignlab.launch.slurm.settings import SlurmSettings
+from alignlab.launch.slurm.settings import SlurmSettings, check_script
 from alignlab.training.run_folder import RESULT
 
 
@@ -261,6 +261,8 @@ class Slurm:
                 return 2
 
         asked = batch.asked
+        check_script({"name": f"{self.title}:{batch.name}", "out": str(self.logs.absolute())}, "comparison")
+        check_script(asked.model_dump(exclude={"stages"}), "launcher")
         if "%" in str(self.logs.absolute()):
             raise ConfigError(f"out={self.out}: Slurm does not write to a folder with % in its path: choose another")
         cores = max(1, asked.cpus_per_task // batch.per_node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignlab.build import locate
-from alignlab.comparison.graph.node import LOG, PLAN, fail, finish, last_words
+from alignlab.comparison.graph.node import LOG, PLAN, fail, finish, last_words, read
+from alignlab.config import read_yaml
 from alignlab.core import AlignlabError, ConfigError, Interrupted, StartAgain
-from alignlab.core.files import write_json
+from alignlab.core.files import read_json, write_json
 from alignlab.core.parts import calling
+from alignlab.core.secrets import notice, take_back
 from alignlab.launch.start import HANDLED, Failed
 from alignlab.training.callbacks.pruning import PRUNED
 from alignlab.training.run_folder import RESULT, fingerprint
@@ -49,10 +48,10 @@ def run(folder: Path, only: Sequence[str] = (), log: Path | None = None, queued_
         StartAgain: the same command started again can go on.
     """
     log = log or folder / LOG
-    try:
-        plan = json.loads((folder / PLAN).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"node: {folder}: holds no part of a graph of runs: {error}") from error
+    plan = read_json(folder / PLAN, "it holds no part of a comparison or sweep", {"key": str, "commands": list})
+    plan["commands"] = take_back(plan["commands"], str(folder / PLAN))
+    for _, config in plan["commands"]:
+        notice(config)
     started = time.monotonic()
     wanted = [(name, config) for name, config in plan["commands"] if not only or name in only]
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -139,9 +138,9 @@ def evaluate(config: dict[str, Any], folder: Path) -> None:
 
 def is_over(config: dict[str, Any], folder: Path) -> bool:
     """Whether a training run with these settings has been finished, or pruned, in a folder."""
-    if config["training"]["resume"] == "never" or not any((folder / name).exists() for name in (RESULT, PRUNED)):
+    if config["training"]["resume"] == "never" or not any(read(folder / name) for name in (RESULT, PRUNED)):
         return False
     try:
-        return fingerprint(yaml.safe_load((folder / "config.yaml").read_text())) == fingerprint(config)
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return fingerprint(read_yaml(folder / "config.yaml")) == fingerprint(config)
+    except ConfigError:  # the run will say so
         return False

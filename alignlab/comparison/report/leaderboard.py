@@ -55,6 +55,7 @@ class Leaderboard:
         metrics: names of all metrics, in the order of their columns.
         comparisons: every pair of algorithms on the ranking metric.
         prompts: metric → number of prompts its intervals were bootstrapped over; absent where there are none.
+        left_out: runs that are not among the rows, since their files were changed afterwards: which, and why.
     """
 
     benchmark: str
@@ -65,6 +66,7 @@ class Leaderboard:
     metrics: list[str]
     comparisons: list[Comparison] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
@@ -103,6 +105,7 @@ class Leaderboard:
         lists = {"rows": self.rows, "comparisons": comparisons, "runs": self.runs}
         parts = [f'"{key}": {_dump(value)}' for key, value in self.to_dict().items() if key != "rows"]
         parts.append(f'"sort_by": {_dump(self.sort_by)}')
+        parts += [f'"left_out": {_dump(self.left_out)}'] if self.left_out else []
         for key, items in lists.items():
             lines = ",\n".join("    " + _dump(item) for item in items)
             parts.append(f'"{key}": [\n{lines}\n  ]' if items else f'"{key}": []')
@@ -124,7 +127,11 @@ class Leaderboard:
 
 
 def build(
-    rows: Iterable[Mapping[str, Any]], benchmark: str, budget: Mapping[str, Any], sort_by: str | None = None
+    rows: Iterable[Mapping[str, Any]],
+    benchmark: str,
+    budget: Mapping[str, Any],
+    sort_by: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> Leaderboard:
     """Aggregate runs over seeds, rank the algorithms and test every pair.
 
@@ -133,6 +140,7 @@ def build(
         benchmark: name of what was measured on.
         budget: what every algorithm was allowed; kept and shown as it is.
         sort_by: the metric that ranks; `objective_score` where there is one, else `reward`.
+        left_out: what is said of runs that are not among the rows.
 
     Raises:
         AlignlabError: a metric is no number, or a run appears twice.
@@ -151,7 +159,10 @@ def build(
     if sort_by is None:
         sort_by = "objective_score" if "objective_score" in names else "reward"
     elif sort_by not in names:
-        raise ConfigError(f"sort_by={sort_by}: no run has this metric{did_you_mean(sort_by, names)}")
+        raise ConfigError(
+            f"comparison.sort_by={sort_by}: no run has this metric{did_you_mean(sort_by, names)} "
+            "(the same command with another one trains nothing again)"
+        )
 
     rows_out: list[dict[str, Any]] = [
         {"algorithm": algorithm, "rank": None, "seeds": sorted(seeds), "indistinguishable_from_best": None}
@@ -174,7 +185,7 @@ def build(
     rows_out.sort(key=lambda r: (r.get(sort_by) is None, -sign * (r.get(sort_by) or 0), r["algorithm"]))
     ranked = [row for row in rows_out if row["algorithm"] in ranking]
     comparisons = compare_all({row["algorithm"]: ranking[row["algorithm"]] for row in ranked})
-    board = Leaderboard(benchmark, dict(budget), sort_by, rows_out, runs, names, comparisons, prompts)
+    board = Leaderboard(benchmark, dict(budget), sort_by, rows_out, runs, names, comparisons, prompts, list(left_out))
     for position, row in enumerate(ranked):
         differs = board.between(ranked[0]["algorithm"], row["algorithm"]).significant if position else False
         row |= {"rank": position + 1, "indistinguishable_from_best": None if differs is None else not differs}

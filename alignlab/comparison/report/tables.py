@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from alignlab.comparison.report.leaderboard import Leaderboard
 from alignlab.comparison.report.metrics import MISSING, format_interval, format_number, metric
 from alignlab.comparison.report.verdict import method, verdict
+from alignlab.core.errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,30 @@ STYLES = {
     **{"done": "green", "running": "cyan", "failed": "red", "cancelled": "red", "not run": "yellow"},
 }
 """How a kind of cell looks on the terminal; in a page it is a CSS class."""
+
+
+def plain(text: str) -> str:
+    """A text as Markdown shows it: in one line, nothing in it taken for HTML, an image, a link or a cell's end."""
+    return re.sub(r"([|`]|\](?=[(\[]))", r"\\\1", escape(one_line(text), quote=False))
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV. What a spreadsheet would take for a formula gets a ' before it, as spreadsheets mark texts."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([[_cell(value) for value in row] for row in rows])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    return text
 
 
 @dataclass(frozen=True)
@@ -57,13 +84,15 @@ class Table:
         """A pipe table; the best values are bold."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+            return "| " + " | ".join(cells) + " |"
 
         def text(cell: Cell) -> str:
-            return f"{f'**{cell.text}**' if cell.kind == 'best' else cell.text} {cell.small}".strip()
+            shown = plain(cell.text)
+            return f"{f'**{shown}**' if cell.kind == 'best' else shown} {plain(cell.small)}".strip()
 
         aligned = [":--" if i == self.names else "--:" for i in range(len(self.head))]
-        return "\n".join([line(self.head), line(aligned), *(line([text(c) for c in row]) for row in self.rows)])
+        head = [plain(heading) for heading in self.head]
+        return "\n".join([line(head), line(aligned), *(line([text(c) for c in row]) for row in self.rows)])
 
     def rich(self, gap: str = " ", fold: bool = False) -> RichTable:
         """For the terminal.
@@ -84,7 +113,7 @@ class Table:
             cells = []
             for c in row:
                 small = c.small.replace(",", ",\n") if gap == "\n" else c.small  # of a lopsided interval, the bounds
-                text = Text(c.text, style=STYLES.get(c.kind, ""))
+                text = Text(one_line(c.text), style=STYLES.get(c.kind, ""))
                 cells.append(text.append(f"{gap}{small}", style="not bold dim") if small else text)
             table.add_row(*cells)
         return table
@@ -129,18 +158,15 @@ def leaderboard_table(board: Leaderboard, names: Sequence[str]) -> Table:
 def to_csv(board: Leaderboard) -> str:
     """One line per algorithm, numbers in full; a missing one is empty, seeds are separated by spaces."""
     keys = dict.fromkeys(["rank", "algorithm", *(key for row in board.rows for key in row)])
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(keys), restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in board.rows:
-        writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"]))})
-    return out.getvalue()
+    rows = [{**row, "seeds": " ".join(map(str, row["seeds"]))} for row in board.rows]
+    return csv_text([list(keys), *([row.get(key, "") for key in keys] for row in rows)])
 
 
 def to_markdown(board: Leaderboard) -> str:
     """A heading, the verdict, the table and how it was made."""
     table = leaderboard_table(board, board.columns).markdown()
-    parts = [f"# Leaderboard: {board.benchmark}", " ".join(verdict(board)), budget_text(board), table, method(board)]
+    said = [plain(text) for text in (" ".join(verdict(board)), budget_text(board))]
+    parts = [f"# Leaderboard: {plain(board.benchmark)}", *said, table, plain(method(board))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

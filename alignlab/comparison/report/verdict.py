@@ -10,7 +10,12 @@ from alignlab.comparison.statistics import Comparison, Estimate
 
 
 def verdict(board: Leaderboard) -> list[str]:
-    """Sentences: the best algorithm, those it cannot be told from, those it beats, and what could not be tested."""
+    """Sentences: the best algorithm, those it cannot be told from, those it beats, what could not be tested, and what
+    was left out."""
+    return [*_ranking(board), *(f"LEFT OUT: {text}." for text in board.left_out)]
+
+
+def _ranking(board: Leaderboard) -> list[str]:
     known = metric(board.sort_by)
     ranked = [row for row in board.rows if row["rank"] is not None]
     if not ranked:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any, Literal
 
 from pydantic import Field
 
 from alignlab.core import ConfigError
 from alignlab.core.settings import Settings
+
+CONTROL = ("Cc", "Cs", "Zl", "Zp")
+"""Kinds of characters that no line of a script may hold: of control, halves of a pair, ends of lines and paragraphs."""
+
+
+def check_script(value: Any, key: str) -> None:
+    """Refuse what would not stay in its line of a batch script, where the next line is run. Called with everything
+    that goes into one.
+
+    Args:
+        value: a text, or lists and dictionaries of them.
+        key: where it stands in the config.
+
+    Raises:
+        ConfigError: a text holds a line end or another control character, or the name of an option is none.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not re.fullmatch(r"[A-Za-z][\w-]*", str(name)):
+                raise ConfigError(f"{key}.{str(name)!r}: is no name of an option of sbatch")
+            check_script(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check_script(inner, f"{key}.{i}")
+    elif isinstance(value, str) and (wrong := [c for c in value if unicodedata.category(c) in CONTROL]):
+        raise ConfigError(f"{key}={value!r}: holds {wrong[0]!r}, and must be one line of a batch script: leave it out")
 
 
 class SlurmSettings(Settings):

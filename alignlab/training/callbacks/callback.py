@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Callback, Group
-from alignlab.core.files import sync, write_text
+from alignlab.core.files import read_lines, sync, write_text
 from alignlab.core.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -114,10 +114,9 @@ class Samples(Callback):
         """Forget what an earlier session wrote after this iteration: it will be sampled again."""
         if not trainer.processes.is_main or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines  # killed while writing
-        iteration = trainer.state.iteration
-        write_text(self.path, "".join(s for s in whole if json.loads(s)["iteration"] <= iteration))
+        lines = read_lines(self.path, {"iteration": int})
+        kept = [text for text, line in lines if line["iteration"] <= trainer.state.iteration]
+        write_text(self.path, "".join(text + "\n" for text in kept), as_it_is=True)
 
     def on_iteration(self, trainer: Trainer, sampled: Sequence[Group]) -> None:
         if not trainer.processes.is_main:

@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from alignlab.core import AlignlabError, Callback, Tracker
-from alignlab.core.files import write_text
+from alignlab.core.files import read_lines, write_text
 from alignlab.core.parts import number
+from alignlab.core.secrets import without_secrets
 from alignlab.core.storage import storage_errors
 from alignlab.training.callbacks.progress import ProgressDisplay
-from alignlab.training.provenance import without_secrets
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 METRICS, TRACKED = "metrics.jsonl", "tracker_lines"
 RESERVED = ("step", "time")
+LINE: dict[str, type] = {"step": int, "time": float}
+"""What every line has."""
 
 
 class MetricsLog:
@@ -242,27 +244,13 @@ class Logging(Callback):
         self.log.close(failed=error is not None)
 
 
-def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a file of metrics, as text and as values, but for what is no line, such as the last one of a killed
-    process's file."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for place, line in enumerate(text.splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            found.append((line, values | {"step": int(values["step"]), "time": float(values["time"])}))
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s:%d: not a line of metrics, dropped: %.80s", path, place, line)
-    return found
-
-
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of later steps, at step 0 all, and what is no line.
 
     Returns:
         The lines kept.
     """
-    found = read_metrics(path)
+    found = read_lines(path, LINE)
     kept = [(text, line) for text, line in found if line["step"] <= step and step > 0]
     if len(kept) < len(found):
         dropped = len(found) - len(kept)

@@ -6,15 +6,17 @@ given up leaves `pruned.json`, no `result.json` and no model.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from alignlab.core import AlignlabError, Callback
-from alignlab.core.files import write_json
+from alignlab.core.errors import shorten
+from alignlab.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -69,10 +71,11 @@ class Pruning(Callback):
         path = folder / TRIAL
         if not path.exists() or (folder / PRUNED).exists():
             return None
+        advice = "delete it and repeat the sweep"
         try:
-            trial = Trial(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise AlignlabError(f"{path}: damaged: {error}; delete it and repeat the sweep") from error
+            trial = TypeAdapter(Trial).validate_python(read_json(path, advice))
+        except ValidationError as error:
+            raise AlignlabError(f"{path}: damaged: {shorten(error)}: {advice}") from error
         if trial.pruner == "none":
             return None
         found = cls(trial)

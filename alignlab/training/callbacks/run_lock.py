@@ -47,11 +47,11 @@ class RunLock(Callback):
         """
         self._looked = time.monotonic()
         try:
-            found = self.path.read_text().strip()
+            found = self.path.read_text(errors="replace").strip()
         except OSError:  # removed: nobody else's
             return
         if found and found != self.mark:
-            host, process, *_ = found.split()
+            host, process, *_ = [*found.split(), "?"]
             raise AlignlabError(
                 f"{self.path.parent}: process {process} on {host} has begun to work on this run since (the same "
                 "command again, or its job was queued again): this one stops, and leaves it alone"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import Field
 
-from alignlab.build import build_type, section
+from alignlab.build import build_type, check_ours, section
+from alignlab.config import read_yaml
 from alignlab.core import AdapterKind, ConfigError
 from alignlab.core.settings import Settings
 from alignlab.models import (
@@ -26,8 +26,10 @@ from alignlab.training.checkpoints.state import Saved
 from alignlab.training.checkpoints.store import Checkpoints, verify
 from alignlab.training.distributed.engine import Tensors
 from alignlab.training.run_config import build_algorithm
-from alignlab.training.run_folder import RESULT
+from alignlab.training.run_folder import RESULT, SECTIONS
 from alignlab.training.settings import TrainingSettings
+
+OTHERS = "if the run is yours, add trust=true"
 
 
 class ExportSettings(Settings):
@@ -37,6 +39,7 @@ class ExportSettings(Settings):
     checkpoint: str | int | None = None
     merge: bool = True
     out: str = Field(min_length=1)
+    trust: bool = False
 
 
 def export(settings: ExportSettings) -> list[str]:
@@ -56,14 +59,26 @@ def export(settings: ExportSettings) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: there is something already: choose another folder")
     step = _checkpoint(run, settings.checkpoint)
-    model = rebuild(run, None if step is None else Saved(step))
+    model = rebuild(run, None if step is None else Saved(step), settings.trust)
     notes = save_model(model, out, merge=settings.merge)
     return [f"{step or run / 'model'} → {out}", *notes]
 
 
-def rebuild(run: Path, trained: Mapping[str, Tensors] | None) -> PackedModel:
-    """The model that a run trained, in this process's memory: from its `model/`, or with the tensors it trained."""
-    config = yaml.safe_load((run / "config.yaml").read_text())
+def rebuild(run: Path, trained: Mapping[str, Tensors] | None, trust: bool) -> PackedModel:
+    """The model that a run trained, in this process's memory: from its `model/`, or with the tensors it trained.
+
+    Args:
+        trust: build classes from outside alignlab that the run's config names, and run code that its model has.
+
+    Raises:
+        ConfigError: the config is damaged, or names such code and is not trusted.
+    """
+    config = read_yaml(run / "config.yaml", *SECTIONS, advice="without it the model cannot be rebuilt")
+    if not trust:
+        for name in ("algorithm", "adapter"):
+            check_ours(config[name], name, OTHERS)
+        if config["model"].get("trust_remote_code"):
+            raise ConfigError(f"run={run}: its model.trust_remote_code is true, and it may be anyone's: {OTHERS}")
     algorithm = build_algorithm(config["algorithm"])
     settings = section(ModelSettings, config["model"], "model")
     adapter = build_type(AdapterKind, config["adapter"], "adapter")

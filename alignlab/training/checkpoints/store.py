@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignlab.core import AlignlabError, PeerLost, require
-from alignlab.core.files import sync, sync_below, write_json
+from alignlab.core.files import read_json, sync, sync_below, write_json
 from alignlab.core.storage import storage_errors
 from alignlab.training.checkpoints.hashing import files_below, sha256_each
 
@@ -44,13 +44,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         AlignlabError: it is missing or damaged.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AlignlabError(f"{folder}: no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise AlignlabError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+    if not path.exists():
+        raise AlignlabError(f"{folder}: no {MANIFEST}")
+    manifest = read_json(path, "not used", {"step": int, "files": dict})
+    if manifest.pop("sha256", None) != _seal(manifest):
         raise AlignlabError(f"{path}: damaged: its contents do not have the checksum it bears")
     return manifest
 

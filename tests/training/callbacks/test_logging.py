@@ -81,7 +81,7 @@ def test_resuming_drops_what_comes_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert [(line["step"], line.get("loss")) for line in lines(tmp_path)[3:]] == [(3, 0.25)]
     assert 22.5 <= lines(tmp_path)[-1]["time"] < 31.0  # it goes on from the last line kept
     assert "dropped 2 line(s) after step 2" in caplog.text
-    assert "metrics.jsonl:6: not a line of metrics" in caplog.text
+    assert "metrics.jsonl:6: damaged" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from alignlab.build import locate
-from alignlab.core.files import write_text
+from alignlab.core.files import read_lines, write_text
 from alignlab.core.settings import Settings
-from alignlab.training.callbacks.logging import METRICS, read_metrics
+from alignlab.training.callbacks.logging import LINE, METRICS
 from alignlab.training.callbacks.trackers.wandb_log import recorded
 
 WANDB_ID = "wandb_id"
@@ -94,7 +94,7 @@ class Wandb(Settings):
         if self.mode == "online":
             return int(self._run.starting_step)
         # `wandb sync` takes the summary of the last session for that of the run.
-        latest = {name: value for _, line in read_metrics(folder / METRICS) for name, value in line.items()}
+        latest = {name: value for _, line in read_lines(folder / METRICS, LINE) for name, value in line.items()}
         self._run.summary.update({k: v for k, v in latest.items() if v is not None and k != "time"})
         session = Path(self._run.dir).parent
         return recorded(session.parent, self._run.id, session)
