@@ -145,8 +145,8 @@ def while_the_model_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     from alignlab.training import run
 
     def half(model: Any, where: Path, **options: Any) -> None:
-        where.with_name("model.tmp").mkdir(exist_ok=True)
-        (where.with_name("model.tmp") / "adapter_model.safetensors").write_bytes(b"half")
+        where.with_name(".model.tmp").mkdir(exist_ok=True)
+        (where.with_name(".model.tmp") / "adapter_model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(run, "save_model", half)
@@ -183,7 +183,7 @@ def test_killed_in_the_middle_of_saving(
     assert not (folder / out / "model").exists()
     runs.train(folder, algorithm, out, *MORE)
     same_as_whole(folder, algorithm, out, whole)
-    assert not (folder / out / "model.tmp").exists()
+    assert not (folder / out / ".model.tmp").exists()
 
 
 def test_a_process_of_the_command_line_killed_from_outside(folder: Path) -> None:

@@ -188,12 +188,14 @@ class Checkpoints:
         self._prune(final)
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: those of a future that a run resumed at `step` will not have."""
+        """Delete the checkpoints of later steps: those of a future that a run resumed at `step` will not have; and
+        what a process that was killed has not pruned."""
         self.at = step
         if self.is_main:
             for path in self.folders():
                 if _step(path) > step:
                     self._delete(path)
+            self._prune(self.folder / _name(step))
 
     def _good(self, path: Path) -> bool:
         problems = verify(path)
