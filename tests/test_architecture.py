@@ -74,7 +74,7 @@ def allowed(name: str) -> set[str]:
     if mine is None:  # the package: it hands out names from everywhere but the commands
         return set(LAYERS) - {"commands"}
     if mine == "cli":
-        return {"commands"}
+        return {"commands", "core"}
     if mine in BESIDE:
         return set(BESIDE[mine])
     place = LAYERS.index(mine)
