@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from alignlab.algorithms.slic import SLiC
     from alignlab.api import load, prompts, records, score, train
     from alignlab.core import Algorithm, AlignlabError, Batch, Group, Outputs, Response
+    from alignlab.rollout.policy import Policy
     from alignlab.training.callbacks import Callback
-    from alignlab.training.policy import Policy
     from alignlab.training.trainer import Trainer
 
 MODULES = {
     "api": ("load", "prompts", "records", "score", "train"),
     "core": ("Algorithm", "AlignlabError", "Batch", "Group", "Outputs", "Response"),
     "training.callbacks": ("Callback",),
-    "training.policy": ("Policy",),
+    "rollout.policy": ("Policy",),
     "training.trainer": ("Trainer",),
     "algorithms.dpo": ("DPO",),
     "algorithms.expert_iteration": ("ExpertIteration",),

@@ -27,9 +27,9 @@ from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
 from alignlab.launch import start
 from alignlab.models import ModelSettings, QuantizationSettings, load_model
-from alignlab.scoring import FunctionScorer
+from alignlab.rollout.policy import Policy
+from alignlab.scoring import FunctionScorer, run_scorer
 from alignlab.training.distributed.processes import launched
-from alignlab.training.policy import Policy
 from alignlab.training.run_config import check
 
 Function = Callable[[str, str, dict[str, Any]], float]
@@ -147,7 +147,7 @@ def score(groups: Sequence[Group], scorer: Scorer | Function) -> Sequence[Group]
         AlignlabError: the function fails or gives no number, with the record's origin.
     """
     made = scorer if isinstance(scorer, Scorer) else FunctionScorer(scorer)
-    made.score(groups)
+    run_scorer(made, groups)
     return groups
 
 

@@ -176,6 +176,15 @@ def locate(name: Any, key: str) -> Any:
     return found
 
 
+def parameters_of(name: str) -> frozenset[str] | None:
+    """What the class of that name is made with; None where it takes any, or there is no such class."""
+    try:
+        parameters = inspect.signature(locate(name, "_target_")).parameters.values()
+    except (AlignlabError, TypeError, ValueError):  # said where it is built
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
+
+
 def _built(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         return build(value, key) if "_target_" in value else {k: _built(v, f"{key}.{k}") for k, v in value.items()}

@@ -120,8 +120,9 @@ def _progress(folder: Path) -> str:
         training = json.loads((folder / PLAN).read_text())["commands"][0][1]["training"]
     except (OSError, ValueError, KeyError, IndexError):
         return ""
+    ends = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
     limits = {
-        "epoch": training["epochs"],
+        "epoch": training["epochs"] or (None if any(training[name] for name in ends) else 1),
         "trained_tokens": training["max_trained_tokens"],
         "generated_tokens": training["max_generated_tokens"],
         "seconds": training["max_seconds"],

@@ -9,7 +9,7 @@ from alignlab.core import Environment, RolloutEngine
 from alignlab.rollout.local import LocalRollout
 from alignlab.rollout.monte_carlo import MonteCarloLabels
 from alignlab.rollout.multi_turn import MultiTurn
-from alignlab.rollout.sampler import StepSampler, best_of
+from alignlab.rollout.sampler import StepSampler, best_of, check_samples
 from alignlab.rollout.sampling import filtered_log_probs
 from alignlab.rollout.settings import BaseRollout, RolloutSettings, VllmSettings
 from alignlab.rollout.step_search import StepSearch
@@ -30,6 +30,7 @@ __all__ = [
     "best_of",
     "build_engine",
     "build_environment",
+    "check_samples",
     "filtered_log_probs",
 ]
 

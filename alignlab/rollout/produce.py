@@ -16,8 +16,9 @@ from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, QuantizationSettings, load_model
-from alignlab.rollout import build_engine, build_environment
-from alignlab.scoring import build_scorers
+from alignlab.rollout import build_engine, build_environment, check_samples
+from alignlab.rollout.policy import Policy
+from alignlab.scoring import build_scorers, run_scorer
 
 
 class ProduceSettings(Settings):
@@ -54,7 +55,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     prompts = load(section(DataSettings, config["data"], "data"), model.tokenizer).train
     for part in (*scorers, environment):
         if isinstance(part, NeedsPolicy):
-            part.bind(model, model.tokenizer)
+            part.bind(Policy(model), model.tokenizer)
     found: list[Group] = []
     tokens = 0
     with engine.start(RolloutContext(model, settings, out)):
@@ -69,9 +70,10 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
                 groups = sampler.sample(prompts, wanted.group_size, seed)
             else:
                 groups = environment.rollout(sampler, prompts, wanted.group_size, seed)
+            check_samples(prompts, groups, wanted.group_size, engine, environment)
             tokens += sampler.generated_tokens - before
             for scorer in scorers:
-                scorer.score(groups)
+                run_scorer(scorer, groups)
             found.extend(groups)
     write_jsonl(out / "groups.jsonl", [group_to_record(g) for g in found])
     return {"groups": len(found), "generated_tokens": tokens, "seconds": round(time.monotonic() - started, 3)}

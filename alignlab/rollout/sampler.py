@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from alignlab.algorithms.rejection_sampling import best
-from alignlab.core import AlignlabError, ConfigError, DataError, Group, Sampler, Scorer
+from alignlab.core import AlignlabError, ConfigError, DataError, Environment, Group, RolloutEngine, Sampler, Scorer
+from alignlab.core.parts import name_of
 from alignlab.models import PackedModel
 from alignlab.rollout.batching import Row
 from alignlab.rollout.sampling import stream_key
@@ -148,3 +151,39 @@ def best_of(
     sampled = sampler.sample(groups, n, seed)
     scorer.score(sampled)
     return [g.with_responses(best(g, 1, column)) for g in sampled]
+
+
+def check_samples(
+    asked: Sequence[Group],
+    drawn: Sequence[Group],
+    n: int,
+    engine: RolloutEngine,
+    environment: Environment | None = None,
+    exact: bool = False,
+) -> None:
+    """See that what was drawn is what was asked for: too few responses would train on less, or on nothing.
+
+    Args:
+        exact: whether the samples' log-probs are to stand for those of a scoring pass.
+
+    Raises:
+        AlignlabError: a group lacks responses or one has no tokens, or no log-probs where those are made use of. The
+            message names the class that drew them.
+    """
+    who = name_of(environment, "rollout") if environment is not None else name_of(engine)
+    if not isinstance(drawn, Sequence) or len(drawn) != len(asked) or not all(isinstance(g, Group) for g in drawn):
+        found = f"{len(drawn)} groups" if isinstance(drawn, Sequence) else type(drawn).__name__
+        raise AlignlabError(f"{who}: must sample a list of {len(asked)} groups, one for each prompt; got {found}")
+    for prompt, group in zip(asked, drawn, strict=True):
+        if len(group.responses) != n:
+            raise AlignlabError(f"{prompt.place}: {who}: {n} responses were asked for; it drew {len(group.responses)}")
+        for response in group.responses:
+            if not response.token_ids:
+                raise AlignlabError(f"{prompt.place}: {who}: a response has no tokens (token_ids)")
+            found = response.columns.get("behaviour_logp")
+            if (engine.off_policy or exact) and (found is None or np.shape(found) != (response.loss_tokens,)):
+                raise AlignlabError(
+                    f"{prompt.place}: {who}: its log-probs are made use of (off_policy, exact_logp), so each "
+                    "response needs the column behaviour_logp: the log-probs of its "
+                    f"{response.loss_tokens} tokens under the distribution that they were drawn from"
+                )

@@ -21,9 +21,10 @@ from alignlab.core import (
     Sampler,
     Scorer,
 )
-from alignlab.core.parts import calling, groups_of, numbers_of, records
+from alignlab.core.parts import calling, groups_of, numbers_of
 from alignlab.models import Reference
-from alignlab.scoring import fill_log_probs, fill_outputs
+from alignlab.rollout import check_samples
+from alignlab.scoring import fill_log_probs, fill_outputs, run_scorer
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
 from alignlab.training.off_policy import compare, warn
@@ -124,8 +125,7 @@ class Collector:
             if following is not None and self.rollout is not None and self.rollout.prefetches:
                 self._prefetch(*following(), step)
         for scorer in self.scorers:
-            with calling(scorer, "score", records(mine)):
-                scorer.score(mine)
+            run_scorer(scorer, mine)
         for reporting in (*self.scorers, self.environment):
             if isinstance(reporting, Reports):
                 with calling(reporting, "report"):
@@ -167,6 +167,7 @@ class Collector:
                 else:
                     drawn = sampler.sample(groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
+        check_samples(groups, drawn, self.source.group_size, self.rollout, self.environment, exact)
         tokens = sampler.generated_tokens  # a search draws more than it returns
         for scorer in self.scorers:
             if isinstance(scorer, NeedsSampler):

@@ -218,24 +218,36 @@ class Loop:
     @property
     def done(self) -> float:
         """Share of the run that is over, by the limit that is nearest; 0 without a limit."""
-        return max((consumed / limit for consumed, limit in self._limits()), default=0.0)
+        return max(self._consumed().values(), default=0.0)
 
-    def _limits(self) -> list[tuple[float, float]]:
+    @property
+    def ended_by(self) -> str:
+        """What ended the run, as in "training.steps=100", or the reason that a callback gave."""
         trainer = self.trainer
-        s, state = trainer.settings, trainer.state
+        name, share = max(self._consumed().items(), key=lambda item: item[1], default=("", 0.0))
+        if trainer.stopped is not None and share < 1:
+            return trainer.stopped
+        return f"training.{name}={trainer.settings.limits[name]:.12g}" if name else ""
+
+    def _consumed(self) -> dict[str, float]:
+        """By limit: the share of it that is used up."""
+        trainer = self.trainer
+        state, limits = trainer.state, trainer.settings.limits
         ahead = 0.0  # share of the current iteration that is still to be trained on
         if state.pending:
-            ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / s.batch_size))
-        limits: list[tuple[float, float | None]] = [
-            (state.step, s.steps),
-            (state.trained_tokens, s.max_trained_tokens),
+            ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / trainer.settings.batch_size))
+        used: dict[str, float] = {
+            "steps": state.step,
+            "max_trained_tokens": state.trained_tokens,
             # What was sampled is trained on, also where it reaches the limit.
-            (state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
-            (state.seconds, s.max_seconds),
-        ]
-        if s.epochs is not None and trainer.order is not None:
-            limits.append((state.iteration - ahead, math.ceil(s.epochs * trainer.order.batches_per_epoch)))
-        return [(float(c), float(limit)) for c, limit in limits if limit is not None]
+            "max_generated_tokens": state.generated_tokens - ahead * state.sampled,
+            "max_seconds": state.seconds,
+        }
+        if trainer.order is not None:
+            used["epochs"] = state.iteration - ahead
+            if "epochs" in limits:
+                limits["epochs"] = math.ceil(limits["epochs"] * trainer.order.batches_per_epoch)
+        return {name: float(used[name]) / float(limit) for name, limit in limits.items() if name in used}
 
     def _finished(self) -> bool:
         trainer = self.trainer

@@ -107,7 +107,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
     )
     build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
     check_adapter(run.quantization, run.adapter)
-    _check_limits(run.training)
+    _check_watching(run.training)
     if run.samples:
         temperature = run.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
@@ -128,10 +128,7 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     return algorithm
 
 
-def _check_limits(settings: TrainingSettings) -> None:
-    ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
-    if settings.steps is None and settings.epochs is None and not any(ends):
-        raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
+def _check_watching(settings: TrainingSettings) -> None:
     watching = {"patience": settings.patience, "final": settings.final == "best"}
     for name, wanted in watching.items():
         if wanted and settings.eval_every is None:

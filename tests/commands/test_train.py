@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.cli import main
+from alignlab.commands import parse
 from tests.commands.helpers import Mistake, spawn, training
 from tests.training import runs
 
@@ -57,7 +58,6 @@ from tests.training import runs
         ("data.format=text", "data.format: unknown key: it is called data.parser"),
         ("rollout.temperature=-1", "rollout.temperature=-1: should be greater than or equal to 0"),
         # Settings at odds with each other.
-        ("training.steps=null", "training: nothing ends this run: give training.steps, epochs or one of max_*"),
         ("training.patience=2", "training.patience: needs evaluations: give training.eval_every, in steps"),
         ("training.final=best", "training.final: needs evaluations: give training.eval_every, in steps"),
         ("training.eval_every=1", "training.eval_every: there are no validation records: see data.validation"),
@@ -179,6 +179,30 @@ def test_from_a_saved_config(folder: Path) -> None:
     result.unlink()
     assert main(["train", f"--from={folder}/original/config.yaml"]) == 0
     assert result.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "mode"),
+    [
+        ([], "4", "ddp"),
+        (["distributed=single"], "4", "single"),  # is then refused, as it always was
+        (["distributed=fsdp"], "4", "fsdp"),
+        ([], "1", "single"),
+    ],
+)
+def test_under_a_launcher_the_default_is_ddp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], processes: str, mode: str
+) -> None:
+    from alignlab.build import section
+    from alignlab.commands.train import COMPOSING, _config
+    from alignlab.training.settings import DistributedSettings
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    config = _config(parse(["model=x", *words], *COMPOSING))
+    assert config is not None
+    assert section(DistributedSettings, config.get("distributed") or {}, "distributed").mode == mode
+    said = "note: 4 processes were started: distributed=ddp, unless you give another\n"
+    assert capsys.readouterr().err == (said if mode == "ddp" else "")
 
 
 def test_a_saved_config_takes_no_overrides(mistake: Mistake) -> None:
