@@ -97,7 +97,7 @@ def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
     Raises:
         ConfigError: there is such a key.
     """
-    keys_of_its_own, sections = _top_level(name)
+    keys_of_its_own, sections = top_level(name)
     known = keys_of_its_own | sections
     for key in keys:
         if key not in known and key != "hydra":
@@ -107,7 +107,7 @@ def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
 
 
 @cache
-def _top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
+def top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
     """Top-level keys of our config `name`: those in its file, and the sections that its groups fill."""
     folder = config_folder()
     values = read_yaml(folder / f"{name}.yaml")
@@ -115,7 +115,7 @@ def _top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
     for entry in values.get("defaults", []):
         if isinstance(entry, str):
             if entry != "_self_":
-                base = _top_level(entry)
+                base = top_level(entry)
                 keys, sections = keys | base[0], sections | base[1]
             continue
         group = next(iter(entry)).removeprefix("override ").removeprefix("/")
@@ -331,7 +331,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     check_keys(values, "train", f"{path}: ")
-    for key in _top_level("train")[1]:
+    for key in top_level("train")[1]:
         if not isinstance(values[key], dict | None):
             raise ConfigError(f"{path}: {key}: must be a section with keys")
     return values

@@ -62,7 +62,7 @@ def parts(out: Path) -> list[Part]:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE}): see `alignlab submit`")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE}): see `alignlab submit`")
     known = ledger.states()
     found: dict[str, Part] = {}
     for name, parents in ledger.graph.items():
@@ -171,7 +171,7 @@ def cancel(out: Path) -> None:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE})")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE})")
     active = ledger.active()
     commands.cancel([entry.id for entry in active.values()])
     print(f"{out}: {len(active)} jobs cancelled{': ' if active else ''}{', '.join(active)}")

@@ -15,6 +15,7 @@ from alignlab.models import private_api
 from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use, saved_adapter
 from alignlab.models.base import LOADING_ERRORS, cannot_load, load_base, load_tokenizer, remove_dropout, set_pad
 from alignlab.models.heads import add_language_head
+from alignlab.models.hub import check_reachable
 from alignlab.models.packed_model import Features, PackedModel, evaluating
 from alignlab.models.probe import probe, rounding
 from alignlab.models.quantization import (
@@ -65,6 +66,7 @@ def load_model(
     adapter, quantization = adapter or FullFineTuning(), quantization or QuantizationSettings()
     if trainable:
         check_adapter(quantization, adapter)
+    check_reachable(settings.path, settings.revision)
     tokenizer = load_tokenizer(settings)
     saved = saved_adapter(settings.path)
 

@@ -22,7 +22,7 @@ class BradleyTerryLabels:
     Args:
         reward: the scorer that fills `reward`.
         temperature: τ, in units of reward, > 0.
-        certain: draw labels; false: give probabilities.
+        certain: whether a label says which response won, drawn with that probability, or is the probability itself.
         seed: of the draws. A label depends on the seed, the record (file name and line, not its folder, so that moving
             the data changes no label) and the responses alone.
     """

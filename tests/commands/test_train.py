@@ -72,6 +72,10 @@ from tests.training import runs
             "scoring: RejectionSampling needs the column 'reward' and nothing fills it: choose a scorer, as in ",
         ),
         ("algorithm=rejection_sampling", "{folder}/demonstrations.jsonl:"),
+        (
+            "algorithm._target_=my_own.Mistyped",
+            "my_own.Mistyped.needs: nothing fills the column 'ref_lgp'; did you mean 'ref_",
+        ),
         ("algorithm._target_=my_own.Needy", "{folder}/demonstrations.jsonl:"),
         ("scoring=function", "scoring.function.path: must be given, as in scoring.function.path=VALUE"),
         (
