@@ -38,6 +38,7 @@ from alignlab.core import (
     did_you_mean,
 )
 from alignlab.core.files import write_text
+from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
 from alignlab.launch import start
@@ -265,7 +266,11 @@ def _check_names(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if name in known:
             continue
-        kinds = {"training": TrainingSettings, "source": SourceSettings, "rollout": RolloutSettings}
+        kinds: dict[str, type[Settings]] = {
+            "training": TrainingSettings,
+            "source": SourceSettings,
+            "rollout": RolloutSettings,
+        }
         kinds |= {"distributed": DistributedSettings, "model": ModelSettings, "data": DataSettings}
         inside = next((key for key, kind in kinds.items() if name in kind.model_fields), None)
         near = f"; give {inside}={{{name!r}: {value!r}}}" if inside else did_you_mean(name, known)

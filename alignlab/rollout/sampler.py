@@ -180,8 +180,8 @@ def check_samples(
         for response in group.responses:
             if not response.token_ids:
                 raise AlignlabError(f"{prompt.place}: {who}: a response has no tokens (token_ids)")
-            found = response.columns.get("behaviour_logp")
-            if (engine.off_policy or exact) and (found is None or np.shape(found) != (response.loss_tokens,)):
+            logp = response.columns.get("behaviour_logp")
+            if (engine.off_policy or exact) and (logp is None or np.shape(logp) != (response.loss_tokens,)):
                 raise AlignlabError(
                     f"{prompt.place}: {who}: its log-probs are made use of (off_policy, exact_logp), so each "
                     "response needs the column behaviour_logp: the log-probs of its "

@@ -124,7 +124,7 @@ RUN, SWEEP, COMPARISON = "metrics.jsonl", "sweep.json", "nodes.json"
         (
             "cancel",
             SWEEP,
-            "alignlab has handed nothing of this sweep to a cluster: where it runs on this machine, Ctrl-C",
+            "alignlab has handed nothing of this sweep to a cluster: where it runs on this machine",
         ),
         ("status", COMPARISON, "alignlab has handed nothing of this comparison to a cluster: where it runs on this "),
     ],
@@ -139,12 +139,8 @@ def test_what_a_folder_is_and_what_to_do_with_it(
 def test_slurm_that_is_installed_and_has_no_cluster() -> None:
     from alignlab.launch.slurm.commands import explain
 
-    said = (
-        "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsbatch: fatal: Could not establish"
-    )
-    assert explain(said).startswith(
-        "there is no Slurm here (sbatch is installed and knows of no cluster): run this on a "
-    )
+    said = "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsbatch: fatal"
+    assert explain(said).startswith("there is no Slurm here (sbatch is installed and knows of no cluster): ")
 
 
 def test_cfg_prints_the_config_and_runs_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ from tests.training import runs
         ("algorithm=rejection_sampling", "{folder}/demonstrations.jsonl:"),
         (
             "algorithm._target_=my_own.Mistyped",
-            "my_own.Mistyped.needs: nothing fills the column 'ref_lgp'; did you mean 'ref_",
+            "my_own.Mistyped.needs: nothing fills the column 'ref_lgp'; did you",
         ),
         ("algorithm._target_=my_own.Needy", "{folder}/demonstrations.jsonl:"),
         ("scoring=function", "scoring.function.path: must be given, as in scoring.function.path=VALUE"),
