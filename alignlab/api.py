@@ -23,7 +23,7 @@ from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from alignlab.build import build_type, section
+from alignlab.build import build_type, check_objects, section
 from alignlab.config import compose, resolve, top_level
 from alignlab.core import (
     AdapterKind,
@@ -49,7 +49,6 @@ from alignlab.scoring import FunctionScorer, run_scorer
 from alignlab.training.distributed.processes import launched
 from alignlab.training.run_config import check
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.trainer import check_callbacks
 
 Function = Callable[[str, str, dict[str, Any]], float]
 """(prompt, response, the record's other fields) → reward."""
@@ -212,7 +211,7 @@ def train(
     """
     if isinstance(algorithm, type):
         raise ConfigError(f"algorithm: {algorithm.__name__} is a class; an object is wanted: {algorithm.__name__}(…)")
-    callbacks = check_callbacks(callbacks)
+    callbacks = check_objects(Callback, callbacks, "callbacks")
     _check_names(settings)
     if (launched() or 1) > 1:
         settings.setdefault("distributed", "ddp")

@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
@@ -142,6 +142,20 @@ def check_type(kind: Any, made: Any, where: str) -> Any:
     missing = sorted(name for name in _attributes(kind) if not hasattr(made, name))
     what = f"it has no {', '.join(missing)}" if missing else f"it is a {type(made).__name__}"
     raise ConfigError(f"{where}: not a {kind.__name__}: {what}")
+
+
+def check_objects(kind: Any, objects: Iterable[Any], where: str) -> list[Any]:
+    """Objects that were made in Python, as a list.
+
+    Raises:
+        ConfigError: one is a class, or lacks something that the Protocol `kind` asks for.
+    """
+    found = list(objects)
+    for each in found:
+        if inspect.isclass(each):
+            raise ConfigError(f"{where}: {each.__name__} is a class; an object is wanted: {each.__name__}(…)")
+        check_type(kind, each, f"{where}: {type(each).__name__}")
+    return found
 
 
 def locate(name: Any, key: str) -> Any:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from alignlab.build import check_type
+from alignlab.build import check_objects
 from alignlab.core import (
     Algorithm,
     AlignlabError,
     Callback,
-    ConfigError,
     DataOrder,
     Environment,
     Group,
@@ -121,7 +120,7 @@ class Trainer:
         distributed = distributed or DistributedSettings(mode="ddp" if (launched() or 1) > 1 else "single")
         self.processes = processes or Processes(self.settings.mixed_precision, distributed)
         self.train, self.validation = list(train), list(validation)
-        self.callbacks = check_callbacks(callbacks)
+        self.callbacks = check_objects(Callback, callbacks, "callbacks")
         self.schedule = schedule or Constant()
         per_iteration = self.settings.batch_size
         if self.source.kind == "rollout":
@@ -413,20 +412,6 @@ class Trainer:
             return None
         known = identity(reference, 1.0, self.settings.mixed_precision) if self.processes.is_main else ""
         return ReferenceCache(Path(folder), self.processes.gather(known)[0])
-
-
-def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
-    """The callbacks as a list.
-
-    Raises:
-        ConfigError: one is a class, or lacks a method.
-    """
-    found = list(callbacks)
-    for callback in found:
-        if isinstance(callback, type):
-            raise ConfigError(f"callbacks: {callback.__name__} is a class; an object is wanted: {callback.__name__}(…)")
-        check_type(Callback, callback, f"callbacks: {type(callback).__name__}")
-    return found
 
 
 def wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
