@@ -62,7 +62,7 @@ def parts(out: Path) -> list[Part]:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE}): see `alignlab submit`")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE}): see `alignlab submit`")
     known = ledger.states()
     found: dict[str, Part] = {}
     for name, parents in ledger.graph.items():
@@ -120,8 +120,9 @@ def _progress(folder: Path) -> str:
         training = json.loads((folder / PLAN).read_text())["commands"][0][1]["training"]
     except (OSError, ValueError, KeyError, IndexError):
         return ""
+    ends = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
     limits = {
-        "epoch": training["epochs"],
+        "epoch": training["epochs"] or (None if any(training[name] for name in ends) else 1),
         "trained_tokens": training["max_trained_tokens"],
         "generated_tokens": training["max_generated_tokens"],
         "seconds": training["max_seconds"],
@@ -170,7 +171,7 @@ def cancel(out: Path) -> None:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE})")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE})")
     active = ledger.active()
     commands.cancel([entry.id for entry in active.values()])
     print(f"{out}: {len(active)} jobs cancelled{': ' if active else ''}{', '.join(active)}")
