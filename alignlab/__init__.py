@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from alignlab.algorithms.slic import SLiC
     from alignlab.api import load, prompts, records, score, train
     from alignlab.core import Algorithm, AlignlabError, Batch, Group, Outputs, Response
+    from alignlab.rollout.policy import Policy
     from alignlab.training.callbacks import Callback
-    from alignlab.training.policy import Policy
     from alignlab.training.trainer import Trainer
 
-MODULES = {
+_MODULES = {
     "api": ("load", "prompts", "records", "score", "train"),
     "core": ("Algorithm", "AlignlabError", "Batch", "Group", "Outputs", "Response"),
     "training.callbacks": ("Callback",),
-    "training.policy": ("Policy",),
+    "rollout.policy": ("Policy",),
     "training.trainer": ("Trainer",),
     "algorithms.dpo": ("DPO",),
     "algorithms.expert_iteration": ("ExpertIteration",),
@@ -62,7 +62,7 @@ MODULES = {
 }
 """Which module of ours has which public names."""
 
-WHERE = {name: module for module, names in MODULES.items() for name in names}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "DPO",
@@ -101,10 +101,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in WHERE:
+    if name not in _WHERE:
         raise AttributeError(f"module 'alignlab' has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(f"alignlab.{WHERE[name]}"), name))
+    import_module("alignlab.launch").quiet()
+    return globals().setdefault(name, getattr(import_module(f"alignlab.{_WHERE[name]}"), name))
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, "__version__"])

@@ -13,25 +13,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from alignlab.build import build_type, check_type, section
-from alignlab.config import compose, config_folder, read_yaml, resolve
-from alignlab.core import AdapterKind, Algorithm, Callback, ConfigError, DataError, Group, ModelKind, Scorer
+from alignlab.build import build_type, check_objects, section
+from alignlab.config import compose, config_folder, read_yaml, resolve, top_level
+from alignlab.core import (
+    AdapterKind,
+    Algorithm,
+    AlignlabError,
+    Callback,
+    ConfigError,
+    DataError,
+    Group,
+    ModelKind,
+    Scorer,
+    did_you_mean,
+)
+from alignlab.core.files import write_text
 from alignlab.core.parts import score as score_groups
+from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, encode_prompt
 from alignlab.data import load as load_data
 from alignlab.launch import start
 from alignlab.models import ModelSettings, QuantizationSettings, load_model
+from alignlab.rollout import RolloutSettings
+from alignlab.rollout.policy import Policy
 from alignlab.scoring import FunctionScorer
 from alignlab.training.distributed.processes import launched
-from alignlab.training.policy import Policy
 from alignlab.training.run_config import check
+from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 
 Function = Callable[[str, str, dict[str, Any]], float]
 """(prompt, response, the record's other fields) → reward."""
@@ -91,9 +109,14 @@ def prompts(texts: Sequence[str | Messages] | str | Path, policy: Policy, **sett
         settings: those of the config group `data`: `chat_template`, `prompt_template`, `max_prompt_length`, …
 
     Raises:
+        ConfigError: there is no such file.
         DataError: a prompt has no tokens, or is too long.
     """
     if isinstance(texts, str | Path):
+        if not exists(texts) and (isinstance(texts, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", texts)):
+            raise ConfigError(
+                f"prompts: {str(texts)!r}: there is no such file; texts are given as a list: [{str(texts)!r}]"
+            )
         return records(texts, policy, parser="prompts", **settings)
     wanted = section(DataSettings, {"parser": "prompts", **settings}, "data")
     found = []
@@ -123,13 +146,12 @@ def records(data: str | Path | Iterable[Mapping[str, Any]], policy: Policy, **se
         return load_data(_data_settings(policy, path=path, **settings), policy.tokenizer).train
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "records.jsonl")
-        with open(path, "w", encoding="utf-8") as file:
-            for record in data:
-                file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
+        Path(path).write_text(_as_lines(data), encoding="utf-8")
         try:
             groups = load_data(_data_settings(policy, path=path, **settings), policy.tokenizer).train
         except DataError as error:
-            raise DataError(str(error).replace(path, "records")) from error
+            said = re.sub(r"\(data\.(\w+)\)|data\.(on_bad_record=)(\w+)", _as_argument, str(error))
+            raise DataError(said.replace(path, "records")) from error
     for group in groups:
         group.origin = group.origin.replace(path, "records")
     return groups
@@ -156,7 +178,7 @@ def train(
     *,
     algorithm: Algorithm | str,
     model: str | Path,
-    data: str | Path | Sequence[str],
+    data: str | Path | Sequence[str] | Sequence[Mapping[str, Any]],
     scoring: Scorer | Function | str | Mapping[str, Any] | None = None,
     callbacks: Iterable[Callback] = (),
     lr: float | None = None,
@@ -170,7 +192,8 @@ def train(
     Args:
         algorithm: one of `alignlab`'s or your own, or an option of the config group `algorithm`.
         model: Hub id or folder.
-        data: path or paths of the records; their format is told by the fields unless `data_format` names it.
+        data: path or paths of the records, or the records themselves, which are kept in the run's folder; their format
+            is told by the fields unless `data_format` names it.
         scoring: fills in rewards: a function, a scorer, an option of the config group `scoring`, or its settings.
         callbacks: called beside the usual ones.
         lr: peak learning rate; None: the optimiser's default.
@@ -189,11 +212,8 @@ def train(
     """
     if isinstance(algorithm, type):
         raise ConfigError(f"algorithm: {algorithm.__name__} is a class; an object is wanted: {algorithm.__name__}(…)")
-    callbacks = list(callbacks)
-    for callback in callbacks:
-        if isinstance(callback, type):
-            raise ConfigError(f"callbacks: {callback.__name__} is a class; an object is wanted: {callback.__name__}(…)")
-        check_type(Callback, callback, f"callbacks: {type(callback).__name__}")
+    callbacks = check_objects(Callback, callbacks, "callbacks")
+    _check_names(settings)
     if (launched() or 1) > 1:
         settings.setdefault("distributed", "ddp")
     overrides, sections = [f"data={settings.pop('data_format', 'base')}"], {}
@@ -216,7 +236,6 @@ def train(
     for name, value in sections.items():
         _merge(config, name, value)
     config["model"]["path"] = str(model)
-    config["data"]["path"] = str(data) if isinstance(data, str | Path) else [str(p) for p in data]
     if made is not None:
         config["algorithm"] = _described(made)
     if scorers is not None:
@@ -225,6 +244,7 @@ def train(
         config["optimizer"]["lr"] = lr
     if out is not None:
         config["out"] = str(out)
+    config["data"]["path"] = str(data) if isinstance(data, str | Path) else _paths(data, Path(config["out"]))
     checked = check(config, algorithm=made, scorers=scorers)
     result = start.train(config, Path(config["out"]), callbacks, checked)
     assert result is not None  # processes are never started from here
@@ -240,11 +260,59 @@ def _composed(overrides: Sequence[str], config_dir: str | Path | None) -> dict[s
     return resolve(compose("train", given, None if config_dir is None else Path(config_dir)))
 
 
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse a section that there is not; a key of one is said with its section."""
+    known = frozenset.union(*top_level("train")) | {"data_format"}
+    for name, value in settings.items():
+        if name in known:
+            continue
+        kinds: dict[str, type[Settings]] = {
+            "training": TrainingSettings,
+            "source": SourceSettings,
+            "rollout": RolloutSettings,
+        }
+        kinds |= {"distributed": DistributedSettings, "model": ModelSettings, "data": DataSettings}
+        inside = next((key for key, kind in kinds.items() if name in kind.model_fields), None)
+        near = f"; give {inside}={{{name!r}: {value!r}}}" if inside else did_you_mean(name, known)
+        raise ConfigError(f"{name}: unknown section{near}")
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """Records as JSON lines."""
+    lines = []
+    for number, record in enumerate(records, start=1):
+        try:
+            lines.append(json.dumps(dict(record), ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"records:{number}: cannot be written as JSON: {error}") from error
+    return "".join(lines)
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    """A setting of `data` as an argument: `(data.parser)` → `(parser=…)`."""
+    return f"({found[1]}=…)" if found[1] else f'{found[2]}"{found[3]}"'
+
+
+def _paths(data: Sequence[Any], out: Path) -> list[str]:
+    """Paths of a run's data; records are written to the run's folder, under a name that tells what they are, so that
+    the run can be gone on with, and not with others."""
+    if not data:
+        raise ConfigError("data: no paths and no records are given")
+    if not all(isinstance(item, Mapping) for item in data):
+        return [str(path) for path in data]
+    text = _as_lines(data)
+    path = out / f"records-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise AlignlabError(f"out={out}: cannot be written: {error.strerror}") from error
+    return [str(path)]
+
+
 def _merge(config: dict[str, Any], name: str, values: Any) -> None:
     """Put settings into a section; a section that names another class (`_target_`) replaces it."""
     if name not in config:
-        from alignlab.core import did_you_mean
-
         raise ConfigError(f"{name}: unknown section{did_you_mean(name, config)}")
     if not isinstance(values, Mapping) or not isinstance(config[name], dict) or "_target_" in values:
         config[name] = dict(values) if isinstance(values, Mapping) else values

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
@@ -173,6 +173,20 @@ def check_type(kind: Any, made: Any, where: str) -> Any:
     raise ConfigError(f"{where}: not a {kind.__name__}: {what}")
 
 
+def check_objects(kind: Any, objects: Iterable[Any], where: str) -> list[Any]:
+    """Objects that were made in Python, as a list.
+
+    Raises:
+        ConfigError: one is a class, or lacks something that the Protocol `kind` asks for.
+    """
+    found = list(objects)
+    for each in found:
+        if inspect.isclass(each):
+            raise ConfigError(f"{where}: {each.__name__} is a class; an object is wanted: {each.__name__}(…)")
+        check_type(kind, each, f"{where}: {type(each).__name__}")
+    return found
+
+
 def locate(name: Any, key: str) -> Any:
     """The object that a dotted name stands for.
 
@@ -203,6 +217,15 @@ def locate(name: Any, key: str) -> Any:
         except (Exception, SystemExit) as error:  # the user's module
             raise ConfigError(f"{where}: importing {module} failed: {failure(error)}") from error
     return found
+
+
+def parameters_of(name: str) -> frozenset[str] | None:
+    """What the class of that name is made with; None where it takes any, or there is no such class."""
+    try:
+        parameters = inspect.signature(locate(name, "_target_")).parameters.values()
+    except (AlignlabError, TypeError, ValueError):  # said where it is built
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset(p.name for p in parameters)
 
 
 def _built(value: Any, key: str) -> Any:

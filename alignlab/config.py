@@ -10,7 +10,7 @@ from os.path import exists  # unlike Path's, False for what may not be looked at
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
 from alignlab.core.errors import shorten
@@ -50,6 +50,7 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
 
     folders = [config_folder(), *([own] if own else [])]
     given = [w for override in overrides for w in _several(_by_path(override, folders))]
+    given = [_of_new_class(word, _targets(given)) for word in given]
     if own is not None:
         given.append(_search_path(own))
     with hydra_ready():
@@ -58,7 +59,35 @@ def compose(name: str, overrides: Sequence[str], own: Path | None = None) -> Dic
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             raise explain(error, name, given, folders) from error
     check_keys([str(key) for key in config], name)
+    _without_leftovers(config, given)
     return config
+
+
+def _targets(overrides: Sequence[str]) -> dict[str, str]:
+    """Sections whose class is given by an override: section → class."""
+    found = (re.fullmatch(r"\+{0,2}([\w.]+)\._target_=(.+)", word) for word in overrides)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _of_new_class(word: str, targets: Collection[str]) -> str:
+    """`schedule.power=2` → `++schedule.power=2` beside a `schedule._target_=…`: a key that the default option lacks."""
+    key = word.partition("=")[0]
+    return f"++{word}" if any(key.startswith(f"{t}.") and key != f"{t}._target_" for t in targets) else word
+
+
+def _without_leftovers(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop keys of the option that `GROUP._target_=CLASS` took the place of which the new class does not take."""
+    from alignlab.build import parameters_of
+
+    for place, target in _targets(overrides).items():
+        section, taken = OmegaConf.select(config, place), parameters_of(target)
+        if taken is None or not isinstance(section, DictConfig):
+            continue
+        words = [w.lstrip("+").removeprefix(f"{place}.") for w in overrides if w.lstrip("+").startswith(f"{place}.")]
+        kept = {"_target_", *taken, *(re.split(r"[.=]", word)[0] for word in words)}
+        for key in [str(k) for k in section if k not in kept]:
+            with open_dict(section):
+                del section[key]
 
 
 def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
@@ -70,7 +99,7 @@ def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
     Raises:
         ConfigError: there is such a key.
     """
-    keys_of_its_own, sections = _top_level(name)
+    keys_of_its_own, sections = top_level(name)
     known = keys_of_its_own | sections
     for key in keys:
         if key not in known and key != "hydra":
@@ -80,7 +109,7 @@ def check_keys(keys: Collection[str], name: str, where: str = "") -> None:
 
 
 @cache
-def _top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
+def top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
     """Top-level keys of our config `name`: those in its file, and the sections that its groups fill."""
     folder = config_folder()
     values = read_yaml(folder / f"{name}.yaml")
@@ -88,7 +117,7 @@ def _top_level(name: str) -> tuple[frozenset[str], frozenset[str]]:
     for entry in values.get("defaults", []):
         if isinstance(entry, str):
             if entry != "_self_":
-                base = _top_level(entry)
+                base = top_level(entry)
                 keys, sections = keys | base[0], sections | base[1]
             continue
         group = next(iter(entry)).removeprefix("override ").removeprefix("/")
@@ -223,20 +252,38 @@ def explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequ
                 return ConfigError(f"{override}: a setting is written KEY=VALUE")
             if options and value not in options:
                 return ConfigError(f"{override}: is a choice between {', '.join(options)}")
+            kind = type(_plain(value)).__name__
+            if options and kind != "str":
+                return ConfigError(
+                    f"{override}: {value} is read as a {kind}, not as a name: rename {group}/{value}.yaml"
+                )
     if unknown := re.search(r"Could not override '([^']+)'|Could not delete from config. '([^']+)'", text):
         exact = re.search(r"full_key: (\S+)", text)
         key = exact[1] if exact else unknown[1] or unknown[2]
         parent, _, leaf = key.rpartition(".")
+        known = _siblings(name, parent, overrides)
+        inside = next((f"{parent}.{k}.{leaf}" for k, v in known.items() if isinstance(v, dict) and leaf in v), None)
+        if inside and parent:
+            return ConfigError(f"{key}: unknown key; did you mean '{inside}'?")
+        chosen = next((w for w in overrides if parent and w.startswith(f"{parent}=")), None)
+        near = renamed(key) or did_you_mean(leaf, known)
         if option := _option_with(parent, leaf, folders):
+            if chosen:
+                return ConfigError(f"{key}: unknown key of {chosen}{near}; {option} has it")
             return ConfigError(f"{key}: is a key of {option}: add {option}")
-        return ConfigError(
-            f"{key}: unknown key{renamed(key) or did_you_mean(leaf, _siblings(name, parent, overrides))}"
-        )
+        return ConfigError(f"{key}: unknown key{near}")
     if there := re.search(r"An item is already at '([^']+)'", text):
         return ConfigError(f"+{there[1]}: there is such a key already: leave out the +")
     if several := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return ConfigError(f"{several[1]}: a list is written [1,2]; to run with each value in turn, add -m")
     return ConfigError(shorten(error))
+
+
+def _plain(value: str) -> Any:
+    """What Hydra makes of a value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(f"key={value}").value()
 
 
 def _unreadable(word: str) -> str:
@@ -259,20 +306,21 @@ def _option_with(group: str, key: str, folders: Sequence[Path]) -> str:
     return ""
 
 
-def _siblings(name: str, parent: str, overrides: Sequence[str]) -> list[str]:
-    """Keys known beside a mistyped one, in the config without the overrides that set values."""
+def _siblings(name: str, parent: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What is known beside a mistyped key, in the config without the overrides that set values."""
     from hydra import compose as hydra_compose
 
-    groups = [w for w in overrides if "." not in w.split("=")[0] or w.startswith("hydra.searchpath")]
+    groups = [w for w in overrides if "." not in w.split("=")[0].split("@")[0] or w.startswith("hydra.searchpath")]
     for kept in (groups, []):
         try:
             with hydra_ready():
                 config = hydra_compose(config_name=name, overrides=kept)
             node = OmegaConf.select(config, parent) if parent else config
-            return [str(k) for k in node] if isinstance(node, DictConfig) else []
+            plain = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+            return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
         except Exception:  # a suggestion is not worth a second error
             continue
-    return []
+    return {}
 
 
 def _full_key(error: Any) -> str:
@@ -287,7 +335,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     check_keys(values, "train", f"{path}: ")
-    for key in _top_level("train")[1]:
+    for key in top_level("train")[1]:
         if not isinstance(values[key], dict | None):
             raise ConfigError(f"{path}: {key}: must be a section with keys")
     found: dict[str, Any] = take_back(values, str(path))

@@ -209,6 +209,57 @@ def test_a_whole_run_under_torchrun_uses_all_processes(tmp_path: Path) -> None:
     forks.finish(forks.members(run, log), log)
 
 
+def test_a_run_on_records(tmp_path: Path) -> None:
+    """They are kept in its folder, so that it can be gone on with, and not with others."""
+    runs.prepare(tmp_path)
+    given = [{"prompt": f"a {i}", "completion": "b"} for i in range(4)]
+    training = {"steps": 1, "batch_size": 2, "progress": "off"}
+    common = {"algorithm": "sft", "model": tmp_path / "base", "training": training, "out": tmp_path / "run"}
+    assert al.train(data=given, **common)["step"] == 1
+    (kept,) = (tmp_path / "run").glob("records-*.jsonl")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == given
+    with pytest.raises(ConfigError, match=r"holds a run with another data\.path"):
+        al.train(data=given[1:], **common)
+    with pytest.raises(DataError, match=r"^records:1: cannot be written as JSON: .* type object"):
+        al.train(data=[{"prompt": object()}], **common)
+
+
+def test_records_say_what_to_do_as_arguments(base: Path) -> None:
+    with pytest.raises(DataError, match=r"\(parser=…\) and map them \(fields=…\); .*with on_bad_record=\"skip\"$"):
+        al.records([{"foo": 1}], al.load(base))
+
+
+def test_what_the_package_shows_is_its_api() -> None:
+    assert {*dir(al)} == {*al.__all__, "__version__"}
+
+
+def test_without_a_network_a_model_that_is_not_here_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its files would be tried for again and again, for three quarters of a minute."""
+    import huggingface_hub
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    with pytest.raises(
+        ConfigError, match=r"^model\.path='nobody/nothing': there is no such folder, nor .*\(no network\)"
+    ):
+        al.load("nobody/nothing")
+
+
+QUIET = """
+import alignlab as al
+policy = al.load({base!r}, adapter="lora", gradient_checkpointing=True)
+al.Trainer(policy, al.SFT(), lr=1e-3).step(al.records([{{"prompt": "a", "completion": "b"}}], policy))
+"""
+
+
+def test_a_script_hears_nothing_from_libraries(base: Path, tmp_path: Path) -> None:
+    done = runs.spawn([sys.executable, "-c", QUIET.format(base=str(base))])
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
 def test_a_bad_record_is_named_by_its_number(base: Path) -> None:
     given = [{"prompt": "a", "chosen": "b", "rejected": r} for r in ("c", "")]
     with pytest.raises(DataError, match=r"^records:2: 'rejected' is empty"):
@@ -235,6 +286,32 @@ class NoCallback:
             "callbacks: Remember is a class",
         ),
         (lambda base, out: al.load(base, adapter="lorra"), "adapter=lorra"),
+        (
+            lambda base, out: al.train(algorithm="dpo", model=base, data="x", out=out, steps=3),
+            r"^steps: unknown section; give training=\{'steps': 3\}",
+        ),
+        (
+            lambda base, out: al.train(algorithm="dpo", model=base, data="x", out=out, max_new_tokens=3),
+            r"^max_new_tokens: unknown section; give rollout=\{'max_new_tokens': 3\}",
+        ),
+        (
+            lambda base, out: al.train(algorithm="dpo", model=base, data="x", out=out, trainig={"steps": 3}),
+            "^trainig: unknown section; did you mean 'training'",
+        ),
+        (lambda base, out: al.train(algorithm="dpo", model=base, data=[], out=out), "^data: no paths and no records"),
+        (
+            lambda base, out: al.prompts("a b", al.load(base)),
+            r"there is no such file; texts are given as a list: \['a b'",
+        ),
+        (lambda base, out: al.Trainer(al.load(base), al.SFT(), lr=-1), "^lr=-1: must be a number >= 0"),
+        (
+            lambda base, out: al.Trainer(al.load(base), al.SFT(), lr=1, callbacks=[Remember]),  # type: ignore[list-item]
+            "^callbacks: Remember is a class",
+        ),
+        (
+            lambda base, out: al.Trainer(al.load(base), al.SFT(), lr=1, callbacks=[NoCallback()]),  # type: ignore[list-item]
+            "^callbacks: NoCallback: not a Callback: it has no on_checkpoint",
+        ),
         (lambda base, out: al.load(base, drpout=True), r"model\.drpout: unknown key"),
         (lambda base, out: al.Trainer(al.load(base), al.RewardModel(), lr=1e-3), "kind='score'"),
         (lambda base, out: al.Trainer(al.load(base), al.SFT()), "lr: must be given"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,6 +192,64 @@ def test_a_file_of_callbacks_is_chosen_like_that_of_any_other_part(tmp_path: Pat
     given = ["model=x", "callbacks=early", "callbacks.early.at=2", "callbacks.other._target_=mine.Other"]
     config = compose("train", given, own=tmp_path)
     assert config["callbacks"] == {"early": {"_target_": "mine.Early", "at": 2}, "other": {"_target_": "mine.Other"}}
+
+
+class Tilted:
+    def __init__(self, power: float = 1.0, lr: float = 1.0) -> None:
+        self.power, self.lr = power, lr
+
+
+class Anything:
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (["schedule._target_=X"], {}),  # without the default's `warmup`
+        (["schedule._target_=X", "schedule.power=2"], {"power": 2}),  # a key that the default lacks
+        (["optimizer._target_=X"], {"lr": 1e-5}),  # what it takes stays as the option says
+        (["algorithm=dpo", "algorithm._target_=X", "algorithm.powr=3"], {"powr": 3}),  # refused where it is built
+        (["order._target_=X"], {}),
+        (["tracker=wandb", "tracker._target_=X", "tracker.power=1"], {"power": 1}),
+    ],
+)
+def test_a_class_on_the_command_line_takes_the_place_of_the_default_s(words: list[str], left: dict[str, Any]) -> None:
+    """Keys of the option that it replaces are dropped, unless it takes them too."""
+    group = words[-1].partition(".")[0]
+    found = resolve(compose("train", ["model=x", *(w.replace("=X", f"={HERE}.Tilted") for w in words)]))[group]
+    assert found == {"_target_": f"{HERE}.Tilted", **left}
+    several = [w.replace("=X", f"={HERE}.Anything") for w in words]
+    assert {*left} <= {*resolve(compose("train", ["model=x", *several]))[group]}, "it takes whatever there is"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["scoring=[labels,function]", "scoring.function.path=a.b"],
+            "scoring.function.path: unknown key; did you mean 'scoring.function.function.path'?",
+        ),
+        (["scoring=[labels,function]", "scoring.function.colum=a"], "unknown key; did you mean 'column'?"),
+        (
+            ["rollout=canned", "rollout.max_new_tokens=8"],
+            "rollout.max_new_tokens: unknown key of rollout=canned; known here: _target_, text; rollout=",
+        ),
+        (
+            ["algorithm=nan"],
+            "algorithm=nan: nan is read as a float, not as a name: rename algorithm/nan.yaml",
+        ),
+        (["rollout.max_new_tokns=8"], "rollout.max_new_tokns: unknown key; did you mean 'max_new_tokens'?"),
+        (["scoring.pth=8"], "scoring.pth: unknown key"),
+    ],
+)
+def test_what_is_said_of_unknown_keys(tmp_path: Path, words: list[str], said: str) -> None:
+    for group, name in (("rollout", "canned"), ("algorithm", "nan")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text("_target_: my.Own\ntext: hi\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose("train", ["model=x", *words], tmp_path)
 
 
 def test_composing_within_a_sweep(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from alignlab.benchmarks.exact.metrics import best_of_n_kl_bound
 from alignlab.core import ConfigError, Group, Sampler, Scorer
 from alignlab.core.parts import drawn, score
-from alignlab.models import PackedModel
 from alignlab.rollout import best_of
+from alignlab.rollout.policy import Policy
 
 REFERENCE_SEED = 1 << 31
 """Added to the seed of the reference's answers: a win rate is of independent answers. With the same random numbers a
@@ -25,9 +25,9 @@ class Subject:
     """The policy that is measured, and what it is measured with.
 
     Attributes:
-        policy: the model being measured.
-        reference: opens the model that KL and win rate are measured against, as in `with subject.reference() as model`.
-        sampler: makes a sampler of a model, with the run's rollout settings.
+        policy: what is measured.
+        reference: opens what KL and win rate are measured against, as in `with subject.reference() as reference`.
+        sampler: makes a sampler of a policy, with the run's rollout settings.
         base: opens the base model, which judges how fluent answers are; None where there is none.
         proxy: the reward model that the policy may have been trained with, and may have learnt to exploit.
         max_tokens_per_microbatch: tokens per forward pass.
@@ -35,10 +35,10 @@ class Subject:
         best_of: answers are the best of this many samples by the proxy's reward, >= 1; 1 is the policy itself.
     """
 
-    policy: PackedModel
-    reference: Callable[[], AbstractContextManager[PackedModel]]
-    sampler: Callable[[PackedModel], Sampler]
-    base: Callable[[], PackedModel] | None = None
+    policy: Policy
+    reference: Callable[[], AbstractContextManager[Policy]]
+    sampler: Callable[[Policy], Sampler]
+    base: Callable[[], Policy] | None = None
     proxy: Scorer | None = None
     max_tokens_per_microbatch: int = 16384
     seed: int = 0
@@ -61,9 +61,9 @@ class Subject:
             return drawn(sampler, None, prompts, 1, self.seed)
         return best_of(sampler, self.judge(), prompts, self.best_of, self.seed)
 
-    def log_probs(self, model: PackedModel, groups: Sequence[Group]) -> list[float]:
-        """Log-prob of each response under a model, in nats, in order."""
-        outputs = model.outputs(groups, ("logp",), self.max_tokens_per_microbatch)
+    def log_probs(self, policy: Policy, groups: Sequence[Group]) -> list[float]:
+        """Log-prob of each response under a policy, in nats, in order."""
+        outputs = policy.model.outputs(groups, ("logp",), self.max_tokens_per_microbatch)
         return [float(logp.double().sum()) for logp in outputs["logp"]]
 
 

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from alignlab.core import AlignlabError, Benchmark, ConfigError, MeasuresBestOf,
 from alignlab.core.files import write_json
 from alignlab.core.parts import bind_all, calling, fills_of, name_of, sampler_of
 from alignlab.core.settings import Settings
-from alignlab.models import ModelSettings, PackedModel, QuantizationSettings, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, load_model
 from alignlab.rollout import build_engine
+from alignlab.rollout.policy import Policy
 from alignlab.scoring import RewardModelScorer, SeveralScorers, build_scorers
 from alignlab.training.callbacks.logging import MetricsLog
 from alignlab.training.callbacks.trackers import build_tracker
@@ -83,7 +83,7 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     check_best_of("best_of", wanted.best_of, benchmark, proxy, rollout.temperature)
     quantization = section(QuantizationSettings, config.get("quantization", {}), "quantization")
 
-    def open_model(where: str, key: str) -> PackedModel:
+    def open_model(where: str, key: str) -> Policy:
         settings = section(ModelSettings, {**config["model"], "path": where}, "model")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # What judges fluency is no part of what is measured: it stays as it is.
@@ -91,13 +91,13 @@ def evaluate(config: dict[str, Any]) -> dict[str, Any]:
         model = load_model(settings, trainable=False, quantization=held, device=device, key=key)
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
-        return model
+        return Policy(model)
 
     base = wanted.base
     subject = Subject(
         policy=open_model(str(path), "run"),
         reference=_as_context(lambda: open_model(reference_path, "reference")),
-        sampler=partial(sampler_of, rollout),
+        sampler=lambda policy: sampler_of(rollout, policy.model),
         base=(lambda: open_model(base, "base")) if base else None,
         proxy=proxy,
         max_tokens_per_microbatch=wanted.max_tokens_per_microbatch,
@@ -156,9 +156,9 @@ def check_best_of(key: str, n: int, benchmark: Benchmark, reward_model: object, 
     require(temperature > 0, "rollout.temperature", temperature, f"best_of={n} needs samples that differ: above 0")
 
 
-def _as_context(open_model: Callable[[], PackedModel]) -> Callable[[], AbstractContextManager[PackedModel]]:
+def _as_context(open_model: Callable[[], Policy]) -> Callable[[], AbstractContextManager[Policy]]:
     @contextmanager
-    def context() -> Iterator[PackedModel]:
+    def context() -> Iterator[Policy]:
         yield open_model()
 
     return context

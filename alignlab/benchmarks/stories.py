@@ -17,7 +17,7 @@ from alignlab.benchmarks.base import MEASURED, Benchmark, Subject, measure
 from alignlab.core import ConfigError, DataError, Group, Scorer, require
 from alignlab.data import DataSettings, encode_prompt, write_jsonl
 from alignlab.data.sources import HUB_ID, Record, read
-from alignlab.models import PackedModel
+from alignlab.rollout.policy import Policy
 from alignlab.scoring import FunctionScorer
 
 
@@ -88,7 +88,7 @@ class StoriesBenchmark(Benchmark):
         found["samples"] = [{"prompt": g.prompt, "answer": g.responses[0].text} for g in shown]
         return found
 
-    def _prompts(self, policy: PackedModel) -> list[Group]:
+    def _prompts(self, policy: Policy) -> list[Group]:
         """The held-out openings as groups without responses."""
         settings, openings = DataSettings(parser="prompts"), [story["prompt"] for story in self._stories("test")]
         return [

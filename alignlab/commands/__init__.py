@@ -27,6 +27,20 @@ UNEXPECTED = 70
 COMPOSING = ("--cfg", "--config-dir")
 """Options of the commands that have a config."""
 
+OPTIONS = {
+    "--from FILE": "take a run's saved config, as it is, instead of overrides",
+    "--json": "print it for programs",
+    "--dry-run": "say what would be submitted, and stop",
+    "--config-dir DIR": "a folder of your own configs, laid out as ours",
+    "--cfg": "print the resolved config and stop",
+    "--multirun": "or -m: run every combination of comma-separated values",
+    DEBUG: "show where an error comes from",
+}
+"""Every option of a command, as its help shows it."""
+
+WHOLE = ("experiment", "recipe")
+"""Groups whose options are no section with keys, but settings of all sections."""
+
 WITH_VALUE = {"--config-dir": "a folder", "--from": "a file"}
 """Options that a value follows, as `--config-dir DIR` or `--config-dir=DIR`, and what it names."""
 
@@ -51,7 +65,7 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
         if name not in known:
             raise AlignlabError(f"{name}: unknown command{did_you_mean(name, known)}")
         if "-h" in arguments or "--help" in arguments:
-            show_help(name, known[name])
+            show_help(name, known[name], arguments)
             return 0
         status: int = import_module(f"{__name__}.{name}").run(arguments)
         return status
@@ -189,18 +203,84 @@ def out_folder(config: Mapping[str, Any]) -> Path:
     return Path(out)
 
 
-def show_help(name: str, summary: str) -> None:
-    """Print a command's config groups with their options, and its own keys."""
+def show_help(name: str, summary: str, arguments: Sequence[str] = ()) -> None:
+    """Print what a command does, its options, its config groups with their options and keys, and its own keys.
+
+    Args:
+        arguments: may choose the option of a group whose keys are wanted, as in `algorithm=dpo`.
+    """
+    import ast
+    import re
+
     from alignlab.config import config_folder
 
-    print(f"alignlab {name}: {summary}\n")
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    does = next(
+        ast.get_docstring(n) for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "run"
+    )
+    print(f"alignlab {name}: {summary}\n\n{does}\n\noptions:")
+    for option, text in OPTIONS.items():
+        known = option.split()[0]
+        if known == DEBUG or f'"{known}"' in source or (known in COMPOSING and "COMPOSING" in source):
+            print(f"  {option:<17}{text}")
     folder = config_folder()
     if not (folder / f"{name}.yaml").exists():  # it has no settings
         return
     text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
-    known = text + "".join((folder / f"{c}.yaml").read_text() for c in ("train", "compare") if f"- {c}\n" in text)
-    print("groups (GROUP=OPTION; then GROUP.KEY=VALUE):")
+    bases = [folder / f"{c}.yaml" for c in ("train", "compare") if f"- {c}\n" in text]
+    every = text + "".join(base.read_text(encoding="utf-8") for base in bases)
+    print("\ngroups (GROUP=OPTION; then GROUP.KEY=VALUE), each with the keys of one of its options:")
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if f"- {group.name}:" in known or f"- override /{group.name}:" in known:
-            print(f"  {group.name:<13}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+        default = re.search(rf"- (?:override /)?{group.name}: ([\w.-]+)", every)
+        if default is None:
+            continue
+        print(f"\n  {group.name:<13}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+        chosen = next((a.partition("=")[2] for a in reversed(arguments) if a.startswith(f"{group.name}=")), default[1])
+        option_file = group / f"{chosen}.yaml"
+        if group.name in WHOLE or not option_file.is_file():
+            continue
+        print(f"    {group.name}={chosen}:")
+        for line in _option_lines(option_file):
+            print(f"      {line}")
     print(f"\n{folder / f'{name}.yaml'}:\n\n{text}")
+    print(f"The keys of other options: alignlab {name} GROUP=OPTION --help; what a command comes to: --cfg")
+
+
+def _option_lines(path: Path) -> list[str]:
+    """The keys of a group's option, those of the options that it builds on first."""
+    import re
+
+    text = path.read_text(encoding="utf-8")
+    found: list[str] = []
+    if block := re.search(r"^defaults:\n((?:  - .+\n)+)", text, re.MULTILINE):
+        text = text.replace(block[0], "")
+        bases = (path.with_name(f"{name}.yaml") for name in re.findall(r"- ([\w-]+)$", block[1], re.MULTILINE))
+        found = [line for base in bases if base.is_file() for line in _option_lines(base)]
+    return found + [line for line in text.splitlines() if line.strip() and not line.startswith("# @package")]
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds, by what lies in it: "sweep", "comparison", "training run", or "" for none of them."""
+    for file, kind in (("sweep.json", "sweep"), ("nodes.json", "comparison"), ("metrics.jsonl", "training run")):
+        if (folder / file).exists():
+            return kind
+    return "training run" if (folder / "result.json").exists() or (folder / "checkpoints").is_dir() else ""
+
+
+def check_submitted(folder: Path) -> None:
+    """
+    Raises:
+        AlignlabError: nothing was handed to a cluster from this folder: what it is, and what can be done with it.
+    """
+    from alignlab.core.errors import AlignlabError
+
+    kind = kind_of(folder)
+    if (folder / "submitted.json").exists() or not kind:
+        return
+    what = f"alignlab has handed nothing of this {kind} to a cluster"
+    if kind == "training run":
+        raise AlignlabError(f"{folder}: {what}; how far it is stands in {folder / 'metrics.jsonl'}")
+    raise AlignlabError(
+        f"{folder}: {what}: where it runs on this machine, Ctrl-C stops it and the same command goes on with it; "
+        f"alignlab report {folder} shows what is done"
+    )

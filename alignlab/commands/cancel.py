@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignlab.commands import parse
+from alignlab.commands import check_submitted, parse
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -16,5 +16,6 @@ def run(arguments: Sequence[str]) -> int:
     if not given.folders:
         raise ConfigError("cancel: name the folder of a submitted comparison: alignlab cancel DIR")
     for folder in given.folders:
+        check_submitted(folder)
         status.cancel(folder)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignlab.commands import parse
+from alignlab.commands import kind_of, parse
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -18,5 +18,10 @@ def run(arguments: Sequence[str]) -> int:
     from alignlab.sweeps import results
 
     for folder in given.folders:
+        if kind_of(folder) == "training run":
+            raise ConfigError(
+                f"{folder}: a training run, which has no leaderboard: see its metrics.jsonl and result.json, measure "
+                f"it with alignlab evaluate run={folder} benchmark=NAME, or compare several with alignlab compare"
+            )
         (results if (folder / results.FILE).exists() else collect).rebuild(folder)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignlab.commands import parse
+from alignlab.commands import check_submitted, parse
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -16,6 +16,8 @@ def run(arguments: Sequence[str]) -> int:
     folders = given.folders or status.submitted()
     if not folders:
         raise AlignlabError("status: nothing was submitted from runs/: name the folder, alignlab status DIR")
+    for folder in folders:
+        check_submitted(folder)
     if "--json" in given.options:
         print(status.as_json(folders))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ def run(arguments: Sequence[str]) -> int:
     if result is not None and os.environ.get("RANK", "0") == "0":
         tokens = f"{result['trained_tokens']:,} tokens trained, {result['generated_tokens']:,} sampled"
         told = "pruned" if result.get("pruned") else "already done" if result.get("already_done") else "done"
+        ended = f" ({result['ended_by']})" if result.get("ended_by") else ""
         where = config["out"] if result.get("pruned") else f"{config['out']}/model"
-        print(f"{told}: {result['step']} steps, {tokens}, {result['seconds']:.1f} s → {where}")
+        print(f"{told}: {result['step']} steps{ended}, {tokens}, {result['seconds']:.1f} s → {where}")
     return 0
 
 
@@ -42,4 +44,18 @@ def _config(given: Arguments) -> dict[str, Any] | None:
             raise ConfigError(f"{argument}: not with --from, which takes the config as it was saved")
         return read_saved(Path(given.options["--from"]))
     refuse(given.overrides)
-    return given.config("train")
+    config = given.config("train")
+    if config is not None and not any(word.lstrip("+").startswith("distributed") for word in given.overrides):
+        _join_launcher(config)
+    return config
+
+
+def _join_launcher(config: dict[str, Any]) -> None:
+    """Under a launcher of several processes the default, distributed=single, becomes ddp: one run, not one of each."""
+    from alignlab.training.distributed.processes import launched
+
+    count = launched() or 1
+    if count > 1 and (config.get("distributed") or {}).get("mode", "single") == "single":
+        config["distributed"] = {**(config.get("distributed") or {}), "mode": "ddp"}
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {count} processes were started: distributed=ddp, unless you give another", file=sys.stderr)

@@ -62,7 +62,7 @@ def parts(out: Path) -> list[Part]:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE}): see `alignlab submit`")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE}): see `alignlab submit`")
     known = ledger.states()
     found: dict[str, Part] = {}
     for name, parents in ledger.graph.items():
@@ -121,8 +121,9 @@ def _progress(folder: Path) -> str:
         training = read(folder / PLAN)["commands"][0][1]["training"]
     except (AlignlabError, KeyError, IndexError, TypeError):  # it has not begun, or is writing
         return ""
+    ends = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
     limits = {
-        "epoch": training.get("epochs"),
+        "epoch": training.get("epochs") or (None if any(training.get(name) for name in ends) else 1),
         "trained_tokens": training.get("max_trained_tokens"),
         "generated_tokens": training.get("max_generated_tokens"),
         "seconds": training.get("max_seconds"),
@@ -171,7 +172,7 @@ def cancel(out: Path) -> None:
     """
     ledger = Ledger.read(out)
     if not ledger.graph:
-        raise AlignlabError(f"{out}: no comparison was submitted from here (there is no {FILE})")
+        raise AlignlabError(f"{out}: nothing was submitted from here (there is no {FILE})")
     active = ledger.active()
     commands.cancel([entry.id for entry in active.values()])
     print(f"{out}: {len(active)} jobs cancelled{': ' if active else ''}{', '.join(active)}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class Batch:
     def _build(self, name: str) -> Tensor:
         column, axis = self._parse(name)
         if axis == "G":
-            values = [self._value(g.columns, column, g.place) for g in self.groups]
+            values = [self._number(self._value(g.columns, column, g.place), column, g.place) for g in self.groups]
             return torch.tensor(values, dtype=torch.float32, device=self.device)
         found = []
         for group in self.groups:
@@ -126,10 +126,9 @@ class Batch:
                         f"{group.place}: column '{column}' has {len(value)} values "
                         f"for {response.loss_tokens} loss-bearing tokens"
                     )
-                found.append(value)
+                found.append(self._number(value, column, group.place))
         if axis == "T":
-            flat = np.concatenate([np.asarray(v, np.float32) for v in found]) if found else np.zeros(0, np.float32)
-            return torch.from_numpy(flat).to(self.device)
+            return torch.from_numpy(np.concatenate(found) if found else np.zeros(0, np.float32)).to(self.device)
         return torch.tensor(found, dtype=torch.float32, device=self.device)
 
     @staticmethod
@@ -139,8 +138,17 @@ class Batch:
         except KeyError:
             have = ", ".join(sorted(columns)) or "none"
             raise AlignlabError(
-                f"{place}: no column '{column}' (there are: {have}). Choose a scorer that fills it: scoring=…"
+                f"{place}: no column '{column}' (there are: {have}). A scorer must fill it for every response: "
+                "scoring=…"
             ) from None
+
+    @staticmethod
+    def _number(value: Any, column: str, place: str) -> Any:
+        """A column's value as float32: a number, or an array of them."""
+        try:
+            return np.asarray(value, np.float32) if is_per_token(value) else float(value)
+        except (TypeError, ValueError):
+            raise AlignlabError(f"{place}: the column '{column}' is {value!r}: a number is wanted") from None
 
     def fill(self, name: str, values: Tensor) -> None:
         """Write a column to the groups or responses: `batch.fill("advantage_T", advantage_T)`. It has no gradient."""

@@ -43,10 +43,11 @@ class NeedsPolicy(Protocol):
     """A scorer, environment or benchmark that works with the policy that is trained."""
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
-        """Called once, before anything else, with the model that is trained and its tokenizer.
+        """Called once, before anything else, with the policy that is trained and its tokenizer.
 
         Args:
-            policy: an `alignlab.models.PackedModel`. `alignlab.Policy(policy)` has `log_probs` and `sample`.
+            policy: an `alignlab.Policy`: `log_probs(groups)`, `sample(prompts, n)`, and the `model` behind them. In
+                mode fsdp or zero3 all processes must ask it the same, and it cannot sample.
             tokenizer: of transformers.
         """
         ...

@@ -1,4 +1,4 @@
-"""Calls of parts that a user may have written, such as an algorithm or a scorer.
+"""Calls of parts that a user may have written, such as an algorithm or a scorer; `training.parts` has those of a loop.
 
 What they raise and what they return is checked here: a mistake is one line that names class, method and records.
 """
@@ -6,7 +6,7 @@ What they raise and what they return is checked here: a mistake is one line that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import isroutine
 from typing import Any, get_args
@@ -20,7 +20,6 @@ from alignlab.core.batch import Batch, Unit
 from alignlab.core.errors import AlignlabError, ConfigError, did_you_mean, failure
 from alignlab.core.group import Group, Response, is_per_token
 from alignlab.core.interfaces import (
-    DataOrder,
     Environment,
     NeedsPolicy,
     NeedsSampler,
@@ -211,40 +210,72 @@ def fills_of(part: Scorer | Environment) -> tuple[str, ...]:
     return tuple(found)
 
 
-def bind_all(parts: Iterable[object], model: Any) -> None:
-    """Tell the parts that want to know it which model is trained, or measured."""
+def check_columns(scorers: Mapping[str, Scorer]) -> None:
+    """Refuse scorers that fill the same column: the last one's values would replace the others'.
+
+    Args:
+        scorers: by name, as messages call them.
+
+    Raises:
+        ConfigError: two of them do.
+    """
+    filled: dict[str, str] = {}
+    for name, scorer in scorers.items():
+        fills = fills_of(scorer)
+        if twice := next((column for column in fills if column in filled), None):
+            raise ConfigError(
+                f"{name}: fills the column '{twice}', as {filled[twice]} does, and one would replace the other: "
+                "make one of both with scoring=combined, or give one another column"
+            )
+        filled |= dict.fromkeys(fills, name)
+
+
+def bind_all(parts: Iterable[object], policy: Any) -> None:
+    """Tell the parts that want to know it which policy is trained, or measured: an `alignlab.Policy`."""
     for part in parts:
         if isinstance(part, NeedsPolicy):
             with calling(part, "bind"):
-                part.bind(model, model.tokenizer)
+                part.bind(policy, policy.tokenizer)
 
 
-def score(scorer: Scorer, groups: Sequence[Group]) -> None:
+def score(scorer: Scorer, groups: Sequence[Group], key: str = "") -> None:
     """Have a scorer fill its columns.
+
+    Args:
+        key: where the config has it, for messages, which name the class and method in any case.
 
     Raises:
         AlignlabError: it raised, or a response lacks a column, or has something else in it than finite numbers.
     """
     with calling(scorer, "score", records(groups)):
         scorer.score(groups)
-    _check_columns(scorer, "score", groups, fills_of(scorer))
+    fills, name = fills_of(scorer), ", ".join(filter(None, (key, name_of(scorer, "score"))))
+    for group in groups if is_ours(scorer) and fills else ():
+        if group.responses and not any(column in r.columns for r in group.responses for column in fills):
+            raise AlignlabError(f"{group.place}: {name}: filled none of {', '.join(fills)}")
+    _check_filled(name, groups, fills, every=not is_ours(scorer))
 
 
-def _check_columns(part: object, method: str, groups: Sequence[Group], names: Sequence[str]) -> None:
+def _check_filled(part: str, groups: Sequence[Group], names: Sequence[str], every: bool) -> None:
+    """Args: `every`: whether each response must have each column; ours leave out a record's own responses, or groups of
+    another size."""
     for group in groups:
         for k, response in enumerate(group.responses):
             for name in names:
                 if name not in response.columns:
-                    if is_ours(part):  # of a record's own responses, or of groups of another size
+                    if not every:
                         continue
                     raise AlignlabError(
-                        f"{group.place}: {name_of(part, method)}: response {k + 1} got no '{name}', which is in `fills`"
+                        f"{group.place}: {part}: response {k + 1} got no '{name}', which is in `fills`: set "
+                        f"response.columns['{name}'] for every response"
                     )
+                value = response.columns[name]
                 try:
-                    response.columns[name] = _column(response, response.columns[name])
+                    response.columns[name] = _column(response, value)
                 except ValueError as error:
                     raise AlignlabError(
-                        f"{group.place}: {name_of(part, method)}: '{name}' of response {k + 1} {error}"
+                        f"{group.place}: {part}: '{name}' of response {k + 1} {error}: a finite number is wanted, or "
+                        f"one for each token; got {value!r:.80}"
                     ) from error
 
 
@@ -346,15 +377,30 @@ def drawn(sampler: Sampler, environment: Environment | None, groups: Sequence[Gr
     if not is_ours(part):
         _check_drawn(name_of(part, method), groups, found, n)
     if environment is not None:
-        _check_columns(environment, method, found, fills_of(environment))
+        _check_filled(name_of(part, method), found, fills_of(environment), every=not is_ours(part))
+    return list(found)
+
+
+def taken(sampler: Sampler, take: Callable[[], list[Group]], groups: Sequence[Group], n: int) -> list[Group]:
+    """Wait for the groups that a sampler has been drawing meanwhile: `take` is what its `prefetch` returned.
+
+    Raises:
+        AlignlabError: as in `drawn`.
+    """
+    with calling(sampler, "prefetch", records(groups)):
+        found: Any = take()
+    if not is_ours(sampler):
+        _check_drawn(name_of(sampler, "prefetch"), groups, found, n)
     return list(found)
 
 
 def _check_drawn(name: str, groups: Sequence[Group], found: Any, n: int) -> None:
     if not isinstance(found, Sequence) or not all(isinstance(g, Group) for g in found):
-        raise AlignlabError(f"{name}: must return a list of groups; got {_kind(found)}")
+        raise AlignlabError(
+            f"{name}: must return a list of groups, {len(groups)}, one for each prompt; got {_kind(found)}"
+        )
     if len(found) != len(groups):
-        raise AlignlabError(f"{name}: returned {len(found)} groups for {len(groups)}")
+        raise AlignlabError(f"{name}: returned {len(found)} groups for {len(groups)} prompts; must be one for each")
     for group, asked in zip(found, groups, strict=True):
         if len(group.responses) != n or not all(isinstance(r, Response) for r in group.responses):
             raise AlignlabError(f"{asked.place}: {name}: must give {n} responses; got {len(group.responses)}")
@@ -365,58 +411,14 @@ def _check_drawn(name: str, groups: Sequence[Group], found: Any, n: int) -> None
             if mask is not None and len(mask) != len(ids):
                 raise AlignlabError(f"{where} has {len(ids)} tokens and {len(mask)} values of loss_mask")
             if not is_per_token(response.columns.get("behaviour_logp", 0.0)):
-                raise AlignlabError(f"{where} needs `behaviour_logp`, a log-prob for each token that bears loss")
+                raise AlignlabError(
+                    f"{where} needs `behaviour_logp`, a log-prob for each of its {response.loss_tokens} tokens that "
+                    "bear loss, under the distribution that they were drawn from"
+                )
             try:
                 _column(response, response.columns["behaviour_logp"])
             except ValueError as error:
                 raise AlignlabError(f"{where}: `behaviour_logp` {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-
-def factor_of(schedule: Any, done: float) -> float:
-    """A schedule's factor on the peak learning rate when a share `done` of the run is over.
-
-    Raises:
-        AlignlabError: it raised, or returned something else than a number >= 0.
-    """
-    with calling(schedule, "__call__", f"at {done:.1%} of the run"):
-        found = schedule(done)
-    try:
-        if (factor := finite(found)) >= 0:
-            return factor
-        raise ValueError(f"is {factor}")
-    except ValueError as error:
-        raise AlignlabError(
-            f"{name_of(schedule, '__call__')}: a factor on the learning rate must be >= 0; that at {done:.1%} of the "
-            f"run {error}"
-        ) from error
-
-
-def check_order(order: DataOrder) -> None:
-    """Raise ConfigError unless an order says how many batches make an epoch."""
-    with calling(order, "batches_per_epoch"):
-        found: Any = order.batches_per_epoch
-    if not isinstance(found, WHOLE) or int(found) < 1:
-        raise ConfigError(f"{name_of(order, 'batches_per_epoch')}: must be a whole number >= 1; got {found!r:.80}")
-
-
-def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
-    """Indices of the records of a batch, of `count` records in all.
-
-    Raises:
-        AlignlabError: it raised, or returned something else.
-    """
-    with calling(order, "batch", f"batch {index + 1}"):
-        found: Any = order.batch(index)
-        listed = None if found is None or isinstance(found, str) else list(found)
-    if not listed or not all(isinstance(i, WHOLE) and 0 <= i < count for i in listed):
-        raise AlignlabError(
-            f"{name_of(order, 'batch')}: batch {index + 1} must be indices of records, from 0 to {count - 1}, at least "
-            f"one; got {found!r:.80}"
-        )
-    return [int(i) for i in listed]
 
 
 def _kind(value: object) -> str:

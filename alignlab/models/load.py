@@ -31,6 +31,7 @@ from alignlab.models.files import (
     saved_adapter,
 )
 from alignlab.models.heads import add_language_head
+from alignlab.models.hub import check_reachable
 from alignlab.models.packed_model import Features, PackedModel, evaluating
 from alignlab.models.probe import probe, rounding
 from alignlab.models.quantization import (
@@ -97,6 +98,7 @@ def _load(
     if trainable:
         check_adapter(quantization, adapter)
     check_folder(settings.path)
+    check_reachable(settings.path, settings.revision)
     saved = saved_adapter(settings.path)
     network = load_base(settings, quantization, saved, kind, labels, trainable, device)
     if trainable and adapter.trains_base and quantization_of(network) is not None:

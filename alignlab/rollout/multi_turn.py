@@ -118,7 +118,7 @@ class MultiTurn:
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
         """See `alignlab.core.NeedsPolicy`."""
-        self.max_length, self.tokenizer = policy.max_length, tokenizer
+        self.max_length, self.tokenizer = policy.model.max_length, tokenizer
 
     def rollout(self, sampler: Sampler, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
         """See `alignlab.core.Environment.rollout`.

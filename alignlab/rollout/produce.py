@@ -25,6 +25,7 @@ from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model
 from alignlab.rollout import build_engine, build_environment
+from alignlab.rollout.policy import Policy
 from alignlab.scoring import build_scorers
 
 GROUPS, MADE_FROM = "groups.jsonl", "sample.json"
@@ -69,7 +70,7 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
         print(f"note: {note}", file=sys.stderr)
     prompts = load(data, model.tokenizer).train
     check_tokens(prompts, int(model.config.vocab_size))
-    bind_all((*scorers, environment), model)
+    bind_all((*scorers, environment), Policy(model))
     found: list[Group] = []
     tokens = 0
     with started(engine, RolloutContext(model, settings, out)):

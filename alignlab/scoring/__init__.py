@@ -6,6 +6,7 @@ from typing import Any
 
 from alignlab.build import build_type
 from alignlab.core import Scorer
+from alignlab.core.parts import check_columns
 from alignlab.scoring.combined import CombinedScorer, SeveralScorers
 from alignlab.scoring.endpoint import Endpoint
 from alignlab.scoring.judge import JudgePairs, JudgeScores
@@ -39,11 +40,13 @@ def build_scorers(values: Any) -> list[Scorer]:
     them, or several by name. None for null.
 
     Raises:
-        ConfigError: one is no scorer, or cannot be made.
+        ConfigError: one is no scorer, or cannot be made; two fill the same column.
     """
     if not values or (isinstance(values, dict) and "_target_" in values):
         named = {"scoring": values} if values else {}
     else:
         entries = values.items() if isinstance(values, dict) else enumerate(values)
         named = {f"scoring.{name}": entry for name, entry in entries}
-    return [build_type(Scorer, entry, key) for key, entry in named.items()]
+    made: dict[str, Scorer] = {key: build_type(Scorer, entry, key) for key, entry in named.items()}
+    check_columns(made)
+    return list(made.values())

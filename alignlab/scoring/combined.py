@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Reports, Scorer, require
-from alignlab.core.parts import calling, fills_of, score
+from alignlab.core.parts import calling, check_columns, fills_of, score
 
 How = Literal["weighted_sum", "minimum", "mean_minus_deviation", "mean_minus_variance"]
 
@@ -25,11 +25,18 @@ class SeveralScorers:
 
     Args:
         members: by name.
+
+    Raises:
+        ConfigError: two of them fill the same column.
     """
 
     def __init__(self, members: Mapping[str, Scorer]) -> None:
         self.members = dict(members)
-        self.fills: tuple[str, ...] = tuple(dict.fromkeys(c for m in members.values() for c in fills_of(m)))
+        self.fills: tuple[str, ...] = self._columns()
+
+    def _columns(self) -> tuple[str, ...]:
+        check_columns(self.members)
+        return tuple(column for member in self.members.values() for column in fills_of(member))
 
     def score(self, groups: Sequence[Group]) -> None:
         for member in self.members.values():
@@ -80,14 +87,16 @@ class CombinedScorer(SeveralScorers):
         super().__init__(members)
         self.how, self.penalty = how, penalty
         self.weights = {name: (weights or {}).get(name, 1.0) for name in members}
-        self.fills = ("reward", *(f"reward_{name}" for name in members))
+
+    def _columns(self) -> tuple[str, ...]:
+        return ("reward", *(f"reward_{name}" for name in self.members))
 
     def score(self, groups: Sequence[Group]) -> None:
         for name, member in self.members.items():
             for group in groups:
                 for response in group.responses:
                     response.columns.pop("reward", None)  # another's must not pass for this member's
-            score(member, groups)
+            score(member, groups, f"scoring.members.{name}")
             for group in groups:
                 for response in group.responses:
                     if "reward" not in response.columns:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignlab.core import AlignlabError, Group, NeedsPolicy, Scorer, require
-from alignlab.core.parts import score
+from alignlab.core.parts import calling, score
 
 
 class BradleyTerryLabels:
@@ -23,7 +23,7 @@ class BradleyTerryLabels:
     Args:
         reward: the scorer that fills `reward`.
         temperature: τ, in units of reward, > 0.
-        certain: draw labels; false: give probabilities.
+        certain: whether a label says which response won, drawn with that probability, or is the probability itself.
         seed: of the draws. A label depends on the seed, the record (file name and line, not its folder, so that moving
             the data changes no label) and the responses alone.
     """
@@ -36,7 +36,8 @@ class BradleyTerryLabels:
     def bind(self, policy: Any, tokenizer: Any) -> None:
         """See `alignlab.core.NeedsPolicy`: for the scorer of the reward."""
         if isinstance(self.reward, NeedsPolicy):
-            self.reward.bind(policy, tokenizer)
+            with calling(self.reward, "bind"):
+                self.reward.bind(policy, tokenizer)
 
     def score(self, groups: Sequence[Group]) -> None:
         score(self.reward, groups)

@@ -28,6 +28,7 @@ from alignlab.core.parts import (
     numbers_of,
     sampler_of,
     score,
+    taken,
 )
 from alignlab.core.parts import (
     drawn as draw,
@@ -166,7 +167,8 @@ class Collector:
             raise AlignlabError("source.kind=rollout needs a rollout engine")
         if self._prefetched is not None and self._prefetched.seed == seed:
             sampler, exact = self._prefetched.sampler, False
-            drawn, self._prefetched = self._prefetched.take(), None
+            drawn = taken(sampler, self._prefetched.take, groups, self.source.group_size)
+            self._prefetched = None
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
             with choice as policy, self.engine.whole(policy):

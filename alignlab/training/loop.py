@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Group, Interrupted, PeerLost, SamplerLost
-from alignlab.core.parts import batch_of, calling, check_order, factor_of
+from alignlab.core.parts import calling
 from alignlab.core.storage import StorageError
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
+from alignlab.training.parts import batch_of, check_order, factor_of
 from alignlab.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class Loop:
             trainer.state = trainer.load_checkpoint(folder)
             trainer.stopped = trainer.state.stopped
             trainer.checkpoints.discard_after(trainer.state.step)
-            if (ended := self._ended_by) is not None and trainer.processes.is_main:
-                print(f"note: nothing is left to train at step {trainer.state.step}: {ended}", file=sys.stderr)
+            if self._ended and trainer.processes.is_main:
+                print(f"note: nothing is left to train at step {trainer.state.step} ({self.ended_by})", file=sys.stderr)
 
     # ------------------------------------------------------------------ groups
 
@@ -239,34 +240,42 @@ class Loop:
     @property
     def done(self) -> float:
         """Share of the run that is over, by the limit that is nearest; 0 without a limit."""
-        return max((consumed / limit for _, consumed, limit in self._limits()), default=0.0)
+        return max(self._consumed().values(), default=0.0)
 
     @property
-    def _ended_by(self) -> str | None:
-        """What ends the run here; None while it goes on."""
-        if self.trainer.stopped is not None:
-            return self.trainer.stopped
-        return next((f"training.{name} is reached" for name, used, limit in self._limits() if used >= limit), None)
+    def _ended(self) -> bool:
+        return self.done >= 1 or self.trainer.stopped is not None
 
-    def _limits(self) -> list[tuple[str, float, float]]:
+    @property
+    def ended_by(self) -> str:
+        """What ended the run, as in "training.steps=100", or the reason that a callback gave."""
         trainer = self.trainer
-        s, state = trainer.settings, trainer.state
+        name, share = max(self._consumed().items(), key=lambda item: item[1], default=("", 0.0))
+        if trainer.stopped is not None and share < 1:
+            return trainer.stopped
+        return f"training.{name}={trainer.settings.limits[name]:.12g}" if name else ""
+
+    def _consumed(self) -> dict[str, float]:
+        """By limit: the share of it that is used up."""
+        trainer = self.trainer
+        state, limits = trainer.state, trainer.settings.limits
         ahead = 0.0  # share of the current iteration that is still to be trained on
         if state.pending:
-            ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / s.batch_size))
-        limits: list[tuple[str, float, float | None]] = [
-            ("steps", state.step, s.steps),
-            ("max_trained_tokens", state.trained_tokens, s.max_trained_tokens),
+            ahead = 1 - state.position / (self.ppo_epochs * math.ceil(len(state.pending) / trainer.settings.batch_size))
+        used: dict[str, float] = {
+            "steps": state.step,
+            "max_trained_tokens": state.trained_tokens,
             # What was sampled is trained on, also where it reaches the limit.
-            ("max_generated_tokens", state.generated_tokens - ahead * state.sampled, s.max_generated_tokens),
-            ("max_seconds", state.seconds, s.max_seconds),
-        ]
-        if s.epochs is not None and trainer.order is not None:
-            limits.append(("epochs", state.iteration - ahead, math.ceil(s.epochs * trainer.order.batches_per_epoch)))
-        return [(name, float(used), float(limit)) for name, used, limit in limits if limit is not None]
+            "max_generated_tokens": state.generated_tokens - ahead * state.sampled,
+            "max_seconds": state.seconds,
+        }
+        if trainer.order is not None:
+            used["epochs"] = state.iteration - ahead
+            if "epochs" in limits:
+                limits["epochs"] = math.ceil(limits["epochs"] * trainer.order.batches_per_epoch)
+        return {name: float(used[name]) / float(limit) for name, limit in limits.items() if name in used}
 
     def _finished(self) -> bool:
         trainer = self.trainer
-        finished = self.done >= 1 or trainer.stopped is not None
         # Time differs between processes: all do what the first one does.
-        return trainer.processes.gather(finished)[0] if trainer.settings.max_seconds else finished
+        return trainer.processes.gather(self._ended)[0] if trainer.settings.max_seconds else self._ended

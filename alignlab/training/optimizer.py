@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from alignlab.build import build_type
-from alignlab.core import ConfigError
+from alignlab.core import ConfigError, require
 from alignlab.models import PackedModel
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -40,4 +40,5 @@ def optimizer_of(model: PackedModel, lr: float | None, make: MakeOptimizer | Non
         return make(groups)
     if lr is None:
         raise ConfigError("lr: must be given, as in lr=1e-5; or give an optimizer")
+    require(isinstance(lr, int | float) and 0 <= lr < float("inf"), "lr", lr, "must be a number >= 0")
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)

@@ -226,6 +226,7 @@ def _finish(out: Path, run: RunConfig, trainer: Trainer) -> dict[str, Any]:
     processes, state = trainer.processes, trainer.state
     result = {
         "step": state.step,
+        "ended_by": trainer.loop.ended_by,
         "trained_tokens": state.trained_tokens,
         "generated_tokens": state.generated_tokens,
         "seconds": round(state.seconds, 3),

@@ -22,9 +22,10 @@ from alignlab.core import (
     Schedule,
     Scorer,
     Tracker,
+    did_you_mean,
     require,
 )
-from alignlab.core.parts import calling, check_algorithm, fills_of, started
+from alignlab.core.parts import calling, check_algorithm, fills_of, name_of, started
 from alignlab.data import DataSettings
 from alignlab.models import (
     ModelSettings,
@@ -107,11 +108,11 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
     )
     build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
     check_adapter(run.quantization, run.adapter)
-    _check_limits(run.training)
+    _check_watching(run.training)
+    _check_columns(run)
     if run.samples:
         temperature = run.rollout.temperature
         require(temperature > 0, "rollout.temperature", temperature, "a policy that is trained must sample: above 0")
-        _check_columns(run)
         parts = {"source": run.source, "distributed": run.distributed, "quantization": run.quantization}
         with calling(run.rollout, "check"):
             run.rollout.check({**parts, "environment": run.environment}, run.algorithm)
@@ -129,10 +130,7 @@ def build_algorithm(values: dict[str, Any]) -> Algorithm:
     return algorithm
 
 
-def _check_limits(settings: TrainingSettings) -> None:
-    ends = (settings.max_trained_tokens, settings.max_generated_tokens, settings.max_seconds)
-    if settings.steps is None and settings.epochs is None and not any(ends):
-        raise ConfigError("training: nothing ends this run: give training.steps, epochs or one of max_*")
+def _check_watching(settings: TrainingSettings) -> None:
     watching = {"patience": settings.patience, "final": settings.final == "best"}
     for name, wanted in watching.items():
         if wanted and settings.eval_every is None:
@@ -142,10 +140,18 @@ def _check_limits(settings: TrainingSettings) -> None:
 def _check_columns(run: RunConfig) -> None:
     """Find out before anything is loaded that nobody fills in what the algorithm needs. Records bring columns of their
     own; a missing one is reported with the record."""
-    filled = {"ref_logp", "old_logp", "old_value", "behaviour_logp", *(c for s in run.scorers for c in fills_of(s))}
+    by_the_loop = {"ref_logp", "old_logp", "old_value", "behaviour_logp"}
+    filled = by_the_loop | {column for scorer in run.scorers for column in fills_of(scorer)}
     filled |= set(fills_of(run.environment)) if run.environment is not None else set()
+    # Records of these formats may bring columns of any name.
+    free = run.data.parser in ("auto", "groups") or "." in str(run.data.parser)
     for column in run.algorithm.needs:
-        if column not in filled:
+        if column in filled:
+            continue
+        near = did_you_mean(column, filled if run.samples else by_the_loop)
+        if near.startswith("; did") and (run.samples or not free):
+            raise ConfigError(f"{name_of(run.algorithm, 'needs')}: nothing fills the column '{column}'{near}")
+        if run.samples:
             raise ConfigError(
                 f"scoring: {type(run.algorithm).__name__} needs the column '{column}' and nothing fills it: "
                 "choose a scorer, as in scoring=reward_model scoring.path=DIR (or source=data, where the records have "

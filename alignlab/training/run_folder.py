@@ -88,6 +88,8 @@ def claim(out: Path, config: dict[str, Any], settings: TrainingSettings, data_fi
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with other settings, but for limits that make the run longer."""
     limits = [f"training.{name}" for name in LIMITS]
+    # One epoch where no limit is given: see `TrainingSettings.limits`.
+    before, now = (s if any(s.get(k) for k in limits) else {**s, "training.epochs": 1.0} for s in (before, now))
     different = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     anew = "choose another out=DIR, or training.resume=never to start it anew"
     if others := [k for k in different if k not in limits]:

@@ -20,7 +20,7 @@ class TrainingSettings(Settings):
     """How long, in what portions, watched how. Batch sizes and limits are global, over all processes."""
 
     steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(1.0, gt=0)
+    epochs: float | None = Field(None, gt=0)
     max_trained_tokens: int | None = Field(None, ge=1)
     max_generated_tokens: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0)
@@ -48,6 +48,13 @@ class TrainingSettings(Settings):
     def resumes(self) -> bool:
         """Whether what is in the run's folder is gone on with."""
         return self.resume != "never"
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What ends the run, by key: the limits that are given, or one epoch where none is."""
+        names = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given or {"epochs": 1.0}
 
     @property
     def keeps_best(self) -> bool:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from alignlab.build import check_objects
 from alignlab.core import (
     Algorithm,
     AlignlabError,
     Callback,
-    ConfigError,
     DataOrder,
     Environment,
     Group,
@@ -28,8 +28,9 @@ from alignlab.core import (
     Schedule,
     Scorer,
 )
-from alignlab.core.parts import bind_all, calling, check_algorithm, complaint, numbers_of
-from alignlab.models import PackedModel, Reference, add_value_head, save_model
+from alignlab.core.parts import bind_all, calling, check_algorithm, check_columns, complaint, numbers_of
+from alignlab.models import Reference, add_value_head, save_model
+from alignlab.rollout.policy import Policy, model_for
 from alignlab.training.checkpoints.state import State, load_state, save_state
 from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.collect import Collector
@@ -113,11 +114,11 @@ class Trainer:
         check_algorithm(algorithm)
         self.algorithm = algorithm
         self.settings, self.source = settings or TrainingSettings(), source or SourceSettings()
-        self.model = model = _model_for(policy, algorithm)
+        self.model = model = model_for(policy, algorithm)
         distributed = distributed or DistributedSettings(mode="ddp" if (launched() or 1) > 1 else "single")
         self.processes = processes or Processes(self.settings.mixed_precision, distributed)
         self.train, self.validation = list(train), list(validation)
-        self.callbacks = list(callbacks)
+        self.callbacks = check_objects(Callback, callbacks, "callbacks")
         self.schedule = schedule or Constant()
         per_iteration = self.settings.batch_size
         if self.source.kind == "rollout":
@@ -141,7 +142,8 @@ class Trainer:
         if reference is not None and not reference.shares_weights:
             self.engine.divide(reference.held_in)
         self.reference = reference
-        bind_all((*scorers, environment), model)
+        check_columns({f"scorers[{i}], {type(s).__name__}": s for i, s in enumerate(scorers)})
+        bind_all((*scorers, environment), Policy(model))
 
         self.checkpoints = checkpoints
         folder = self.checkpoints.folder.parent if self.checkpoints is not None else None
@@ -413,17 +415,3 @@ class Trainer:
 def wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
     """Whether a run needs the policy as it was."""
     return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
-
-
-def _model_for(policy: Any, algorithm: Algorithm) -> PackedModel:
-    """The model inside a policy, which must be of the kind that the algorithm trains."""
-    model = policy if isinstance(policy, PackedModel) else getattr(policy, "model", None)
-    if not isinstance(model, PackedModel):
-        raise ConfigError(f"policy: a model from alignlab.load is wanted, this is {type(policy).__name__}")
-    if model.kind != algorithm.model:
-        name = type(algorithm).__name__
-        raise ConfigError(
-            f"policy: {name} trains a {algorithm.model} model, this is a {model.kind} model: "
-            f"load it with alignlab.load(…, kind={algorithm.model!r})"
-        )
-    return model

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignlab.algorithms.kto import KTO, MISMATCHED, baseline, desirability, kto_loss
+from alignlab.algorithms.desirability import desirability
+from alignlab.algorithms.kto import KTO, MISMATCHED, baseline, kto_loss
 from alignlab.core import AlignlabError, Batch, ConfigError, Group, Outputs, Response, aggregate
 from tests.algorithms.common import group
 

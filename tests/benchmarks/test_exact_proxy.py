@@ -19,6 +19,7 @@ from alignlab.benchmarks.exact.benchmark import ExactBenchmark
 from alignlab.core import AlignlabError, ConfigError, Group
 from alignlab.models import PackedModel
 from alignlab.rollout import LocalRollout
+from alignlab.rollout.policy import Policy
 
 WORLD = {"words": 2, "max_tokens": 2, "prompts": 2}
 COMPLETIONS = 7  # 1 + 2 + 4
@@ -55,7 +56,8 @@ def policies(benchmark: ExactBenchmark) -> list[PackedModel]:
 def subject(benchmark: ExactBenchmark, policies: list[PackedModel], **more: Any) -> Subject:
     rollout = LocalRollout(max_new_tokens=2)
     given = {"proxy": Table(TIED, benchmark.world.end_id), **more}
-    return Subject(policies[0], lambda: nullcontext(policies[1]), rollout.sampler, **given)
+    policy, reference = map(Policy, policies)
+    return Subject(policy, lambda: nullcontext(reference), lambda p: rollout.sampler(p.model), **given)
 
 
 def brute_force(p_Y: list[float], proxy_Y: list[float], n: int) -> list[float]:

@@ -18,8 +18,9 @@ from alignlab.benchmarks.reasoning.problems import OPERATIONS, VOCABULARY, held_
 from alignlab.core import ConfigError, DataError, Group, Response
 from alignlab.data import DataSettings, load
 from alignlab.data.steps import Steps
-from alignlab.models import ModelSettings, PackedModel, load_model
+from alignlab.models import ModelSettings, load_model
 from alignlab.rollout import LocalRollout
+from alignlab.rollout.policy import Policy
 
 PROMPT = "7+5*3-8="
 STEPS = ["7+5=2", "2*3=6", "6-8=8"]
@@ -208,11 +209,11 @@ def test_its_figures(base: Path) -> None:
         other.network.lm_head.weight.mul_(2)
 
     @contextmanager
-    def reference() -> Iterator[PackedModel]:
-        yield other
+    def reference() -> Iterator[Policy]:
+        yield Policy(other)
 
     samplers = iter([Answers(12), Answers(4)])
-    subject = Subject(policy, reference, lambda model: next(samplers), base=lambda: policy)
+    subject = Subject(Policy(policy), reference, lambda _: next(samplers), base=lambda: Policy(policy))
     found = small().evaluate(subject)
     assert found["reward"] == 12 / 16
     assert found["reward_per_prompt"] == [1.0] * 12 + [0.0] * 4

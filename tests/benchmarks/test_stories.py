@@ -16,6 +16,7 @@ from alignlab.benchmarks.evaluate import build_benchmark
 from alignlab.benchmarks.stories import StoriesBenchmark, distinct, sentiment
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, DataError, Group, Response
+from alignlab.rollout.policy import Policy
 from alignlab.scoring import FunctionScorer
 from tests import tiny
 
@@ -53,7 +54,7 @@ def wordiness(prompt: str, response: str, extra: dict[str, Any]) -> float:
 
 def measured(texts: Path, **more: Any) -> tuple[dict[str, Any], list[tuple[int, int]], Subject]:
     calls: list[tuple[int, int]] = []
-    policy, reference = tiny.model(seed=0), tiny.model(seed=1)
+    policy, reference = Policy(tiny.model(seed=0)), Policy(tiny.model(seed=1))
     subject = Subject(policy, lambda: nullcontext(reference), lambda _: Told(calls), seed=1, **more)
     return StoriesBenchmark(str(texts), 3, 4, 4).evaluate(subject), calls, subject
 

@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    needs = ('advantage',)\n\n"
         "    def loss(self, outputs, batch):\n"
         "        return -outputs.logp_T * batch['advantage_N'][batch.response_T], {}\n\n\n"
+        "class Mistyped(Own):\n"
+        "    needs = ('ref_lgp',)\n\n\n"
         "class Stranger:\n"
         "    pass\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -80,6 +81,66 @@ def test_help_of_a_command_shows_its_groups_and_keys(command: str, capsys: pytes
         line = next(line for line in said.splitlines() if line.split()[:1] == [group])
         assert option in line.replace(",", " ").split()[1:]
     assert " # " in said  # its own keys, explained
+
+
+def test_help_shows_the_keys_of_each_group(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the default option, or of the one that is named; with those that it builds on."""
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    for group in ("training", "model", "optimizer", "rollout", "data"):
+        assert re.search(rf"\n    {group}=\w+:\n      ", said)
+    assert re.search(r"\n      batch_size: 32 +# groups per optimiser step", said)
+    assert re.search(r"\n      on_bad_record: stop +# ", said)  # of data=base, which data=demonstrations builds on
+    assert "label_smoothing" not in said
+    assert main(["train", "algorithm=dpo", "--help"]) == 0
+    assert re.search(r"\n    algorithm=dpo:\n(.+\n)+      label_smoothing: 0\.0 +# ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("status", {"--json", "--debug"}),
+        ("report", {"--debug"}),
+        ("cancel", {"--debug"}),
+        ("submit", {"--dry-run", "--config-dir", "--cfg", "--debug"}),
+        ("train", {"--from", "--config-dir", "--cfg", "--multirun", "--debug"}),
+    ],
+)
+def test_help_shows_the_options(command: str, options: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert {*re.findall(r"^  (--[\w-]+)", said, re.MULTILINE)} == options
+    assert said.startswith(f"alignlab {command}: ") and len(said.splitlines()[2]) > 30
+
+
+RUN, SWEEP, COMPARISON = "metrics.jsonl", "sweep.json", "nodes.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "said"),
+    [
+        ("report", RUN, "a training run, which has no leaderboard: see its metrics.jsonl and result.json, measure it "),
+        ("status", RUN, "alignlab has handed nothing of this training run to a cluster; how far it is stands in "),
+        (
+            "cancel",
+            SWEEP,
+            "alignlab has handed nothing of this sweep to a cluster: where it runs on this machine",
+        ),
+        ("status", COMPARISON, "alignlab has handed nothing of this comparison to a cluster: where it runs on this "),
+    ],
+)
+def test_what_a_folder_is_and_what_to_do_with_it(
+    mistake: Mistake, tmp_path: Path, command: str, file: str, said: str
+) -> None:
+    (tmp_path / file).write_text("{}")
+    assert mistake(command, str(tmp_path)).startswith(f"{tmp_path}: {said}")
+
+
+def test_slurm_that_is_installed_and_has_no_cluster() -> None:
+    from alignlab.launch.slurm.commands import explain
+
+    said = "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsbatch: fatal"
+    assert explain(said).startswith("there is no Slurm here (sbatch is installed and knows of no cluster): ")
 
 
 def test_cfg_prints_the_config_and_runs_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

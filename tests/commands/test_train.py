@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from alignlab.cli import main
+from alignlab.commands import parse
 from alignlab.comparison.graph import local
 from tests.commands.helpers import Mistake, training
 from tests.training import forks
@@ -60,7 +61,6 @@ from tests.training import forks
         ("data.format=text", "data.format: unknown key: it is called data.parser"),
         ("rollout.temperature=-1", "rollout.temperature=-1: should be greater than or equal to 0"),
         # Settings at odds with each other.
-        ("training.steps=null", "training: nothing ends this run: give training.steps, epochs or one of max_*"),
         ("training.patience=2", "training.patience: needs evaluations: give training.eval_every, in steps"),
         ("training.final=best", "training.final: needs evaluations: give training.eval_every, in steps"),
         ("training.eval_every=1", "training.eval_every: there are no validation records: see data.validation"),
@@ -78,6 +78,10 @@ from tests.training import forks
         ("algorithm=rejection_sampling source=data", "{folder}/demonstrations.jsonl:"),
         ("training.checkpoint_every=10m", "training.checkpoint_every='10m': must be steps, as in 100, or a time, as "),
         ("training.checkpoint_every=0", "training.checkpoint_every=0: must be steps, as in 100, or a time, as in "),
+        (
+            "algorithm._target_=my_own.Mistyped",
+            "my_own.Mistyped.needs: nothing fills the column 'ref_lgp'; did you",
+        ),
         ("algorithm._target_=my_own.Needy", "{folder}/demonstrations.jsonl:"),
         ("scoring=function", "scoring.function.path: must be given, as in scoring.function.path=VALUE"),
         (
@@ -186,6 +190,30 @@ def test_from_a_saved_config(folder: Path) -> None:
     result.unlink()
     assert main(["train", f"--from={folder}/original/config.yaml"]) == 0
     assert result.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "mode"),
+    [
+        ([], "4", "ddp"),
+        (["distributed=single"], "4", "single"),  # is then refused, as it always was
+        (["distributed=fsdp"], "4", "fsdp"),
+        ([], "1", "single"),
+    ],
+)
+def test_under_a_launcher_the_default_is_ddp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], processes: str, mode: str
+) -> None:
+    from alignlab.build import section
+    from alignlab.commands.train import COMPOSING, _config
+    from alignlab.training.settings import DistributedSettings
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    config = _config(parse(["model=x", *words], *COMPOSING))
+    assert config is not None
+    assert section(DistributedSettings, config.get("distributed") or {}, "distributed").mode == mode
+    said = "note: 4 processes were started: distributed=ddp, unless you give another\n"
+    assert capsys.readouterr().err == (said if mode == "ddp" else "")
 
 
 def test_a_saved_config_takes_no_overrides(mistake: Mistake) -> None:

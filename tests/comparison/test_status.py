@@ -113,7 +113,7 @@ def test_cancelling(submit: Callable[..., int], cluster: Cluster, capsys: pytest
 @pytest.mark.parametrize("command", ["status", "cancel"])
 def test_where_nothing_was_submitted(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path)]) == 2
-    assert "no comparison was submitted from here" in capsys.readouterr().err
+    assert "nothing was submitted from here" in capsys.readouterr().err
 
 
 def test_a_damaged_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -174,3 +176,11 @@ def test_one_each_gives_indices_on_the_axis_of_responses() -> None:
     assert batch.best_G.tolist() == [1, 2, 5]
     assert batch.one_each(lambda group: len(group.responses) - 1).tolist() == [1, 2, 5]
     assert batch.one_each(lambda group: 0).tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["reward_N", "reward_T", "reward_G"])
+def test_a_column_that_is_no_number_is_named_with_its_record(name: str) -> None:
+    value: Any = ["hi"] if name == "reward_T" else None
+    group = Group([1], [Response([2], columns={"reward": value})], "data.jsonl:3", columns={"reward": value})
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:3: the column 'reward' is .*: a number is wanted$"):
+        Batch([group])[name]

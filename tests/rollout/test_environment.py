@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from alignlab.core import AlignlabError, ConfigError, Environment, Group, NeedsP
 from alignlab.data.chat import CHATML, ChatTemplate
 from alignlab.models import PackedModel
 from alignlab.rollout import LocalRollout, MultiTurn, build_environment
+from alignlab.rollout.policy import Policy
 from alignlab.rollout.produce import produce
 from tests.rollout.tiny import EOS, PIECES, Scripted, ids, network, plain_logp, prompts
 from tests.rollout.tiny import tokenizer as pieces
@@ -55,6 +57,10 @@ class Guess(MultiTurn):
         return {"guesses": state["guesses"]}
 
 
+NO_LIMIT = SimpleNamespace(model=SimpleNamespace(max_length=None))
+"""What an environment reads of a policy."""
+
+
 class Chatter(MultiTurn):
     """Says something for ever."""
 
@@ -81,7 +87,7 @@ def uniform() -> PackedModel:
 
 
 def play(environment: MultiTurn, packed: PackedModel, groups: Sequence[Group], n: int, **settings: Any) -> list[Group]:
-    environment.bind(packed, packed.tokenizer)
+    environment.bind(Policy(packed), packed.tokenizer)
     return environment.rollout(LocalRollout(**settings).sampler(packed), groups, n, 3)
 
 
@@ -115,7 +121,7 @@ def test_a_conversation_token_by_token() -> None:
 def test_log_probs_are_those_of_the_whole_sequence_where_the_policy_wrote(llama: PackedModel) -> None:
     sampler = LocalRollout(max_new_tokens=4).sampler(llama)
     environment = Chatter(max_turns=3)
-    environment.bind(llama, llama.tokenizer)
+    environment.bind(Policy(llama), llama.tokenizer)
     given = prompts(3, 9)
     found = environment.rollout(sampler, given, 3, 0)
     assert [(g.prompt_ids, g.origin) for g in found] == [(g.prompt_ids, g.origin) for g in given]
@@ -206,7 +212,7 @@ def test_answers_are_written_as_the_chat_template_would(chat: Any, ended: bool) 
     start = chat(template.prompt(turns), add_special_tokens=False)["input_ids"]
     sampler = Written(chat, "one", "two", "three", ended=ended)
     environment = Chatter(max_turns=3, role="user")
-    environment.bind(type("Policy", (), {"max_length": None}), chat)
+    environment.bind(NO_LIMIT, chat)
     (group,) = environment.rollout(sampler, [Group(start, origin="f:1")], 1, 0)
     for asked, said, answer in zip(sampler.asked[1:], ("one", "two"), "bc", strict=True):
         turns += [{"role": "assistant", "content": said}, {"role": "user", "content": answer}]
@@ -219,7 +225,7 @@ def test_answers_are_written_as_the_chat_template_would(chat: Any, ended: bool) 
 def test_prompts_that_are_no_chat_are_answered_in_plain_text(chat: Any) -> None:
     sampler = Written(chat, "one", "two")
     environment = Chatter(max_turns=2)
-    environment.bind(type("Policy", (), {"max_length": None}), chat)
+    environment.bind(NO_LIMIT, chat)
     start = chat("Say something:", add_special_tokens=False)["input_ids"]
     (group,) = environment.rollout(sampler, [Group(start, origin="f:1")], 1, 0)
     assert chat.decode(group.responses[0].token_ids) == "one<|im_end|>btwo<|im_end|>"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignlab.config import compose, resolve
-from alignlab.core import ConfigError, ExactSampler, Group, Response, RolloutEngine, Sampler
+from alignlab.core import AlignlabError, ConfigError, ExactSampler, Group, Response, RolloutEngine, Sampler
 from alignlab.models import PackedModel
 from alignlab.rollout import BaseRollout, LocalRollout, build_engine
 from alignlab.rollout.produce import produce
@@ -168,3 +168,67 @@ def test_evaluation_draws_with_it_too(folder: Path) -> None:
     """`alignlab evaluate` builds the same section: no place of ours names an engine."""
     config = resolve(compose("evaluate", ["run=r", "rollout=banned"], own=folder / "configs"))
     assert isinstance(build_engine(config["rollout"]), BannedWord)
+
+
+class Meagre(TableRollout):
+    """Draws something else than what was asked for."""
+
+    fault: str
+
+    def sampler(self, policy: PackedModel) -> Sampler:
+        sampler = super().sampler(policy)
+        sample = sampler.sample
+
+        def wrong(groups: Sequence[Group], n: int, seed: int) -> Any:
+            found = sample(groups, n, seed)
+            if self.fault == "none":
+                return [g.with_responses([]) for g in found]
+            if self.fault == "fewer":
+                found[1].responses.pop()
+            elif self.fault == "empty":
+                found[1].responses[0].token_ids = []
+            elif self.fault == "groups":
+                return found[:1]
+            elif self.fault == "nothing":
+                return None
+            elif self.fault == "logp":
+                del found[1].responses[0].columns["behaviour_logp"]
+            return found
+
+        sampler.sample = wrong  # type: ignore[method-assign]
+        return sampler
+
+    @property
+    def off_policy(self) -> bool:
+        return True
+
+
+NAME = r"tests\.rollout\.test_user_engine\.TableSampler\.sample"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", rf"jsonl:1: {NAME}: must give 2 responses; got 0"),
+        ("fewer", rf"jsonl:2: {NAME}: must give 2 responses; got 1"),
+        ("empty", rf"jsonl:2: {NAME}: response 1 needs a list of at least one token id"),
+        ("groups", rf"^{NAME}: returned 1 groups for \d+ prompts; must be one for each"),
+        ("nothing", rf"^{NAME}: must return a list of groups, \d+, one for each prompt; got None"),
+        ("logp", rf"jsonl:2: {NAME}: response 1 needs `behaviour_logp`, a log-prob for each of its \d+ tokens"),
+    ],
+)
+def test_an_engine_that_draws_too_little_is_named(folder: Path, fault: str, said: str) -> None:
+    """It would train on less than was asked for, or on nothing, and look well."""
+    from alignlab.training.run import train
+
+    words = [f"model={folder}/base", "data=prompts", f"data.path={folder}/prompts.jsonl"]
+    config = resolve(compose("sample", [*words, f"out={folder}/{fault}"]))
+    config["rollout"] = {"_target_": "tests.rollout.test_user_engine.Meagre", "fault": fault, "answers": ["a", "b"]}
+    with pytest.raises(AlignlabError, match=said):
+        produce(config, folder / fault)
+    given = ["algorithm=grpo", "source=rollout", "source.group_size=2", "scoring=function", "training.progress=off"]
+    rule = "scoring.function.path=tests.scoring.test_user_scorer.length"
+    config = resolve(compose("train", [*words, *given, rule, "order=sequential", f"out={folder}/run-{fault}"]))
+    config["rollout"] = {"_target_": "tests.rollout.test_user_engine.Meagre", "fault": fault, "answers": ["a", "b"]}
+    with pytest.raises(AlignlabError, match=said):
+        train(config, folder / f"run-{fault}")

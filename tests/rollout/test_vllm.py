@@ -30,6 +30,7 @@ from alignlab.core import (
 from alignlab.core.children import free_port
 from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, QuantizationSettings, load_model
 from alignlab.rollout import LocalRollout, MultiTurn, RolloutSettings, StepSearch, VllmSettings
+from alignlab.rollout.policy import Policy
 from alignlab.rollout.sampling import stream_key
 from alignlab.rollout.vllm.client import Client, ServerLost
 from alignlab.rollout.vllm.engine import VllmRollout, VllmSampler
@@ -321,7 +322,7 @@ def test_processes_agree_once_however_many_turns_one_of_them_takes(
     engine.sample(prompts(3), 2, 0)
     assert len(exchanged) == 1
     environment = Turns()
-    environment.bind(policy, policy.tokenizer)
+    environment.bind(Policy(policy), policy.tokenizer)
     (group,) = environment.rollout(engine, prompts(3), 2, 0)
     assert len(exchanged) == 2
     assert [r.token_ids for r in group.responses] == [ids("a|b|c") * 3] * 2

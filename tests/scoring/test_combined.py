@@ -73,7 +73,8 @@ class Silent:
 
 
 def test_no_member_passes_with_another_s_reward() -> None:
-    with pytest.raises(AlignlabError, match=r"^data\.jsonl:5: .*Silent\.score: response 1 got no 'reward'"):
+    said = r"^data\.jsonl:5: scoring\.members\.honest, .*Silent\.score: response 1 got no 'reward'"
+    with pytest.raises(AlignlabError, match=said):
         scored(CombinedScorer({"helpful": member(0), "honest": Silent()}))
     group = Group([1], [Response([2], columns={"reward": 7.0})], "data.jsonl:5")
     with pytest.raises(AlignlabError, match="got no 'reward'"):

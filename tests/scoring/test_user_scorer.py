@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alignlab.algorithms.sft import SFT
 from alignlab.benchmarks.base import Benchmark, Subject
 from alignlab.config import compose, resolve
-from alignlab.core import ConfigError, Group, NeedsPolicy, Reports, Scorer
+from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, Reports, Response, Scorer
+from alignlab.core.parts import score
 from alignlab.rollout import LocalRollout
+from alignlab.rollout.policy import Policy
 from alignlab.rollout.produce import produce
-from alignlab.scoring import CombinedScorer, FunctionScorer, SeveralScorers, build_scorers, fill_log_probs
+from alignlab.scoring import CombinedScorer, FunctionScorer, SeveralScorers, build_scorers
+from alignlab.training.trainer import Trainer
 from tests.rollout import tiny
 from tests.training import runs
 
@@ -25,21 +29,19 @@ from tests.training import runs
 class Surprise:
     """Rewards what the policy itself finds unlikely: minus the mean log-prob of a response's tokens, in nats."""
 
-    fills = ("reward",)
-
-    def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
+    def __init__(self, scale: float = 1.0, column: str = "reward") -> None:
+        self.scale, self.column, self.fills = scale, column, (column,)
         self.report: Mapping[str, float] = {}
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
         self.policy, self.tokenizer = policy, tokenizer
 
     def score(self, groups: Sequence[Group]) -> None:
-        fill_log_probs(self.policy, groups, "own_logp", max_tokens_per_microbatch=4096)
+        for group, found in zip(groups, self.policy.log_probs(groups), strict=True):
+            for response, logp_C in zip(group.responses, found, strict=True):
+                response.columns[self.column] = -self.scale * float(logp_C.mean())
         responses = [r for g in groups for r in g.responses]
-        for response in responses:
-            response.columns["reward"] = -self.scale * float(np.mean(response.columns.pop("own_logp")))
-        self.report = {"surprise": float(np.mean([r.columns["reward"] for r in responses]))}
+        self.report = {"surprise": float(np.mean([r.columns[self.column] for r in responses]))}
 
 
 CONFIG = """\
@@ -77,7 +79,7 @@ def test_its_reward_is_what_the_sampler_says_of_its_own_samples() -> None:
     model = tiny.model("llama")
     groups = LocalRollout(max_new_tokens=6).sampler(model).sample(tiny.prompts(3, 9, 5), 4, 0)
     scorer = Surprise(2.0)
-    scorer.bind(model, model.tokenizer)
+    scorer.bind(Policy(model), model.tokenizer)
     scorer.score(groups)
     for response in (r for g in groups for r in g.responses):
         assert response.columns["reward"] == pytest.approx(-2 * np.mean(response.columns["behaviour_logp"]), abs=1e-4)
@@ -145,8 +147,8 @@ TARGET = {"_target_": "tests.scoring.test_user_scorer.Surprise"}
         (None, []),
         ({}, []),
         (TARGET, [1.0]),
-        ([TARGET, {**TARGET, "scale": 2.0}], [1.0, 2.0]),
-        ({"a": TARGET, "b": {**TARGET, "scale": 3.0}}, [1.0, 3.0]),
+        ([TARGET, {**TARGET, "scale": 2.0, "column": "other"}], [1.0, 2.0]),
+        ({"a": TARGET, "b": {**TARGET, "scale": 3.0, "column": "other"}}, [1.0, 3.0]),
     ],
 )
 def test_one_several_or_none(values: Any, scales: list[float]) -> None:
@@ -167,6 +169,60 @@ def test_one_several_or_none(values: Any, scales: list[float]) -> None:
 def test_what_is_wrong_is_said_with_the_scorer_s_key(values: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_scorers(values)
+
+
+BOTH = "scoring.b: fills the column 'reward', as scoring.a does, .*: make one of both with scoring=combined"
+
+
+def test_two_scorers_of_one_column_are_refused() -> None:
+    """The last one's values would be all that is left."""
+    with pytest.raises(ConfigError, match=BOTH):
+        build_scorers({"a": TARGET, "b": {**TARGET, "scale": 3.0}})
+    with pytest.raises(ConfigError, match="b: fills the column 'reward', as a does"):
+        SeveralScorers({"a": Surprise(), "b": Surprise()})
+    with pytest.raises(ConfigError, match=r"scorers\[1\], Surprise: fills .* as scorers\[0\], Surprise"):
+        Trainer(Policy(tiny.model("llama")), SFT(), lr=0.1, scorers=[Surprise(), Surprise()])
+
+
+class Returns:
+    """Sets a column to what it is made with; nothing for None."""
+
+    fills = ("reward",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def score(self, groups: Sequence[Group]) -> None:
+        for response in (r for g in groups for r in g.responses if self.value is not None):
+            response.columns["reward"] = self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "response 1 got no 'reward', which is in `fills`"),
+        ("hi", r"'reward' of response 1 is no number \(str\): a finite number is wanted, .*; got 'hi'"),
+        (float("nan"), "'reward' of response 1 is not finite .*; got nan"),
+        ([1.0, float("inf")], r"'reward' of response 1 has the shape \(2,\): .*; got \[1\.0, inf\]"),
+        ([float("inf")], r"'reward' of response 1 has numbers that are not finite: .*; got \[inf\]"),
+        ({}, "'reward' of response 1 .*; got {}"),
+    ],
+)
+def test_a_scorer_that_fills_nothing_or_no_numbers_is_named_with_the_record(value: Any, said: str) -> None:
+    groups = [Group([1], [Response([2])], "data.jsonl:7")]
+    method = r"tests\.scoring\.test_user_scorer\.Returns\.score"
+    with pytest.raises(AlignlabError, match=rf"^data\.jsonl:7: {method}: {said}"):
+        score(Returns(value), groups)
+    score(Returns(2), groups)
+    score(Returns(np.zeros(1)), groups)
+
+
+def test_one_of_ours_that_fills_none_of_a_group_is_named() -> None:
+    """It may leave responses out, but not all of them."""
+    scorer = FunctionScorer(length)
+    scorer.score = lambda groups: None  # type: ignore[method-assign]
+    with pytest.raises(AlignlabError, match=r"^data\.jsonl:7: .*FunctionScorer\.score: filled none of reward"):
+        score(scorer, [Group([1], [Response([2])], "data.jsonl:7")])
 
 
 def test_a_list_of_classes_is_no_list_of_options(folder: Path) -> None:

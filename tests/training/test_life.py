@@ -57,7 +57,7 @@ def test_a_finished_run_is_already_done(folder: Path, said: Said) -> None:
     assert "\ndone: 2 steps" in said("done", "training.steps=2", "training.resume=never")
     shutil.rmtree(folder / "done/model")
     again = said("done", "training.steps=2")  # only the model is made again, from the checkpoint
-    assert "note: nothing is left to train at step 2: training.steps is reached" in again
+    assert "note: nothing is left to train at step 2 (training.steps=2)" in again
     assert steps(folder, "done") == [1, 2]
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_cannot_be_made_longer_says_why(folder: Path, said: Said) -> 
     assert "no checkpoint to go on from" in refused and "training.resume=never" in refused
     assert (folder / "short/result.json").exists()
     said("epoch", "training.epochs=1", "training.steps=3")
-    assert "training.epochs is reached" in said("epoch", "training.epochs=1", "training.steps=9")
+    assert "(training.epochs=1)" in said("epoch", "training.epochs=1", "training.steps=9")
 
 
 def edited(folder: Path, out: str) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_at_the_end(folder: Path, said: Said, monkeypatch: p
     (line,) = [line for line in failed.splitlines() if line.startswith("alignlab: ")]
     assert "model could not be saved" in line and "Free some space" in line
     assert sorted(p.name for p in (folder / "full").iterdir()) == [
-        *("checkpoints", "config.yaml", "metrics.jsonl", "owner", "provenance.json")
+        *("checkpoints", "config.yaml", "metrics.jsonl", "provenance.json", "run_lock")
     ]
     assert "nothing is left to train at step 2" in said("full", "training.steps=2")
     assert runs.identical(runs.weights(folder, "full"), runs.weights(folder, "undisturbed"))

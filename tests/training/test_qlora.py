@@ -175,10 +175,10 @@ def test_sampling_and_measuring_use_the_base_that_is_asked_for(
     held_in: dict[str, str] = {}
 
     def keep(self: object, subject: Any) -> dict[str, float]:
-        for name, model in (("policy", subject.policy), ("base", subject.base())):
-            held_in[name] = str(getattr(model.base.config, "quantization_config", "whole"))
-        with subject.reference() as model:
-            held_in["reference"] = str(getattr(model.base.config, "quantization_config", "whole"))
+        for name, policy in (("policy", subject.policy), ("base", subject.base())):
+            held_in[name] = str(getattr(policy.model.base.config, "quantization_config", "whole"))
+        with subject.reference() as policy:
+            held_in["reference"] = str(getattr(policy.model.base.config, "quantization_config", "whole"))
         return {}
 
     monkeypatch.setattr(StoriesBenchmark, "evaluate", keep)

@@ -211,6 +211,8 @@ def test_stopped_early_stays_stopped(folder: Path, evaluated_as: list[int]) -> N
     [
         (["training.steps=3"], 3),
         (["training.steps=3", "training.epochs=100"], 3),  # the nearest ends the run
+        (["training.steps=7"], 7),  # no epoch counts where another limit is given
+        (["training.steps=null"], 3),  # one where none is
         (["training.steps=100", "training.epochs=1"], 3),  # 12 records by 5: batches of 5, 5 and 2
         (["training.steps=null", "training.epochs=2"], 6),
         (["training.steps=null", "training.epochs=0.5"], 2),  # 1.5 batches, rounded up
@@ -223,6 +225,9 @@ def test_steps_and_epochs(folder: Path, limits: list[str], steps: int) -> None:
     result, lines = sft(folder, "limits", "training.batch_size=5", *limits, "training.resume=never")
     assert result["step"] == steps
     assert lines[-1]["epoch"] == pytest.approx(steps / 3)
+    given = dict(word.removeprefix("training.").split("=") for word in limits)
+    ended = f"steps={steps}" if given.get("steps") == str(steps) else f"epochs={given.get('epochs', 1)}"
+    assert result["ended_by"] == f"training.{ended}"
 
 
 def test_an_epoch_is_every_record_once(folder: Path) -> None:

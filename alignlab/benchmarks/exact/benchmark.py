@@ -89,9 +89,9 @@ class ExactBenchmark(Benchmark):
         return ExactReward(self.world)
 
     def evaluate(self, subject: Subject) -> dict[str, Any]:
-        logp_XY = completion_log_probs(subject.policy.network, self.world)
+        logp_XY = completion_log_probs(subject.policy.model.network, self.world)
         with subject.reference() as reference:
-            ref_logp_XY = completion_log_probs(reference.network, self.world)
+            ref_logp_XY = completion_log_probs(reference.model.network, self.world)
         proxy_reward = None
         if subject.best_of > 1:
             proxy_XY = self.scores(subject.judge())

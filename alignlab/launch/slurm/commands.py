@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from alignlab.core import AlignlabError
 
 ABSENT = (
-    "there is no Slurm here ({command} is not on the PATH): run this on a login node of your cluster, try it on a "
+    "there is no Slurm here ({why}): run this on a login node of your cluster, try it on a "
     "cluster of virtual nodes on this machine (slurm/local-cluster.sh start), or do without: alignlab compare for "
     "comparisons, launcher=local for sweeps"
 )
+
+UNCONFIGURED = ("Could not establish a configuration source", "resolve_ctls_from_dns_srv")
+"""Part of what Slurm's commands say where no cluster is configured."""
 
 QUEUED = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 GOING = frozenset(
@@ -69,7 +72,7 @@ def require() -> None:
         AlignlabError: Slurm is not here.
     """
     if shutil.which("sbatch") is None:
-        raise AlignlabError(ABSENT.format(command="sbatch"))
+        raise AlignlabError(ABSENT.format(why="sbatch is not on the PATH"))
 
 
 def probe(script: str) -> None:
@@ -146,7 +149,7 @@ def _run(words: Sequence[str], text: str = "") -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, input=text)
     except FileNotFoundError as error:
-        raise AlignlabError(ABSENT.format(command=words[0])) from error
+        raise AlignlabError(ABSENT.format(why=f"{words[0]} is not on the PATH")) from error
     except subprocess.TimeoutExpired as error:
         raise AlignlabError(
             f"{words[0]}: Slurm's controller has not answered for {PATIENCE} s: try again later"
@@ -158,6 +161,8 @@ def _run(words: Sequence[str], text: str = "") -> str:
 
 def explain(said: str, command: str = "sbatch") -> str:
     """What a command of Slurm's complains of, with the setting that it is about."""
+    if any(saying in said for saying in UNCONFIGURED):
+        return ABSENT.format(why=f"{command} is installed and knows of no cluster")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [re.sub(r"^(\w+: )?(error: )?", "", line) for line in lines if "error" in line.lower()] or lines[-1:]
     errors = [error.removeprefix("Batch job submission failed: ") for error in errors]

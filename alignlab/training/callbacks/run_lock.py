@@ -19,7 +19,7 @@ from alignlab.core.files import write_text
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
 
-OWNER = "owner"
+OWNER = "run_lock"
 EVERY = 10.0
 """Seconds between looks while a run goes on."""
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from alignlab.build import section
-from alignlab.core import Group, RolloutContext
+from alignlab.core import Algorithm, ConfigError, Group, RolloutContext
 from alignlab.models import PackedModel, save_model
-from alignlab.rollout import LocalRollout
+from alignlab.rollout.local import LocalRollout
 
 
 class Policy:
@@ -82,3 +82,17 @@ class Policy:
     def __repr__(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return f"Policy({self.model.source!r}, {trained:,} trained parameters, {self.model.layout} rows)"
+
+
+def model_for(policy: Any, algorithm: Algorithm) -> PackedModel:
+    """The model inside a policy, which must be of the kind that the algorithm trains."""
+    model = policy if isinstance(policy, PackedModel) else getattr(policy, "model", None)
+    if not isinstance(model, PackedModel):
+        raise ConfigError(f"policy: a model from alignlab.load is wanted, this is {type(policy).__name__}")
+    if model.kind != algorithm.model:
+        name = type(algorithm).__name__
+        raise ConfigError(
+            f"policy: {name} trains a {algorithm.model} model, this is a {model.kind} model: "
+            f"load it with alignlab.load(…, kind={algorithm.model!r})"
+        )
+    return model

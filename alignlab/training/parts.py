@@ -1,0 +1,52 @@
+"""Calls of a schedule and a data order that a user may have written: as `core.parts`, for what the loop alone asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignlab.core import AlignlabError, ConfigError, DataOrder
+from alignlab.core.parts import WHOLE, calling, finite, name_of
+
+
+def factor_of(schedule: Any, done: float) -> float:
+    """A schedule's factor on the peak learning rate when a share `done` of the run is over.
+
+    Raises:
+        AlignlabError: it raised, or returned something else than a number >= 0.
+    """
+    with calling(schedule, "__call__", f"at {done:.1%} of the run"):
+        found = schedule(done)
+    try:
+        if (factor := finite(found)) >= 0:
+            return factor
+        raise ValueError(f"is {factor}")
+    except ValueError as error:
+        raise AlignlabError(
+            f"{name_of(schedule, '__call__')}: a factor on the learning rate must be >= 0; that at {done:.1%} of the "
+            f"run {error}"
+        ) from error
+
+
+def check_order(order: DataOrder) -> None:
+    """Raise ConfigError unless an order says how many batches make an epoch."""
+    with calling(order, "batches_per_epoch"):
+        found: Any = order.batches_per_epoch
+    if not isinstance(found, WHOLE) or int(found) < 1:
+        raise ConfigError(f"{name_of(order, 'batches_per_epoch')}: must be a whole number >= 1; got {found!r:.80}")
+
+
+def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
+    """Indices of the records of a batch, of `count` records in all.
+
+    Raises:
+        AlignlabError: it raised, or returned something else.
+    """
+    with calling(order, "batch", f"batch {index + 1}"):
+        found: Any = order.batch(index)
+        listed = None if found is None or isinstance(found, str) else list(found)
+    if not listed or not all(isinstance(i, WHOLE) and 0 <= i < count for i in listed):
+        raise AlignlabError(
+            f"{name_of(order, 'batch')}: batch {index + 1} must be indices of records, from 0 to {count - 1}, at least "
+            f"one; got {found!r:.80}"
+        )
+    return [int(i) for i in listed]
