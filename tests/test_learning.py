@@ -19,7 +19,7 @@ import torch
 
 from alignlab.benchmarks.exact.benchmark import ExactBenchmark
 from alignlab.benchmarks.exact.enumeration import completion_log_probs
-from alignlab.benchmarks.exact.language import WORDS
+from alignlab.benchmarks.exact.language import WORDS, ExactReward
 from alignlab.benchmarks.exact.metrics import policy_metrics
 from alignlab.benchmarks.exact.process import demonstration_log_probs
 from alignlab.benchmarks.exact.steps import labelled_steps
@@ -71,9 +71,11 @@ class Place:
         return found
 
 
-def gold(world: dict[str, Any]) -> Any:
+class Gold(ExactReward):
     """The true reward, by name for configs."""
-    return ExactBenchmark(world=world).gold()
+
+    def __init__(self, world: dict[str, Any]) -> None:
+        super().__init__(ExactBenchmark(world=world).world)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 PAIRS = ["data=groups", "data.path={folder}/pairs.jsonl", "training.steps=200"]
 FOURS = ["data=groups", "data.path={folder}/fours.jsonl", "training.steps=120", "training.batch_size=32"]
-GOLD = "{{_target_: tests.test_learning.gold, world: {{words: 5, max_tokens: 3, prompts: 4}}}}"
+GOLD = "{{_target_: tests.test_learning.Gold, world: {{words: 5, max_tokens: 3, prompts: 4}}}}"
 ONLINE = [
     *("data=prompts", "data.path={folder}/prompts.jsonl", "source=rollout", "source.group_size=8"),
     *("training.batch_size=16", "training.steps=120", f"+scoring={GOLD}", "schedule=cosine"),

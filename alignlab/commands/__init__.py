@@ -58,9 +58,10 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     quiet()
     secrets.notice(arguments)
     secrets.hide_in_logs()
-    if DEBUG in arguments:
+    debug = DEBUG in arguments and DEBUGGING not in os.environ
+    if debug:
         os.environ[DEBUGGING] = "1"  # for the processes of a run and the parts of a comparison, too
-        arguments = [a for a in arguments if a != DEBUG]
+    arguments = [a for a in arguments if a != DEBUG]
     try:
         if name not in known:
             raise AlignlabError(f"{name}: unknown command{did_you_mean(name, known)}")
@@ -82,6 +83,9 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
         hint = "" if os.environ.get(DEBUGGING) else f"; {DEBUG} shows where it comes from"
         _say_error(f"an error that alignlab did not expect: {failure(error)}{hint}", error)
         return UNEXPECTED
+    finally:
+        if debug:
+            del os.environ[DEBUGGING]
 
 
 def _stopped(stop: Interrupted) -> int:

@@ -70,8 +70,8 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
                 r.get("loss_mask"),
                 {k: [*map(float, v)] if is_per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
-                r.get("text", ""),
-                r.get("source", "data"),
+                _text(r, "text", ""),
+                _text(r, "source", "data"),
             )
             for r in record["responses"]
         ]
@@ -87,7 +87,17 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
             if not isinstance(values, float) and len(values) != response.loss_tokens:
                 raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
-    return Group(prompt_ids, responses, prompt=record.get("prompt") or "", columns=dict(columns), extra=dict(extra))
+    if not isinstance(columns, Mapping) or not isinstance(extra, Mapping):
+        raise ValueError("columns and extra must be objects")
+    prompt = _text(record, "prompt", "")
+    return Group(prompt_ids, responses, prompt=prompt, columns=dict(columns), extra=dict(extra))
+
+
+def _text(record: Mapping[str, Any], name: str, default: str) -> str:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+    return value or default
 
 
 def _ids(values: Any) -> list[int]:

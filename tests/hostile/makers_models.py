@@ -170,7 +170,7 @@ def _adapter(here: Path, prepared: Path) -> Path:
     return _copy(prepared / "adapter", here, "adapter")
 
 
-def adapter(here: Path, prepared: Path, without: str = "", **changes: Any) -> None:
+def an_adapter(here: Path, prepared: Path, without: str = "", **changes: Any) -> None:
     """An adapter with other values in its config."""
     _change(_adapter(here, prepared) / "adapter_config.json", changes, without)
 
@@ -205,12 +205,12 @@ def adapter_weights(here: Path, prepared: Path, damage: str) -> None:
 def adapter_of_another_base(here: Path, prepared: Path, name: str = "llama", **sizes: Any) -> None:
     """An adapter that says it stands on another model than it was trained on."""
     tiny.save(here / "other", name, **sizes)
-    adapter(here, prepared, base_model_name_or_path=str(here / "other"))
+    an_adapter(here, prepared, base_model_name_or_path=str(here / "other"))
 
 
 def adapter_on_itself(here: Path, prepared: Path) -> None:
     """An adapter that names itself as its base."""
-    adapter(here, prepared, base_model_name_or_path=str(here / "adapter"))
+    an_adapter(here, prepared, base_model_name_or_path=str(here / "adapter"))
 
 
 def pickled_adapter(here: Path, prepared: Path) -> None:

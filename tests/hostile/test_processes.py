@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from alignlab.launch import start as starter
+from alignlab.models import save
 from alignlab.training import run as training
 from alignlab.training import step, trainer
 from alignlab.training.distributed import processes
@@ -44,7 +45,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "step": (Engine, "step", 2),
     "checkpoint": (trainer, "save_state", 2),
     "final save": (training, "peak_memory_mb", 1),
-    "writing": (training, "save_model", 1),  # the first process alone
+    "writing": (save, "save_value_head", 1),  # the first process alone
 }
 """The function, and its call, in which it happens. Where it is not the first call, a checkpoint has been written."""
 
