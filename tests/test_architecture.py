@@ -73,8 +73,8 @@ def allowed(name: str) -> set[str]:
         return {"cli"}
     if mine is None:  # the package: it hands out names from everywhere but the commands
         return set(LAYERS) - {"commands"}
-    if mine == "cli":
-        return {"commands"}
+    if mine == "cli":  # it says what went wrong, and ends what commands started
+        return {"commands", "core"}
     if mine in BESIDE:
         return set(BESIDE[mine])
     place = LAYERS.index(mine)

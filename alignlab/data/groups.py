@@ -87,6 +87,10 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
             if not isinstance(values, float) and len(values) != response.loss_tokens:
                 raise ValueError(f"{name} has {len(values)} values for {response.loss_tokens} loss-bearing tokens")
     columns, extra = record.get("columns") or {}, record.get("extra") or {}
+    if not isinstance(columns, Mapping) or not isinstance(extra, Mapping):
+        raise ValueError("the columns and the extra of a group are objects")
+    if not isinstance(record.get("prompt") or "", str):
+        raise ValueError(f"the prompt of a group is its text; got {type(record['prompt']).__name__}")
     return Group(prompt_ids, responses, prompt=record.get("prompt") or "", columns=dict(columns), extra=dict(extra))
 
 

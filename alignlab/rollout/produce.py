@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from os.path import isfile  # unlike Path's, False for what may not be looked at
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +127,5 @@ def _digests(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _files(paths: Iterable[str]) -> dict[str, list[int]]:
     """Size and time of change, in nanoseconds, of the files that a model or records are read from."""
-    found = (file for path in map(Path, paths) for file in (path, *path.glob("*")) if file.is_file())
+    found = (file for path in map(Path, paths) for file in (path, *path.glob("*")) if isfile(file))
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in found}

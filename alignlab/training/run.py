@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterable
 from functools import partial
+from os.path import exists  # unlike Path's, False for what may not be looked at
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def train(
         DataError: a record cannot be used, with file and line.
     """
     run = checked or check(config)
-    files = [Path(p) for p in run.data.paths if Path(p).exists()]
+    files = [Path(p) for p in run.data.paths if exists(p)]
     if run.training.resumes and (found := finished(out, config)) is not None:
         provenance.check_data(out, files, run.training.resume)
         return found | {"already_done": True}
