@@ -92,7 +92,7 @@ tracker = _kind("", "", {}, {
     "start": ("self, folder, config, lines", "return None"), "log": ("self, step, metrics", "pass"),
     "summarize": ("self, metrics", "pass"), "finish": ("self, failed", "pass"),
 })  # fmt: skip
-adapter = _kind("", "", {"trains_base": "True"}, {"apply": ("self, network, kind", "return network")})
+adapter_kind = _kind("", "", {"trains_base": "True"}, {"apply": ("self, network, kind", "return network")})
 benchmark = _kind("", "", {"name": "'mine'", "files": "()"}, {
     "evaluate": ("self, subject", "return {'reward': 1.0}"), "write_data": ("self, folder, model", "pass"),
     "base_path": ("self", "return None"), "base_model": ("self", "return None"),

@@ -275,7 +275,7 @@ def test_failures_name_the_record(llama: PackedModel) -> None:
         def reply(self, state: list[str], text: str) -> Any:
             return None
 
-    with pytest.raises(AlignlabError, match=r"^prompts\.jsonl:1: .*Curt\.reply failed: TypeError"):
+    with pytest.raises(AlignlabError, match=r"^prompts\.jsonl:1: .*Curt\.reply returned None: cannot unpack"):
         play(Curt(), llama, prompts(3), 1)
 
     class Forgetful(Chatter):

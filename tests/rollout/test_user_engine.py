@@ -11,6 +11,7 @@ import pytest
 
 from alignlab.config import compose, resolve
 from alignlab.core import AlignlabError, ConfigError, ExactSampler, Group, Response, RolloutEngine, Sampler
+from alignlab.core.parts import taken
 from alignlab.models import PackedModel
 from alignlab.rollout import BaseRollout, LocalRollout, build_engine
 from alignlab.rollout.produce import produce
@@ -232,3 +233,14 @@ def test_an_engine_that_draws_too_little_is_named(folder: Path, fault: str, said
     config["rollout"] = {"_target_": "tests.rollout.test_user_engine.Meagre", "fault": fault, "answers": ["a", "b"]}
     with pytest.raises(AlignlabError, match=said):
         train(config, folder / f"run-{fault}")
+
+
+def test_what_was_drawn_ahead_is_checked_too() -> None:
+    """A sampler of a user's that prefetches: as if it had been waited for."""
+    sampler = TableSampler(model("llama"), ["a", "b"])
+    asked = prompts(3, 9)
+    assert taken(sampler, lambda: sampler.sample(asked, 2, 0), asked, 2)[0].responses[1].text == "b"
+    with pytest.raises(AlignlabError, match=r"TableSampler\.prefetch: must give 2 responses; got 1"):
+        taken(sampler, lambda: sampler.sample(asked, 1, 0), asked, 2)
+    with pytest.raises(AlignlabError, match=r"TableSampler\.prefetch: .*KeyError"):
+        taken(sampler, lambda: {}["groups"], asked, 2)

@@ -74,6 +74,17 @@ def test_a_finished_run_is_made_longer(folder: Path, said: Said) -> None:
     assert json.loads((folder / "longer/result.json").read_text())["step"] == 4
 
 
+def test_a_run_of_the_one_epoch_that_is_implied_is_made_longer(folder: Path, said: Said) -> None:
+    """Where no limit is given one epoch is: two are more."""
+    none = "training.steps=null"
+    one = said("implied", none)
+    assert "(training.epochs=1)" in one
+    assert "nothing is left to train" in said("implied", none, "training.epochs=1")
+    longer = said("implied", none, "training.epochs=2")
+    assert "a run with training.epochs=1 goes on with training.epochs=2" in longer
+    assert "can be made longer only" in said("implied", none, status=2)
+
+
 def test_a_run_that_cannot_be_made_longer_says_why(folder: Path, said: Said) -> None:
     said("short", "training.steps=2", "training.checkpoint_every=null")
     assert not (folder / "short/checkpoints").exists()
