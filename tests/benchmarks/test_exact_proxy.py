@@ -123,7 +123,7 @@ def test_scores_of_all_completions_are_in_their_places(benchmark: ExactBenchmark
 
 
 def test_scores_that_are_no_numbers(benchmark: ExactBenchmark) -> None:
-    with pytest.raises(AlignlabError, match="not finite numbers"):
+    with pytest.raises(AlignlabError, match=r"'reward' of response 3 is not finite"):
         benchmark.scores(Table({**TIED, (1,): math.nan}, benchmark.world.end_id))
 
 

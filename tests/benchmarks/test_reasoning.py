@@ -198,7 +198,9 @@ class Answers:
                 steps[-1] = steps[-1][:-1] + str((int(steps[-1][-1]) + 1) % 10)
             text = "\n".join(steps)
             ids = [*tokenizer()(text)["input_ids"], VOCABULARY.index("<end>")]
-            found.append(group.with_responses([Response(ids, text=text, source="policy") for _ in range(n)]))
+            logp = [0.0] * len(ids)
+            drawn = [Response(ids, None, {"behaviour_logp": logp}, text=text, source="policy") for _ in range(n)]
+            found.append(group.with_responses(drawn))
         return found
 
 

@@ -43,7 +43,10 @@ class Told:
         made = []
         for i, group in enumerate(groups):
             found = [(i + k + seed) % len(TEXTS) for k in range(n)]
-            made.append(group.with_responses([Response([5 + t, 6, tiny.EOS], text=TEXTS[t]) for t in found]))
+            drawn = {"behaviour_logp": [0.0] * 3}
+            made.append(
+                group.with_responses([Response([5 + t, 6, tiny.EOS], None, dict(drawn), text=TEXTS[t]) for t in found])
+            )
         return made
 
 

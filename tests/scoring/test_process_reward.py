@@ -211,7 +211,7 @@ def test_a_program_rewards_steps(prm: Path) -> None:
     [
         (lambda *_: [1.0], "gave 1 labels for 2 steps"),
         (lambda *_: [1.0, 2.0], r"gave the label 2.0: must be in \[-1, 1\]"),
-        (lambda *_: [1.0, math.nan], "gave the label nan"),
+        (lambda *_: [1.0, math.nan], r"returned \[1\.0, nan\]: is not finite"),
         (lambda prompt, steps, extra: extra["gold"], "failed: KeyError: 'gold'"),
     ],
 )
