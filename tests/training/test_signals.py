@@ -97,6 +97,7 @@ def test_a_process_signalled_from_outside_finishes_its_step(name: str) -> None:
     pid = os.fork()
     if pid == 0:
         os.close(2)  # a closed standard error must not matter
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         with StopRequest() as stop:
             os.write(write, b"ready ")
             while not stop:
