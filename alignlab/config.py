@@ -333,7 +333,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is none.
     """
-    values = read_yaml(path)
+    values = read_yaml(path, advice="name the config.yaml of a run")
     check_keys(values, "train", f"{path}: ")
     for key in top_level("train")[1]:
         if not isinstance(values[key], dict | None):

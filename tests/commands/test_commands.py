@@ -29,8 +29,8 @@ COMMANDS = commands()
         (["train", "--confg-dir=x"], "--confg-dir=x: unknown option; did you mean '--config-dir'?"),
         (["report", "--all"], "--all: unknown option; known here: --help"),
         (["report"], "report: name the folder of a comparison, or several: alignlab report DIR..."),
-        (["report", "nowhere"], "nowhere/config.yaml: No such file or directory; is this the folder of a comparison?"),
-        (["train", "--from=nowhere.yaml"], "nowhere.yaml: cannot be read: [Errno 2] No such file or directory"),
+        (["report", "nowhere"], "nowhere/config.yaml: cannot be read: No such file or directory: is this"),
+        (["train", "--from=nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory: name the"),
         (["evaluate", "run=nowhere"], "run=nowhere: is not there; a model of the Hub needs a reference: name"),
         (
             ["evaluate", "run=base"],
