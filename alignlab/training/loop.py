@@ -95,13 +95,13 @@ class Loop:
         if trainer.state.step and not trainer.state.trained_tokens and not trainer.discarded:
             skipped = trainer.state.skipped
             why = (
-                f"{skipped} were left out because they were not finite (training.non_finite=skip): lower the learning "
-                "rate, or use a wider precision"
+                f"{skipped} of them were left out because they were not finite (training.non_finite=skip): lower the "
+                "learning rate, or use a wider precision"
                 if skipped
-                else "their records have no token that bears loss (do prompts have responses? see data and source)"
+                else "there was nothing to learn from (do prompts have responses, pairs a winner? see data and source)"
             )
             raise AlignlabError(
-                f"nothing was trained: of {trainer.state.step} steps {why}; no model was written, its weights would be "
+                f"nothing was trained in {trainer.state.step} steps: {why}; no model was written, its weights would be "
                 "those of the base"
             )
         self._keep_last_state()
