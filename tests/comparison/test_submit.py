@@ -249,7 +249,7 @@ def test_resources_of_stages(submit: Callable[..., int], cluster: Cluster) -> No
             ["launcher.nodes=2", "distributed=ddp", "distributed.processes=3"],
             "distributed.processes=3: cannot be spread evenly over 2 nodes",
         ),
-        (["launcher=local"], "launcher.cpus_per_task: is a key of launcher=slurm"),
+        (["launcher=local"], "launcher.cpus_per_task: unknown key of launcher=local"),
     ],
 )
 def test_mistakes(

@@ -122,6 +122,7 @@ def test_who_says_nothing_gets_what_suits_the_device(
         runs.train(folder, "simpo", out, *MORE, "training.steps=1", *more)
         assert f" rows, {said} tokens at a time → " in capsys.readouterr().out
     (folder / "usual/token_budget.json").write_text(json.dumps({"asked": USUAL, "tokens": 99}))
+    (folder / "usual/result.json").unlink()  # or the run would be over
     runs.train(folder, "simpo", "usual", *MORE, "training.steps=1")
     assert " rows, 99 tokens at a time → " in capsys.readouterr().out
 
@@ -142,6 +143,7 @@ def test_a_continuation_keeps_the_budget_and_another_wish_is_granted(folder: Pat
         patch.setattr(step, "run_batch", noting)
         for more in ([], ["training.max_tokens_per_microbatch=5000"]):
             (folder / "kept/checkpoints/step-00000006/state.pt").unlink(missing_ok=True)
+            (folder / "kept/result.json").unlink()  # or the run would be over
             runs.train(folder, "dpo", "kept", *MORE, "training.checkpoint_every=3", *more)
     assert budgets == [kept] * 3 + [5000] * 3
 
