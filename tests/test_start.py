@@ -33,7 +33,7 @@ def imported(*words: str, before: str = "") -> set[str]:
 
 
 def test_help_needs_no_library_at_all() -> None:
-    assert not {"torch", "numpy", "pydantic", "hydra", "omegaconf", "alignlab.core"} & imported("--help")
+    assert not {"torch", "numpy", "pydantic", "hydra", "omegaconf", "alignlab.build"} & imported("--help")
 
 
 @pytest.fixture(scope="module")

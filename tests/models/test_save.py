@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import AdapterKind, Group
+from alignlab.core.storage import StorageError
 from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, save_model
 from tests import tiny
 
@@ -165,7 +166,7 @@ def test_a_failure_leaves_what_was_saved_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model.tokenizer), "save_pretrained", fails)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(StorageError, match="model could not be saved: disk full"):
             save_model(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     learn(model, tiny.some_groups())

@@ -15,7 +15,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from alignlab.core import AlignlabError, Callback, Tracker
 from alignlab.core.files import read_lines, write_text
-from alignlab.core.parts import number
 from alignlab.core.secrets import without_secrets
 from alignlab.core.storage import storage_errors
 from alignlab.training.callbacks.progress import ProgressDisplay
@@ -98,6 +97,8 @@ class MetricsLog:
         if self._file is None:
             self.resume(0)
         assert self._file is not None
+        from alignlab.core.parts import number  # with torch
+
         try:
             values = {str(name): number(value) for name, value in metrics.items()}
         except ValueError as error:
