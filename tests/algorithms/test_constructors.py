@@ -21,6 +21,7 @@ CONFIGS = sorted((config_folder() / "algorithm").glob("*.yaml"))
 def read(path: Path) -> tuple[type[Algorithm], dict[str, Any]]:
     """The class that a config names, and the config's other values."""
     values = yaml.safe_load(path.read_text())
+    values.pop("defaults", None)  # that it samples
     module, _, name = values.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), name), values
 

@@ -306,7 +306,7 @@ def test_a_parser_may_stand_on_one_of_ours(loaded, tokenizer):
         (lambda record: Example("q", ["a"], [{}, {}]), "1 responses but 2 columns"),
         (lambda record: Example("q", ["a"], [{"score": math.nan}]), r"responses\[0\]: score=nan must be finite"),
         (lambda record: Example("q", ["a"], [{"score": [1.0]}]), r"responses\[0\] has 0 steps but 1 values of score"),
-        (lambda record: Example("q", ["a"], [{"score": "good"}]), "ValueError: could not convert string to float"),
+        (lambda record: Example("q", ["a"], [{"score": "good"}]), r"responses\[0\]: score='good' must be a number"),
         (lambda record: Example("q", ["a", "a"], pair=True), "two responses, and they must differ"),
         (lambda record: Example("q", ["a"], pair=True), "two responses, and they must differ"),
         (lambda record: Example(None, ["a", "b"]), "raw text .prompt=None. is one response, not 2"),
