@@ -159,7 +159,7 @@ def test_a_search_prunes_through_jobs(slurm: Slurm, home: Path) -> None:
 
 def test_what_a_user_sees_of_mistakes(slurm: Slurm, home: Path) -> None:
     for more, message in (
-        (["launcher.partition=nosuch"], "alignlab: launcher.partition: invalid partition specified: nosuch; "),
+        (["launcher.partition=nosuch"], "alignlab: launcher.partition: invalid partition specified: nosuch"),
         (["launcher.account=nobody"], "alignlab: launcher.account: "),
         (["launcher.gpus_per_node=9"], "alignlab: launcher."),
         (["launcher.nodes=2"], "launcher.nodes=2: training.seed=0 has distributed=single, one process"),
