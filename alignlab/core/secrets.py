@@ -35,6 +35,8 @@ SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|(?:API)?KEY|SECRET|PASSW(?:OR)?D|
 """Names of environment variables that hold secrets."""
 SHORTEST = 8
 """Characters of a secret that is looked for in texts: a shorter one may stand anywhere."""
+PLAIN_WORD = re.compile(r"[a-z_]{1,15}")
+"""Not looked for in texts, though a variable holds it: results in which "training" were hidden would be lost."""
 PASSED_ON = "ALIGNLAB_SECRET_"
 """How the variables begin that hand secrets on to the processes of a run."""
 INLINE = re.compile(r"(?P<key>[\w./+-]+)(?P<is>['\"]?\s*[:=]\s*)(?P<value>[^,{}\[\]]+)")
@@ -69,7 +71,7 @@ def hide(text: str) -> str:
     """A text without what is known to be a secret, or looks like one."""
     found = {v for n, v in os.environ.items() if SECRET_VARIABLE.search(n) or n.startswith(PASSED_ON)}
     for secret in sorted(_noticed | {v.strip() for v in found}, key=len, reverse=True):
-        if len(secret) >= SHORTEST:
+        if len(secret) >= SHORTEST and not PLAIN_WORD.fullmatch(secret):
             text = text.replace(secret, HIDDEN)
     return SECRET_VALUE.sub(HIDDEN, text)
 

@@ -141,3 +141,11 @@ def test_logs_and_texts_do_not_say_it(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "hunter2" not in caplog.text
     monkeypatch.setenv("DB_PASSWORD", "short")
     assert hide("a short text") == "a short text"
+
+
+def test_a_plain_word_in_the_environment_takes_nothing_out_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SORT_KEY", "objective_score")
+    monkeypatch.setenv("CLUSTER_TOKEN", "training")
+    monkeypatch.setenv("OTHER_TOKEN", "tr41ning-x")
+    assert hide('{"objective_score": 0.5, "training": 1}') == '{"objective_score": 0.5, "training": 1}'
+    assert hide("tr41ning-x") == "<secret>"
