@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -255,24 +255,30 @@ class FlexPlan:
         query, key, value = (x.transpose(1, 2) for x in padded)
         shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
-        compute = compiled(*shape, query.dtype, query.device, grads, scaling)
         try:
             # Without autocast, which is one more thing that kernels would be compiled anew for: all has its dtype.
             with recompiling(VARIANTS), torch.autocast(query.device.type, enabled=False):
+                compute = compiled(*shape, query.dtype, query.device, grads, scaling)
                 found: Tensor = compute(query, key, value, self.mask)
         except Exception as error:
             if is_memory_error(error):
                 raise
             raise AlignlabError(
                 f"FlexAttention fails for {shape[0]} heads of {shape[2]} with {shape[1]} of keys in {query.dtype} on "
-                f"{query.device} ({said(error)}): model.layout=packed does without it, through a mask of all pairs"
+                f"{query.device} ({said(_cause(error))}): model.layout=packed does without it, through a mask of all pairs"
             ) from error
         return found.transpose(1, 2)[:, :length].contiguous()
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What an error of PyTorch's compiler is about: its own first line names the compiler alone."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    return _cause(inner) if isinstance(inner, BaseException) else error
+
+
 def block_mask(group_L: Tensor, branch_L: Tensor) -> Any:
-    """FlexAttention's block mask of a row whose length is a multiple of `BLOCK`, from the first and last token of each
-    block alone: no pair of tokens is looked at.
+    """FlexAttention's block mask of a row whose length is a multiple of `BLOCK`, from what is first and last in each
+    block: no pair of tokens is looked at.
 
     A block before another is seen by it where the group that it ends with is the one that the other begins with, and
     either this group's trunk is in it or its last branch is the other's first. It is seen in full where both have one
@@ -289,12 +295,12 @@ def block_mask(group_L: Tensor, branch_L: Tensor) -> Any:
     first_branch, last_branch = branch_BL[:, 0], branch_BL[:, -1]
     has_trunk = ((group_BL == last[:, None]) & (branch_BL == TRUNK)).any(1)
     one_group, one_branch = first == last, first_branch == last_branch
-    adjacent = one_branch | ((first_branch == TRUNK) & (last_branch == TRUNK + 1))  # nothing but trunk and a branch
+    no_siblings = ((branch_BL == TRUNK) | (branch_BL == last_branch[:, None])).all(1)
 
     number = torch.arange(len(first), device=group_L.device)
     goes_on = first_branch[:, None] == last_branch
     seen = (number[:, None] > number) & (first[:, None] == last) & (has_trunk | goes_on)
-    full = (last_branch == TRUNK) | (one_branch[:, None] & goes_on & adjacent)
+    full = (last_branch == TRUNK) | (one_branch[:, None] & goes_on & no_siblings)
     full &= seen & one_group[:, None] & one_group
     partial = (seen & ~full) | (number[:, None] == number)
 
@@ -321,6 +327,11 @@ def compiled(
 
     PyTorch counts and limits compilations by the function's code: each of ours has its own. As the whole function must
     be compiled (`fullgraph`), what cannot be, or goes beyond the limit, is an error and never runs uncompiled.
+
+    Args:
+        heads, shared: of queries, and of keys and values.
+        size, value_size: of a head.
+        grads: whether gradients are recorded, and whether query, key and value have one.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -328,7 +339,17 @@ def compiled(
         return flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=heads != shared)
 
     compute.__code__ = compute.__code__.replace(co_name=f"flex_attention_{heads}_{shared}_{size}")
-    return torch.compile(compute, dynamic=True, fullgraph=True)
+    made = torch.compile(compute, dynamic=True, fullgraph=True)
+    # PyTorch takes sizes that are equal in the first call for equal in all: as many blocks as heads, and it would
+    # compile for this number of blocks alone.
+    blocks = next(n for n in count(3) if not {n, n * BLOCK} & {heads, shared, size, value_size})
+    shapes = ((heads, size), (shared, size), (shared, value_size))
+    first = [torch.zeros(1, blocks * BLOCK, *shape, dtype=dtype, device=device) for shape in shapes]
+    group, branch = (torch.zeros(blocks * BLOCK, dtype=torch.int32, device=device) for _ in range(2))
+    with torch.set_grad_enabled(grads[0]):
+        inputs = (x.transpose(1, 2).requires_grad_(grad) for x, grad in zip(first, grads[1:], strict=True))
+        made(*inputs, block_mask(group, branch))
+    return made
 
 
 CALL_PAIRS = 256
