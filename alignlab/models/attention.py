@@ -265,7 +265,7 @@ class FlexPlan:
                 raise
             raise AlignlabError(
                 f"FlexAttention fails for {shape[0]} heads of {shape[2]} with {shape[1]} of keys in {query.dtype} on "
-                f"{query.device} ({said(_cause(error))}): model.layout=packed does without it, through a mask of all pairs"
+                f"{query.device} ({said(_cause(error))}): model.layout=packed goes through a mask of all pairs instead"
             ) from error
         return found.transpose(1, 2)[:, :length].contiguous()
 

@@ -191,9 +191,8 @@ def test_what_pieces_cannot_do_goes_through_a_mask(what: str) -> None:
     model.dropout = what == "dropout"
     probe(model)
     assert model.layout == "packed"
-    assert [note.split(": ")[1] for note in model.notes] == (
-        ["it keeps its dropout (model.dropout=true)"] if model.dropout else []
-    )
+    said = ["it keeps its dropout (model.dropout=true)"] if model.dropout else []
+    assert [note.split(": ")[1] for note in model.notes] == said
 
 
 # ---------------------------------------------------------------------- as on GPUs
@@ -209,9 +208,7 @@ def test_on_gpus_rows_without_padding_go_through_flex_attention(monkeypatch: pyt
             expected = tiny.plain_log_probs(model.network, groups)
         torch.testing.assert_close(torch.cat(model.outputs(groups)["logp"]), expected, atol=1e-5, rtol=0)
         right = FlexPlan.__init__
-        monkeypatch.setattr(
-            FlexPlan, "__init__", lambda self, group, branch: right(self, group, torch.zeros_like(branch))
-        )
+        monkeypatch.setattr(FlexPlan, "__init__", lambda plan, group, branch: right(plan, group, 0 * branch))
         probe(model)
         assert model.layout == "packed"
         (note,) = model.notes
@@ -232,10 +229,8 @@ def test_why_flex_attention_is_not_used_is_said() -> None:
         probe(model)
     assert model.layout == "packed"
     (note,) = model.notes
-    assert note.startswith(
-        "attention of LlamaForCausalLM goes through a mask of all pairs: FlexAttention fails for 4 heads"
-    )
-    assert "no kernel" in note
+    assert note.startswith("attention of LlamaForCausalLM goes through a mask of all pairs: FlexAttention fails for 4")
+    assert "(no kernel): " in note
 
 
 def test_a_lack_of_memory_is_no_refusal() -> None:
