@@ -339,7 +339,7 @@ def compiled(
         return flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=heads != shared)
 
     compute.__code__ = compute.__code__.replace(co_name=f"flex_attention_{heads}_{shared}_{size}")
-    made = torch.compile(compute, dynamic=True, fullgraph=True)
+    made: Any = torch.compile(compute, dynamic=True, fullgraph=True)
     # PyTorch takes sizes that are equal in the first call for equal in all: as many blocks as heads, and it would
     # compile for this number of blocks alone.
     blocks = next(n for n in count(3) if not {n, n * BLOCK} & {heads, shared, size, value_size})
