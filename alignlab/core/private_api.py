@@ -279,12 +279,19 @@ def storage_of(study: Any) -> Any:
     return study._storage
 
 
+def trial_id(trial: Any) -> int:
+    """The number by which an Optuna storage knows a trial."""
+    need("an Optuna study's storage")
+    return int(trial._trial_id)
+
+
 def _try_study() -> None:
     import optuna
     from optuna.storages import InMemoryStorage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    there((optuna.create_study(storage=InMemoryStorage()), "_storage"))
+    study = optuna.create_study(storage=InMemoryStorage())
+    there((study, "_storage"), (study.ask(), "_trial_id"))
 
 
 @contextmanager
@@ -363,7 +370,7 @@ REACHES: dict[str, Reach] = {
         "distributed=zero1 and zero2 need a version that is known: choose ddp, fsdp or zero3",
     ),
     "an Optuna study's storage": Reach(
-        "optuna", ("5.0",), "Study._storage", _try_study, "pruning needs a version that is known"
+        "optuna", ("5.0",), "Study._storage and _trial_id", _try_study, "pruning needs a version that is known"
     ),
     "an Optuna journal's lock": Reach(
         "optuna",

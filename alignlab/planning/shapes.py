@@ -21,6 +21,7 @@ from alignlab.models.files import read_config as config_of
 from alignlab.models.heads import add_language_head
 from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
+from alignlab.models.private_api import become
 
 BUILT_IN = {
     "llama-7b": (4096, 32, 32, 11008),
@@ -256,7 +257,7 @@ def quantise(base: Any, settings: QuantizationSettings, on_cpu: bool) -> None:
         module: Any = found
         int8 = 1 + 4 / module.in_features  # a float32 constant for each row
         module.weight.bytes_each = int8 if settings.kind == "int8" else nf4_bytes(settings.double_quant)
-        module.__class__ = _QuantisedLinear
+        become(module, _QuantisedLinear)
         module.compute = None if settings.kind == "int8" else compute
     for head in heads:
         head.requires_grad_(True)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from alignlab.core import AlignlabError, Callback
 from alignlab.core.errors import shorten
 from alignlab.core.files import read_json, write_json
-from alignlab.core.private_api import journal_lock, storage_of
+from alignlab.core.private_api import journal_lock, storage_of, trial_id
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -64,7 +64,7 @@ class Pruning(Callback):
         self.study = open_study(Path(trial.storage), trial.study)
         self.study.pruner = make_pruner(trial.pruner, trial.startup_trials, trial.warmup_steps)
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
-        self._id, self.over = frozen._trial_id, frozen.state.is_finished()
+        self._id, self.over = trial_id(frozen), frozen.state.is_finished()
 
     @classmethod
     def of(cls, folder: Path) -> Pruning | None:
