@@ -10,6 +10,7 @@ their trunk and to themselves. There are two plans, and `path` chooses between t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from itertools import count, pairwise
@@ -22,7 +23,7 @@ from torch.nn.functional import pad
 
 from alignlab.core import AlignlabError, Group
 from alignlab.core.memory import is_memory_error, said
-from alignlab.core.private_api import problem, recompiling
+from alignlab.core.private_api import problem
 from alignlab.models import private_api
 from alignlab.models.packing import PADDING, TRUNK, Rows, Span
 
@@ -224,7 +225,7 @@ BLOCK = 128
 would be computed by other kernels: they are padded too, so that one kernel serves all lengths."""
 
 VARIANTS = 64
-"""Kernels for one shape of heads. One is expected: more would be other versions of PyTorch's doing."""
+"""Kernels for one shape of heads at most. One is expected."""
 
 
 class FlexPlan:
@@ -257,7 +258,7 @@ class FlexPlan:
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
         try:
             # Without autocast, which is one more thing that kernels would be compiled anew for: all has its dtype.
-            with recompiling(VARIANTS), torch.autocast(query.device.type, enabled=False):
+            with torch.autocast(query.device.type, enabled=False):
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)
                 found: Tensor = compute(query, key, value, self.mask)
         except Exception as error:
@@ -339,7 +340,9 @@ def compiled(
         return flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=heads != shared)
 
     compute.__code__ = compute.__code__.replace(co_name=f"flex_attention_{heads}_{shared}_{size}")
-    made: Any = torch.compile(compute, dynamic=True, fullgraph=True)
+    takes_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # 8 in versions that take none
+    limit: Any = {"recompile_limit": VARIANTS} if takes_limit else {}
+    made: Any = torch.compile(compute, dynamic=True, fullgraph=True, **limit)
     # PyTorch takes sizes that are equal in the first call for equal in all: as many blocks as heads, and it would
     # compile for this number of blocks alone.
     blocks = next(n for n in count(3) if not {n, n * BLOCK} & {heads, shared, size, value_size})
