@@ -15,6 +15,7 @@ from alignlab.core import Group, Response
 from alignlab.models.attention import refusal, shortest_window, use_plans
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
+from alignlab.models.precision import exact_float32
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 """Largest mean absolute difference of log-probs put down to rounding: in nats, and as a part of what a wrong mask, or
@@ -42,7 +43,7 @@ def probe(model: PackedModel) -> None:
     groups = random_groups(int(model.config.vocab_size), model.max_length)
     absolute, relative = TOLERANCE.get(model.dtype, FULL_PRECISION)
     name = type(model.base).__name__
-    with torch.no_grad(), evaluating(model), _short_window(model.config):
+    with torch.no_grad(), evaluating(model), exact_float32(), _short_window(model.config):
         expected = _one_by_one(model, groups)
         model.layout = "plain"
         difference = _difference(model, model.lay_out(groups), expected)
@@ -68,7 +69,7 @@ def probe(model: PackedModel) -> None:
             "plain sequences are used, which cost more where prompts are shared"
         )
         return
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), exact_float32():
         if _takes_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
             model.layout = "varlen"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignlab.models import PackedModel, evaluating
+from alignlab.models import PackedModel, evaluating, exact_float32
 from alignlab.models.attention import PLAN, AttentionPlan, shortest_window, use_plans
 from alignlab.rollout.cohort import Cohort
 from alignlab.rollout.decoding import REFUSALS, is_exact, random_tokens
@@ -162,7 +162,7 @@ def _try(model: PackedModel) -> bool:
     before = getattr(model.base.config, "_attn_implementation", None)
     if not kinds <= {"full_attention", "sliding_attention"} or before is None or not use_plans(model.base):
         return False
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), model.precision(), exact_float32():
         try:
             if is_exact(model, _trial(model)):
                 return True

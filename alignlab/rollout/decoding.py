@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.models import PackedModel, evaluating
+from alignlab.models import PackedModel, evaluating, exact_float32
 from alignlab.models.probe import FULL_PRECISION, TOLERANCE
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _probe(model: PackedModel) -> Mode:
 
     The yardstick is the network's own forward over one whole sequence at a time, without cache or padding.
     """
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), model.precision(), exact_float32():
         for mode in (Mode(True, True), Mode(True, False), Mode(False, True)):
             try:
                 if _exact(model, mode):
