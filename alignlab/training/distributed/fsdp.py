@@ -108,6 +108,7 @@ class FSDPEngine(Engine):
     @contextmanager
     def _all_bits(self, model: nn.Module) -> Iterator[None]:
         """Whole weights in place of the shares, which then get this process's part of what has become of them."""
+        _divide_again(model)
         whole: dict[Any, nn.Parameter] = {}
         places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
         for module, name, share in places:  # a weight that is used twice is one share
@@ -125,6 +126,10 @@ class FSDPEngine(Engine):
 
     def _share(self, tensor: Tensor, like: DTensor) -> DTensor:
         return distribute_tensor(tensor.to(like.device, like.dtype), self.mesh, like.placements, src_data_rank=None)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        _divide_again(self.model)
+        return super().trained()
 
     def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         for name, tensors in super().tensors(states):
@@ -150,6 +155,13 @@ def _layers(model: Any) -> list[nn.Module]:
         if lists:
             found += list(max(lists, key=lambda layers: len(list(layers))))
     return found
+
+
+def _divide_again(model: nn.Module) -> None:
+    """Shares in the place of what was gathered: a pass without gradients leaves rounded weights behind."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _groups(module: Any) -> list[Any]:
