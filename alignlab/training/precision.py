@@ -13,6 +13,7 @@ import torch
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel, Reference, evaluating
 from alignlab.models.precision import Products, hold_as_computed, use_masters
+from alignlab.models.quantization import has_bfloat16
 from alignlab.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype) -> torch.d
     Raises:
         ConfigError: this device does not have it.
     """
-    has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    has = has_bfloat16(device)
     if setting == "auto":
         wanted = device.type == "cuda" or (device.type == "cpu" and weights == torch.bfloat16)
         return torch.bfloat16 if wanted and has and weights != torch.float64 else None

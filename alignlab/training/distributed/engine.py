@@ -19,6 +19,9 @@ from alignlab.training.settings import DistributedSettings
 BUCKET = 1 << 25
 """Bytes of gradients that are exchanged at once, as in DDP."""
 
+GROUP = "group."
+"""How the names of tensors begin that an optimiser keeps for a group of parameters."""
+
 Tensors = dict[str, Tensor]
 """A trained parameter as a checkpoint keeps it: "weight", and its optimiser state by the optimiser's names."""
 
@@ -170,7 +173,17 @@ class Engine:
         held = self.optimizer.state if states else {}
         for name, parameter in self.trained().items():
             state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
-            yield name, {"weight": parameter.detach(), **state}
+            shared = {GROUP + k: torch.as_tensor(v) for k, v in self._shared(parameter).items()} if states else {}
+            yield name, {"weight": parameter.detach(), **state, **shared}
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+    def _shared(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What an optimiser keeps for a whole group of parameters, like the number of steps, or that it has begun."""
+        began_as = self.optimizer.defaults
+        group = {k: v for k, v in self._group_of(parameter).items() if torch.is_tensor(v) or isinstance(v, bool)}
+        return {k: v for k, v in group.items() if v is not began_as.get(k)}
 
     def load(self, found: Mapping[str, Tensors]) -> None:
         """Take over what `tensors` gave, of any engine. Called by all, with the same tensors."""
@@ -178,8 +191,12 @@ class Engine:
         parameters = self.trained()
         with torch.no_grad():
             for name, tensors in found.items():
-                parameters[name].copy_(tensors["weight"])
-                states[parameters[name]] = {k: v for k, v in tensors.items() if k != "weight"}
+                parameter = parameters[name]
+                parameter.copy_(tensors["weight"])
+                shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
+                shared = {k: bool(v) if v.dtype == torch.bool else v.clone() for k, v in shared.items()}
+                states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                self._group_of(parameter).update(shared)
         load_optimizer(self.optimizer, states)
 
 
