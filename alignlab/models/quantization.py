@@ -34,8 +34,8 @@ def loading_options(
 ) -> dict[str, Any]:
     """Options of `from_pretrained` for a quantised base; none where it is loaded in full precision.
 
-    Weights that are not quantised (embeddings, norms, the map to the vocabulary) are float32 on CPUs and in the dtype of
-    products on GPUs, unless `model.dtype` names another. They are what the base is quantised from too.
+    Weights that are not quantised (embeddings, norms, heads) are float32 on CPUs and in the dtype of products on GPUs,
+    unless `model.dtype` names another. They are what the base is quantised from too.
 
     Raises:
         ConfigError: bitsandbytes is missing; the model is quantised already, in another way; or its precision cannot be

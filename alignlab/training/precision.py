@@ -30,7 +30,7 @@ PURE = (
 )
 
 
-def resolve(setting: str, device: torch.device, weights: torch.dtype) -> torch.dtype | None:
+def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool | None = None) -> torch.dtype | None:
     """What products are made in, from `training.mixed_precision`; None: in what the weights are held in.
 
     "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU:
@@ -38,11 +38,12 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype) -> torch.d
 
     Args:
         weights: what the model is loaded in.
+        has: whether the device computes in bfloat16; None: it is asked.
 
     Raises:
         ConfigError: this device does not have it.
     """
-    has = has_bfloat16(device)
+    has = has_bfloat16(device) if has is None else has
     if setting == "auto":
         wanted = device.type == "cuda" or (device.type == "cpu" and weights == torch.bfloat16)
         return torch.bfloat16 if wanted and has and weights != torch.float64 else None
