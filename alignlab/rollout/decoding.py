@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core.memory import is_memory_error
-from alignlab.models import PackedModel, evaluating
+from alignlab.models import PackedModel, evaluating, exact_float32
 from alignlab.models.probe import REFUSALS, tolerance
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _probe(model: PackedModel) -> Mode:
 
     The yardstick is the network's own forward over one whole sequence at a time, without cache or padding.
     """
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), model.precision(), exact_float32():
         for mode in (Mode(True, True), Mode(True, False), Mode(False, True)):
             try:
                 if _exact(model, mode):
