@@ -1,0 +1,166 @@
+"""A CUDA device that is not there: tensors on "cuda" without contents, whose operations, autocast, backward passes and
+updates go through PyTorch's own dispatch for CUDA.
+
+Needs a CUDA build of PyTorch. Numbers read from such tensors are made up: 0, on the CPU 1, and True for truths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+SHIM = """
+static int devices = 0;
+void pretend_devices(int count) { devices = count; }
+signed char _ZN3c104cuda12device_countEv(void) { return devices; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 0; return 0; }
+"""
+"""What autograd's engine asks about devices before a backward pass: how many there are (c10::cuda::device_count), and
+whether one is in use (the driver). It must find none when FakeTensorMode first looks, which then puts a guard in CUDA's
+place that does nothing, and many afterwards."""
+
+PRELOADED = "ALIGNLAB_FAKE_CUDA"
+
+
+def start_again() -> None:
+    """Start this script again beside a driver that only says that no device is in use; not where it has been.
+
+    Without a C compiler the script goes on as it is, and there is no backward pass.
+    """
+    if PRELOADED in os.environ:
+        return
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    os.environ[PRELOADED] = ""
+    if compiler is None:
+        return
+    folder = tempfile.mkdtemp(prefix="alignlab-fake-")
+    source, library = Path(folder) / "shim.c", Path(folder) / "libcuda.so.1"
+    source.write_text(SHIM)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)], check=True
+    )
+    os.environ |= {PRELOADED: str(library), "LD_PRELOAD": str(library)}
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def has_backward() -> bool:
+    return bool(os.environ.get(PRELOADED))
+
+
+@contextmanager
+def fake_cuda() -> Iterator[Any]:
+    """Everything inside happens on tensors without contents, and torch finds a GPU. Yields the FakeTensorMode."""
+    import numpy as np
+    import torch
+    from torch._subclasses import fake_tensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    if torch.version.cuda is None:
+        raise SystemExit(f"torch {torch.__version__} is not a CUDA build: make fake-gpu")
+    if torch.cuda.is_available():
+        raise SystemExit("there is a GPU here: experiments/gpu/check.py says more")
+
+    class Mode(FakeTensorMode):
+        avoid_device_init = True  # whatever torch.cuda.is_available says
+
+    class Answers(TorchDispatchMode):
+        """Numbers for what asks a tensor for one."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                dtype, on_cpu = args[0].dtype, args[0].device.type == "cpu"  # as an optimiser's count of steps
+                return True if dtype == torch.bool else float(on_cpu) if dtype.is_floating_point else 0
+            if func is torch.ops.aten.equal.default:
+                return True
+            return func(*args, **(kwargs or {}))
+
+    class Attention(TorchFunctionMode):
+        """SDPA by its definition: which of its kernels it takes it would ask of the device."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                return by_definition(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    def by_definition(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, enable_gqa: bool = False, **_: Any
+    ) -> Any:
+        if not torch.is_autocast_enabled("cuda") and not query.dtype == key.dtype == value.dtype:
+            raise RuntimeError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}")
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        scores = query @ key.transpose(-1, -2)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, 0.0) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return scores.softmax(-1).to(value.dtype) @ value
+
+    def zeros(tensor: Any, *_: Any, **__: Any) -> Any:
+        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        if tensor.device.type != "cpu":
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+        return np.zeros(tuple(tensor.shape), str(wide.dtype).removeprefix("torch."))
+
+    def moved(module: Any, change: Any, recurse: bool = True) -> Any:
+        """nn.Module._apply, which would swap the contents of tensors that have none."""
+        made: dict[int, Any] = {}
+        own: Any = {"recurse": False, "remove_duplicate": False}
+        for part in module.modules() if recurse else (module,):
+            for name, tensor in [*part.named_parameters(**own), *part.named_buffers(**own)]:
+                if id(tensor) not in made:
+                    with torch.no_grad():
+                        new = change(tensor)
+                    if isinstance(tensor, torch.nn.Parameter) and new is not tensor:
+                        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                setattr(part, name, made[id(tensor)])
+        return module
+
+    card = SimpleNamespace(
+        name="none", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, gcnArchName=""
+    )
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    mode = Mode(allow_non_fake_inputs=True)
+    with mode:
+        pass  # puts the guard in place
+    if has_backward():
+        ctypes.CDLL("libcuda.so.1").pretend_devices(127)
+    answers = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_properties": lambda *_: card,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *_: None,
+        "manual_seed_all": lambda *_: None,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "max_memory_allocated": lambda *_: 0,
+        "is_current_stream_capturing": lambda: False,
+    }
+    with (
+        patch.multiple(torch.cuda, **answers),
+        patch.object(torch.accelerator, "current_stream", lambda *_: stream),
+        patch.object(fake_tensor, "init_gpu_context", lambda _: None),
+        patch.object(FakeTensor, "numpy", zeros, create=True),
+        patch.object(torch.nn.Module, "_apply", moved),
+        patch.object(FakeTensor, "tolist", lambda tensor: zeros(tensor.cpu()).tolist()),
+        mode,
+        Answers(),
+        Attention(),
+    ):
+        yield mode
