@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -95,7 +96,7 @@ def done(part: Part, size: Size, seconds: float) -> dict[str, Any]:
     if seconds <= 1:
         return {"part": part.name, "result": "failed", "reason": "no time was left for it", "seconds": 0.0, "rows": []}
     file = size.folder / f"{part.name}.rows"
-    start = time.monotonic()
+    start, used = time.monotonic(), cpu_seconds()
     process = multiprocessing.get_context("spawn" if size.on_gpu else "fork").Process(
         target=work, args=(part, size, file)
     )
@@ -121,12 +122,22 @@ def done(part: Part, size: Size, seconds: float) -> dict[str, Any]:
     skipped = bool(ended and ended[0].get("skipped"))
     line = {"part": part.name, "result": "skipped" if skipped else "failed" if reasons else "ok"}
     line |= {"reason": "; ".join(reasons)} if reasons else {}
-    return line | {"seconds": round(time.monotonic() - start, 1), "rows": rows}
+    took = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds() - used}
+    return line | {name: round(value, 1) for name, value in took.items()} | {"rows": rows}
+
+
+def cpu_seconds() -> float:
+    """Of the parts that have ended, and of what they have waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def work(part: Part, size: Size, file: Path) -> None:
     """In the part's process."""
+    from alignlab.core.children import end_with_parent
+
     os.setsid()
+    end_with_parent()
     os.dup2(2, 1)  # what libraries print is progress
 
     def write(row: dict[str, Any]) -> None:
