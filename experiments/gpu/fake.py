@@ -48,8 +48,8 @@ def main() -> int:
         f"torch {torch.__version__}, no GPU, "
         + ("forward and backward passes" if has_backward() else "forward passes alone: backward ones need a C compiler"),
         "",
-        "| algorithm | adapter | checkpoint | rows | trained | frozen | products | heads | result |",
-        "|" + "---|" * 9,
+        "| algorithm | adapter | checkpoint | rows | trained | frozen | products | heads | waits | result |",
+        "|" + "---|" * 10,
     ]
     print("\n".join(lines), flush=True)
     failed = 0
@@ -94,15 +94,15 @@ def step(folder: Path, runs: Any, algorithm: str, adapter: str, dtype: str) -> d
 
     words = [*ADAPTERS[adapter], f"model={folder}/{dtype}", "training.checkpoint_every=null", "training.steps=1"]
     words = runs.words_for(folder, algorithm, "out", "optimizer=adamw", *words, "training.progress=off")
-    found = dict.fromkeys(("rows", "trained", "frozen", "products", "heads"), "")
+    found = dict.fromkeys(("rows", "trained", "frozen", "products", "heads", "waits"), "")
     cuda = torch.device("cuda", 0)
     try:
         config = runs.config_of(folder, words)
         checked = check(config)
         processes = Processes()  # of this machine, before it has a GPU
         with (
-            fake_cuda() as mode,
-            patch.object(base, "_from_pretrained", Reader(mode, base._from_pretrained, checked.quantization)),
+            fake_cuda() as gpu,
+            patch.object(base, "_from_pretrained", Reader(base._from_pretrained, checked.quantization)),
             patch.object(attention, "compiled", stand_in),
         ):
             processes.device = processes.accelerator.state.device = cuda
@@ -115,8 +115,9 @@ def step(folder: Path, runs: Any, algorithm: str, adapter: str, dtype: str) -> d
             found |= {key: computes.get(key, "") for key in ("products", "heads")}
             if not has_backward():
                 trainer.engine.backward = lambda loss: None
-            trainer.callbacks = []
+            trainer.callbacks, before = [], gpu.waits
             trainer.run()
+            found["waits"] = str(gpu.waits - before)
             strays = {n for n, p in model.named_parameters() if p.device.type != "cuda"}
             if strays:
                 raise RuntimeError(f"{len(strays)} weights are not on the GPU: {min(strays)}")
@@ -134,8 +135,8 @@ class Reader:
     """Reads a model as `load_base` does, but in earnest on the CPU; what it gives back has no contents, and is where it
     was to be."""
 
-    def __init__(self, mode: Any, read: Any, quantization: Any) -> None:
-        self.mode, self.read, self.quantization = mode, read, quantization
+    def __init__(self, read: Any, quantization: Any) -> None:
+        self.read, self.quantization = read, quantization
 
     def __call__(self, auto: Any, path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         import torch

@@ -59,8 +59,19 @@ def has_backward() -> bool:
 
 
 @contextmanager
+def devices(count: int) -> Iterator[None]:
+    """So many for the engine that is asked about devices, where it can be led at all."""
+    pretend = ctypes.CDLL("libcuda.so.1").pretend_devices if has_backward() else lambda _: None
+    pretend(count)
+    try:
+        yield
+    finally:
+        pretend(0)
+
+
+@contextmanager
 def fake_cuda() -> Iterator[Any]:
-    """Everything inside happens on tensors without contents, and torch finds a GPU. Yields the FakeTensorMode."""
+    """Everything inside happens on tensors without contents, and torch finds a GPU. Yields what counts the host's waits."""
     import numpy as np
     import torch
     from torch._subclasses import fake_tensor
@@ -76,16 +87,48 @@ def fake_cuda() -> Iterator[Any]:
     class Mode(FakeTensorMode):
         avoid_device_init = True  # whatever torch.cuda.is_available says
 
+    aten = torch.ops.aten
+
     class Answers(TorchDispatchMode):
-        """Numbers for what asks a tensor for one."""
+        """Numbers, and sizes, for what asks a tensor for them: a mask counts as true everywhere.
+
+        Attributes:
+            waits: how often the host has read from the GPU, which it would have waited for.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default:
+            kwargs = kwargs or {}
+            first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+            asks = func in (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default)
+            asks |= func in (aten.unique_consecutive.default, aten._unique2.default, aten.masked_select.default)
+            if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+                asks = any(x is not None and x.dtype == torch.bool for x in args[1])
+                args = (args[0], [x for index in args[1] for x in self.everywhere(index)], *args[2:])
+            if first is not None and first.device.type == "cuda":
+                leaves = func is aten._to_copy.default and str(kwargs.get("device", "cuda")).startswith("cpu")
+                self.waits += asks or leaves
+            if func is aten._local_scalar_dense.default:
                 dtype, on_cpu = args[0].dtype, args[0].device.type == "cpu"  # as an optimiser's count of steps
                 return True if dtype == torch.bool else float(on_cpu) if dtype.is_floating_point else 0
-            if func is torch.ops.aten.equal.default:
+            if func is aten.equal.default:
                 return True
-            return func(*args, **(kwargs or {}))
+            if func is aten.nonzero.default:
+                return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
+            if func in (aten.unique_consecutive.default, aten._unique2.default):
+                one = torch.ones_like(args[0], dtype=torch.int64)
+                return args[0].clone(), one, one.clone()
+            return func(*args, **kwargs)
+
+        @staticmethod
+        def everywhere(index: Any) -> list[Any]:
+            """An index, or for a mask the indices of all its places."""
+            if index is None or index.dtype != torch.bool:
+                return [index]
+            return [torch.zeros(index.numel(), dtype=torch.int64, device=index.device) for _ in index.shape]
 
     class Attention(TorchFunctionMode):
         """SDPA by its definition: which of its kernels it takes it would ask of the device."""
@@ -135,8 +178,7 @@ def fake_cuda() -> Iterator[Any]:
     mode = Mode(allow_non_fake_inputs=True)
     with mode:
         pass  # puts the guard in place
-    if has_backward():
-        ctypes.CDLL("libcuda.so.1").pretend_devices(127)
+    answering = Answers()
     answers = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
@@ -153,6 +195,7 @@ def fake_cuda() -> Iterator[Any]:
         "is_current_stream_capturing": lambda: False,
     }
     with (
+        devices(127),
         patch.multiple(torch.cuda, **answers),
         patch.object(torch.accelerator, "current_stream", lambda *_: stream),
         patch.object(fake_tensor, "init_gpu_context", lambda _: None),
@@ -160,7 +203,7 @@ def fake_cuda() -> Iterator[Any]:
         patch.object(torch.nn.Module, "_apply", moved),
         patch.object(FakeTensor, "tolist", lambda tensor: zeros(tensor.cpu()).tolist()),
         mode,
-        Answers(),
+        answering,
         Attention(),
     ):
-        yield mode
+        yield answering
