@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands that compute nothing start without NumPy
@@ -12,13 +13,34 @@ if TYPE_CHECKING:  # commands that compute nothing start without NumPy
     Column = float | Sequence[float] | np.ndarray
 else:
     Column = Any
-"""What is known of a response: a number, or one number for each of its loss-bearing tokens. Those that alignlab itself
-computes (log-probs, values, advantages) are arrays."""
+"""What is known of a response: a number, or one number for each of its loss-bearing tokens. alignlab's own parts fill in
+arrays; a list that a user's part fills in becomes one when that part returns."""
 
 
 def is_per_token(column: Column) -> bool:
     """Whether a column has a number for each token, in whatever kind of sequence, rather than one for the response."""
     return hasattr(column, "__len__")
+
+
+def numbers(values: Iterable[float]) -> np.ndarray:
+    """An array for a column with a number for each token: float32 where that holds all of them exactly, as it does what
+    models compute in float32 or less; float64 otherwise. A float32 array is returned as it is."""
+    import numpy as np
+
+    found = np.asarray(values if hasattr(values, "__len__") else [*values])
+    if found.dtype == np.float32:
+        return found
+    exact = found.astype(np.float64)
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float32)
+    return rounded if np.array_equal(rounded, exact, equal_nan=True) else exact
+
+
+def joined(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists of token ids, one after the other, int64."""
+    import numpy as np
+
+    return np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists)))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -55,6 +77,16 @@ class Response:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: ids and mask as arrays of the smallest type, which are shorter than lists."""
+        import numpy as np
+
+        ids, mask = joined([self.token_ids]), self.loss_mask
+        if ids.size and ids.min() >= 0:
+            ids = ids.astype(np.min_scalar_type(ids.max()))
+        others = [getattr(self, f.name) for f in fields(self)[2:]]
+        return _received, (ids, None if mask is None else np.array(mask, bool), *others)
+
     @property
     def loss_tokens(self) -> int:
         """Number of tokens that bear loss."""
@@ -66,6 +98,10 @@ class Response:
         if self.loss_mask is None:
             return list(range(len(self.token_ids)))
         return [i for i, bears in enumerate(self.loss_mask) if bears]
+
+
+def _received(ids: np.ndarray, mask: np.ndarray | None, *others: Any) -> Response:
+    return Response(ids.tolist(), None if mask is None else mask.tolist(), *others)
 
 
 @dataclass(slots=True)

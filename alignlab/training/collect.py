@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from alignlab.core import (
     Algorithm,
     AlignlabError,
@@ -264,21 +266,23 @@ class Collector:
     ) -> tuple[list[Group], int, dict[str, float]]:
         """Everyone's share on every process; tokens drawn by all; metrics averaged over the processes.
 
-        Records that everyone has travel as the columns that were filled in; only new responses travel whole.
+        Records that everyone has travel as the columns that were filled in; new responses travel without their prompts.
+        Every process gets all of it, tokens too: `prepare` sees whole groups, and later epochs share them out anew.
         """
         new = self.source.kind == "rollout" or bool(self.scorers)
-        found = list(groups)
+        found, rank = list(groups), self.processes.rank
+        for i, group in zip(share[rank], mine, strict=True):
+            found[i] = group
         if self.processes.world == 1:
-            for i, group in zip(share[0], mine, strict=True):
-                found[i] = group
             return found, drawn, report
         if not new:
             self._exchange_columns(found, mine, share, filled)
             return found, drawn, report
-        parts = self.processes.gather((mine, drawn, report))
-        for indices, (part, _, _) in zip(share, parts, strict=True):
+        sent = [_without_prompt(group, groups[i]) for i, group in zip(share[rank], mine, strict=True)]
+        parts = self.processes.gather((sent, drawn, report))
+        for other, (indices, (part, _, _)) in enumerate(zip(share, parts, strict=True)):
             for i, group in zip(indices, part, strict=True):
-                found[i] = group
+                found[i] = found[i] if other == rank else _with_prompt(group, groups[i])
         told: dict[str, list[float]] = {}
         for _, _, metrics in parts:
             for name, value in metrics.items():
@@ -288,14 +292,30 @@ class Collector:
     def _exchange_columns(
         self, groups: Sequence[Group], mine: Sequence[Group], share: Sequence[Sequence[int]], filled: Sequence[str]
     ) -> None:
-        """Columns that each process has filled in for its share, on every process."""
+        """Columns that each process has filled in for its share, on every process: an array for each."""
         if self.processes.world == 1 or not filled:
             return
-        columns = [[{c: r.columns[c] for c in filled} for r in g.responses] for g in mine]
-        for indices, part in zip(share, self.processes.gather(columns), strict=True):
-            for i, responses in zip(indices, part, strict=True):
-                for response, values in zip(groups[i].responses, responses, strict=True):
-                    response.columns.update(values)
+        own = [r.columns for g in mine for r in g.responses]
+        flat = [np.concatenate([np.asarray(c[name]) for c in own] or [np.zeros(0, np.float32)]) for name in filled]
+        for rank, (indices, arrays) in enumerate(zip(share, self.processes.gather(flat), strict=True)):
+            responses = [r for i in indices for r in groups[i].responses]
+            if rank == self.processes.rank or not responses:
+                continue
+            ends = np.cumsum([r.loss_tokens for r in responses])
+            for name, array in zip(filled, arrays, strict=True):
+                for response, values in zip(responses, np.split(array, ends[:-1]), strict=True):
+                    response.columns[name] = values
+
+
+def _without_prompt(group: Group, record: Group) -> Group:
+    """What other processes lack of a group: its prompt only where it is not the record's own."""
+    same = group.prompt_ids is record.prompt_ids and group.prompt is record.prompt
+    return replace(group, prompt_ids=[], prompt="") if same else group
+
+
+def _with_prompt(group: Group, record: Group) -> Group:
+    """The inverse."""
+    return group if group.prompt_ids else replace(group, prompt_ids=record.prompt_ids, prompt=record.prompt)
 
 
 def _drawn_for(groups: Sequence[Group], exact: bool) -> dict[int, list[int]]:
