@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # commands that compute nothing start without NumPy
     Column = float | Sequence[float] | np.ndarray
 else:
     Column = Any
-"""What is known of a response: a number, or one number for each of its loss-bearing tokens. alignlab's own parts fill in
-arrays; a list that a user's part fills in becomes one when that part returns."""
+"""What is known of a response: a number, or one number for each of its loss-bearing tokens. alignlab's own parts give
+arrays; a list that a user's part gives becomes one when that part returns."""
 
 
 def is_per_token(column: Column) -> bool:
@@ -77,16 +77,6 @@ class Response:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For other processes: ids and mask as arrays of the smallest type, which are shorter than lists."""
-        import numpy as np
-
-        ids, mask = joined([self.token_ids]), self.loss_mask
-        if ids.size and ids.min() >= 0:
-            ids = ids.astype(np.min_scalar_type(ids.max()))
-        others = [getattr(self, f.name) for f in fields(self)[2:]]
-        return _received, (ids, None if mask is None else np.array(mask, bool), *others)
-
     @property
     def loss_tokens(self) -> int:
         """Number of tokens that bear loss."""
@@ -98,10 +88,6 @@ class Response:
         if self.loss_mask is None:
             return list(range(len(self.token_ids)))
         return [i for i, bears in enumerate(self.loss_mask) if bears]
-
-
-def _received(ids: np.ndarray, mask: np.ndarray | None, *others: Any) -> Response:
-    return Response(ids.tolist(), None if mask is None else mask.tolist(), *others)
 
 
 @dataclass(slots=True)

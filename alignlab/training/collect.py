@@ -39,6 +39,7 @@ from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
+from alignlab.training.exchange import Pieces, pack, unpack
 from alignlab.training.off_policy import compare, warn
 from alignlab.training.order import shares
 from alignlab.training.reference_cache import ReferenceCache
@@ -266,8 +267,7 @@ class Collector:
     ) -> tuple[list[Group], int, dict[str, float]]:
         """Everyone's share on every process; tokens drawn by all; metrics averaged over the processes.
 
-        Records that everyone has travel as the columns that were filled in; new responses travel without their prompts.
-        Every process gets all of it, tokens too: `prepare` sees whole groups, and later epochs share them out anew.
+        Records that everyone has travel as the columns that were filled in; only new responses travel whole.
         """
         new = self.source.kind == "rollout" or bool(self.scorers)
         found, rank = list(groups), self.processes.rank
@@ -278,11 +278,12 @@ class Collector:
         if not new:
             self._exchange_columns(found, mine, share, filled)
             return found, drawn, report
-        sent = [_without_prompt(group, groups[i]) for i, group in zip(share[rank], mine, strict=True)]
-        parts = self.processes.gather((sent, drawn, report))
-        for other, (indices, (part, _, _)) in enumerate(zip(share, parts, strict=True)):
-            for i, group in zip(indices, part, strict=True):
-                found[i] = found[i] if other == rank else _with_prompt(group, groups[i])
+        parcel = pack(mine, [groups[i] for i in share[rank]])
+        parts = self.processes.gather((parcel, drawn, report))
+        for other, (indices, (theirs, _, _)) in enumerate(zip(share, parts, strict=True)):
+            if other != rank:
+                for i, group in zip(indices, unpack(theirs, [groups[i] for i in indices]), strict=True):
+                    found[i] = group
         told: dict[str, list[float]] = {}
         for _, _, metrics in parts:
             for name, value in metrics.items():
@@ -292,30 +293,16 @@ class Collector:
     def _exchange_columns(
         self, groups: Sequence[Group], mine: Sequence[Group], share: Sequence[Sequence[int]], filled: Sequence[str]
     ) -> None:
-        """Columns that each process has filled in for its share, on every process: an array for each."""
+        """Columns that each process has filled in for its share, on every process."""
         if self.processes.world == 1 or not filled:
             return
         own = [r.columns for g in mine for r in g.responses]
-        flat = [np.concatenate([np.asarray(c[name]) for c in own] or [np.zeros(0, np.float32)]) for name in filled]
-        for rank, (indices, arrays) in enumerate(zip(share, self.processes.gather(flat), strict=True)):
+        columns = [Pieces.of([np.asarray(c[name]) for c in own]) for name in filled]
+        for rank, (indices, theirs) in enumerate(zip(share, self.processes.gather(columns), strict=True)):
             responses = [r for i in indices for r in groups[i].responses]
-            if rank == self.processes.rank or not responses:
-                continue
-            ends = np.cumsum([r.loss_tokens for r in responses])
-            for name, array in zip(filled, arrays, strict=True):
-                for response, values in zip(responses, np.split(array, ends[:-1]), strict=True):
+            for name, pieces in zip(filled, theirs if rank != self.processes.rank else [], strict=False):
+                for response, values in zip(responses, pieces.apart(), strict=True):
                     response.columns[name] = values
-
-
-def _without_prompt(group: Group, record: Group) -> Group:
-    """What other processes lack of a group: its prompt only where it is not the record's own."""
-    same = group.prompt_ids is record.prompt_ids and group.prompt is record.prompt
-    return replace(group, prompt_ids=[], prompt="") if same else group
-
-
-def _with_prompt(group: Group, record: Group) -> Group:
-    """The inverse."""
-    return group if group.prompt_ids else replace(group, prompt_ids=record.prompt_ids, prompt=record.prompt)
 
 
 def _drawn_for(groups: Sequence[Group], exact: bool) -> dict[int, list[int]]:

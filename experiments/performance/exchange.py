@@ -148,24 +148,21 @@ class Ready:
         return self
 
     def sample(self, groups: Any, n: int, seed: int) -> list[Any]:
-        from alignlab.core import Response
+        from alignlab.rollout.batching import Row
 
         rng = np.random.default_rng(seed)
         found = []
         for group in groups:
             responses = []
-            for _ in range(n):
+            for k in range(n):
                 count = int(rng.integers(256, 769))
-                columns: dict[str, Any] = {name: rng.normal(size=count).astype(np.float32) for name in COLUMNS}
-                columns["behaviour_logp"] = columns["behaviour_logp"].astype(BEHAVIOUR)
-                ids, text = rng.integers(128_000, size=count).tolist(), "".join(rng.choice(WORDS, count))
-                responses.append(Response(ids, None, columns | {"reward": 0.5}, True, text, "policy"))
+                logps = {name: rng.normal(size=count).astype(np.float32) for name in COLUMNS}
+                row = Row(group.prompt_ids, group.origin, b"", k, count, rng.integers(128_000, size=count).tolist())
+                row.logp, row.text = logps["behaviour_logp"].tolist(), "".join(rng.choice(WORDS, count))
+                responses.append(row.response())
+                responses[-1].columns |= {"old_logp": logps["old_logp"], "ref_logp": logps["ref_logp"], "reward": 0.5}
             found.append(group.with_responses(responses))
         return found
-
-
-BEHAVIOUR = np.float64
-"""What samplers keep their log-probs in."""
 
 
 if __name__ == "__main__":
