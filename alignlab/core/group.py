@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,12 @@ def is_per_token(column: Column) -> bool:
     return hasattr(column, "__len__")
 
 
-def numbers(values: Iterable[float]) -> np.ndarray:
+def numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """An array for a column with a number for each token: float32 where that holds all of them exactly, as it does what
     models compute in float32 or less; float64 otherwise. A float32 array is returned as it is."""
     import numpy as np
 
-    found = np.asarray(values if hasattr(values, "__len__") else [*values])
+    found = np.asarray(values)
     if found.dtype == np.float32:
         return found
     exact = found.astype(np.float64)

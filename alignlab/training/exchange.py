@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from alignlab.core import Group
+from alignlab.core import Group, Response
 from alignlab.core.group import joined
 
 
@@ -40,20 +40,20 @@ class Parcel:
         groups: what there is besides; a prompt that is its record's is left out, and so are tokens, masks and arrays.
         ids: tokens of all responses, in the smallest type that holds them.
         masks: of those responses that have one, by index.
-        columns: arrays of those responses that have them, by index; or another column that holds the very same.
+        columns: by the names of columns that share them, arrays of those responses that have them, by index.
     """
 
     groups: list[Group]
     ids: Pieces
     masks: tuple[list[int], Pieces]
-    columns: dict[str, tuple[list[int], Pieces] | str]
+    columns: dict[tuple[str, ...], tuple[list[int], Pieces]]
 
 
 def pack(groups: Iterable[Group], records: Iterable[Group]) -> Parcel:
     """Args: `records`: what every process has of these groups already."""
-    bare = []
+    bare: list[Group] = []
+    responses: list[Response] = []
     arrays: dict[str, dict[int, np.ndarray]] = {}
-    responses = []
     for group, record in zip(groups, records, strict=True):
         known = group.prompt_ids is record.prompt_ids and group.prompt is record.prompt
         kept = []
@@ -65,17 +65,21 @@ def pack(groups: Iterable[Group], records: Iterable[Group]) -> Parcel:
                     columns[name] = 0.0  # keeps its place
             kept.append(replace(response, token_ids=[], loss_mask=None, columns=columns))
             responses.append(response)
-        bare.append(replace(group, responses=kept, **({"prompt_ids": [], "prompt": ""} if known else {})))
+        ids, prompt = ([], "") if known else (group.prompt_ids, group.prompt)
+        bare.append(replace(group, responses=kept, prompt_ids=ids, prompt=prompt))
     flat = joined([r.token_ids for r in responses])
     if len(flat) and flat.min() >= 0:
         flat = flat.astype(np.min_scalar_type(flat.max()))
     masks = {i: np.array(r.loss_mask, bool) for i, r in enumerate(responses) if r.loss_mask is not None}
-    same = {name: next(n for n in arrays if _alike(arrays[n], arrays[name])) for name in arrays}
+    sharing: dict[str, list[str]] = {}  # old_logp may be the very arrays of behaviour_logp
+    for name, held in arrays.items():
+        first = next(n for n in arrays if _alike(arrays[n], held))
+        sharing.setdefault(first, []).append(name)
     return Parcel(
         bare,
         Pieces(flat, np.array([len(r.token_ids) for r in responses], np.int64)),
         ([*masks], Pieces.of([*masks.values()])),
-        {n: ([*a], Pieces.of([*a.values()])) if same[n] == n else same[n] for n, a in arrays.items()},
+        {tuple(names): ([*arrays[n]], Pieces.of([*arrays[n].values()])) for n, names in sharing.items()},
     )
 
 
@@ -92,13 +96,9 @@ def unpack(parcel: Parcel, records: Iterable[Group]) -> list[Group]:
         response.token_ids = ids[begin:end]
     for i, mask in zip(parcel.masks[0], parcel.masks[1].apart(), strict=True):
         responses[i].loss_mask = mask.tolist()
-    for name, held in parcel.columns.items():
-        if isinstance(held, str):
-            for i in parcel.columns[held][0]:
-                responses[i].columns[name] = responses[i].columns[held]
-        else:
-            for i, values in zip(held[0], held[1].apart(), strict=True):
-                responses[i].columns[name] = values
+    for names, (indices, arrays) in parcel.columns.items():
+        for i, array in zip(indices, arrays.apart(), strict=True):
+            responses[i].columns.update(dict.fromkeys(names, array))
     return [
         group if group.prompt_ids else replace(group, prompt_ids=record.prompt_ids, prompt=record.prompt)
         for group, record in zip(parcel.groups, records, strict=True)
