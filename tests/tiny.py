@@ -205,3 +205,8 @@ def gradients(module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
     return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
+
+
+def listed(response: Response) -> dict[str, Any]:
+    """Its columns, with lists for arrays."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in response.columns.items()}
