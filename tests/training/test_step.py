@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -69,5 +70,6 @@ def test_records_without_a_finite_loss_are_named(budget: int) -> None:
     """In whichever micro-batches they are."""
     trainer = Trainer(tiny.model(), Spoilt(), lr=1e-3)
     groups = tiny.groups([(5, [4]), (5, [6]), (5, [3]), (5, [6])])
-    with pytest.raises(NonFiniteError, match=r"for 2 record\(s\): data\.jsonl:[24], data\.jsonl:[24]\. "):
+    with pytest.raises(NonFiniteError, match=r"for 2 record\(s\): data") as failed:
         run_batch(groups, algorithm=trainer.algorithm, engine=trainer.engine, max_tokens_per_microbatch=budget)
+    assert sorted(re.findall(r"data\.jsonl:\d", str(failed.value))) == ["data.jsonl:2", "data.jsonl:4"]
