@@ -8,6 +8,7 @@
 # make test-vllm   with a real vLLM server, its build for CPUs
 # make guard       the study of performance, small: has anything become slower or larger than recorded?
 # make lint        linter, formatter, types
+# make newer       which libraries have versions newer than those tested; never fails
 # make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
 # make clean       removes the environments and what was built
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
+.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint newer wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -92,6 +93,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+newer: $(VENV)/.test
+	$(BIN)/python .ci/newer.py
+
 # The package as users get it, by the demo's first minute: a reward model, two algorithms, one seed, a few steps.
 LEFT_OUT := models.ranker models.prm $(addprefix algorithms.,rejection_sampling expert_iteration rrhf slic ppo)
 FIRST_MINUTE := comparison.seeds=[0] comparison.budget.steps=5 comparison.pairs.rounds=2 comparison.best_of=null \
@@ -105,16 +109,17 @@ wheel: $(VENV)/.test
 	cd $$folder; .venv/bin/alignlab --help; .venv/bin/alignlab compare experiment=demo out=demo $(FIRST_MINUTE); \
 	test -s demo/leaderboard.json; test -s demo/report.html
 
+# Without --no-compile an installation takes twice as long: what is imported is compiled then, and kept.
 install: $(VENV)/.install
 
 $(VENV)/.install: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("alignlab needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.install
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 clean:
