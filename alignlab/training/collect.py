@@ -27,6 +27,7 @@ from alignlab.core.parts import (
     generated_tokens,
     give_sampler,
     groups_of,
+    name_of,
     numbers_of,
     sampler_of,
     score,
@@ -159,6 +160,7 @@ class Collector:
             report |= {"rollout_staleness": float(stale), **compare(arranged, self.rollout.importance_cap)}
             if not stale and self.processes.is_main:
                 warn(report)
+        _check_needs(self.algorithm, arranged)
         return Collected(found, groups_of(self.algorithm, "prepare", arranged), tokens, _mean_reward(found), report)
 
     # ------------------------------------------------------------------ sampling
@@ -316,3 +318,15 @@ def _mean_reward(groups: Sequence[Group]) -> float | None:
         r.columns["reward"] for g in groups for r in g.responses if r.source != "data" and "reward" in r.columns
     ]
     return sum(map(float, rewards)) / len(rewards) if rewards else None
+
+
+def _check_needs(algorithm: Algorithm, groups: Sequence[Group]) -> None:
+    """Raise AlignlabError for a column that the algorithm needs and no response has, read by it or not."""
+    responses = [r for g in groups for r in g.responses]
+    for column in algorithm.needs if responses else ():
+        alone = column == "reward" and all(len(g.responses) == 1 for g in groups)  # there is nothing to choose between
+        if not alone and not any(column in r.columns for r in responses):
+            raise AlignlabError(
+                f"{groups[0].place}: {name_of(algorithm, 'needs')}: no response has the column '{column}': give "
+                "records that have it, or a scorer that fills it"
+            )
