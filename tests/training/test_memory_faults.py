@@ -204,11 +204,13 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
     """Rows that had ended stay as they are, the others go on where they were."""
     from alignlab.models.packed_model import PackedModel
     from alignlab.rollout.continuous import ContinuousDecoding
+    from alignlab.training import run
 
     more = ["training.steps=2", "training.progress=off", "source.rollout_batch_size=6"]
     runs.train(folder, "ppo", "plenty", *more)
     failures = {"sampling": 0, "scoring": 0}
-    append, forward = ContinuousDecoding.append, PackedModel.forward
+    append, forward, load = ContinuousDecoding.append, PackedModel.forward, run.load_model
+    loaded: list[Any] = []
 
     def starved_append(self: Any, token_R: torch.Tensor) -> None:
         if len(token_R) > 4:
@@ -217,7 +219,7 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
         append(self, token_R)
 
     def starved_forward(self: Any, rows: Any, *arguments: Any) -> Any:
-        if not torch.is_grad_enabled() and rows.tokens > 60:
+        if loaded and not torch.is_grad_enabled() and rows.tokens > 60:
             failures["scoring"] += 1
             raise no_memory("cpu")
         return forward(self, rows, *arguments)
@@ -225,6 +227,7 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ContinuousDecoding, "append", starved_append)
         patch.setattr(PackedModel, "forward", starved_forward)
+        patch.setattr(run, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
         runs.train(folder, "ppo", "little", *more)
     assert failures["sampling"] > 0 and failures["scoring"] > 0
     assert (folder / "plenty/samples.jsonl").read_text() == (folder / "little/samples.jsonl").read_text()
