@@ -133,11 +133,15 @@ class PackedModel(nn.Module):
         """What it computes in: that of its weights, or of its products."""
         return self.compute_dtype or precision(self.base)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Around every use of its modules that is not `forward`: products in the precision of the run."""
+    def precision(self, cache: bool = True) -> AbstractContextManager[Any]:
+        """Around every use of its modules that is not `forward`: products in the precision of the run.
+
+        Args:
+            cache: keep rounded weights until the end, for many passes.
+        """
         if self.compute_dtype is None or not self.autocasts:
             return nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=cache)
 
     @property
     def decoder(self) -> Any:
@@ -197,7 +201,7 @@ class PackedModel(nn.Module):
                 "step".
             temperature: log-probs are of softmax(logits / temperature): what was sampled from, when sampling.
         """
-        with self.precision():
+        with self.precision(cache=False):  # else recomputing activations would save less
             return self._outputs(rows, set(reads), temperature)
 
     def _outputs(self, rows: Rows, reads: set[str], temperature: float) -> dict[str, Tensor]:

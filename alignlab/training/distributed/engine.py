@@ -194,9 +194,10 @@ class Engine:
                 parameter = parameters[name]
                 parameter.copy_(tensors["weight"])
                 shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
-                shared = {k: bool(v) if v.dtype == torch.bool else v.clone() for k, v in shared.items()}
                 states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
-                self._group_of(parameter).update(shared)
+                group = self._group_of(parameter)
+                for key, value in shared.items():
+                    group[key] = bool(value) if value.dtype == torch.bool else value.clone()
         load_optimizer(self.optimizer, states)
 
 

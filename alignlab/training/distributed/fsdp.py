@@ -110,7 +110,8 @@ class FSDPEngine(Engine):
         """Whole weights in place of the shares, which then get this process's part of what has become of them."""
         _divide_again(model)
         whole: dict[Any, nn.Parameter] = {}
-        places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
+        held: list[tuple[Any, str, Any]] = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
+        places = [(m, n, p) for m, n, p in held if isinstance(p, DTensor)]
         for module, name, share in places:  # a weight that is used twice is one share
             if share not in whole:
                 whole[share] = nn.Parameter(share.detach().full_tensor(), requires_grad=share.requires_grad)
