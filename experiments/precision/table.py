@@ -1,11 +1,11 @@
-"""What runs hold and compute in, for every algorithm, full, LoRA and NF4, in every mode; and the share of weights changed.
+"""What runs hold and compute in, and the share of weights they change: every algorithm, full, LoRA and NF4, every mode.
 
     python experiments/precision/table.py OUT [--modes single,fsdp] [--kinds full,lora]
 
-Makes a small bfloat16 Llama with random weights and records for it in OUT, trains each algorithm for two AdamW steps at
-a learning rate of 1e-5 in one process or two, and writes OUT/table.json and OUT/table.md. Dtypes are those that each run
-found by a forward pass and that its checkpoint holds. Runs that are there already are not done again. About half an hour
-on two cores.
+Makes a small Llama with random weights and records for it in OUT, trains each algorithm on it in bfloat16 for two steps
+of AdamW at a learning rate of 1e-5, in one process or two, and writes OUT/table.json and OUT/table.md. Dtypes are those
+that each run found by a forward pass and that its checkpoint holds. Runs that are there already are not done again. About
+half an hour on two cores.
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ class FSDPEngine(Engine):
         """Whole weights in place of the shares, which then get this process's part of what has become of them."""
         _divide_again(model)
         whole: dict[Any, nn.Parameter] = {}
+        share: Any
         held: list[tuple[Any, str, Any]] = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
         places = [(m, n, p) for m, n, p in held if isinstance(p, DTensor)]
         for module, name, share in places:  # a weight that is used twice is one share
