@@ -1,11 +1,14 @@
 # make demo        installs into .venv and runs the main job on the embedded default
 # make check       the inner loop of whoever changes something, about a minute: linter, core, algorithms, a run of each kind
 # make test        all tests but those of the targets below; needs no GPU, no network and nothing beside this folder
+# make test-processes  several processes, launchers, sweeps, what is killed, full memory, wandb
+# make test-hostile    bad inputs, full disks, power cuts, fuzzers
 # make test-real   those of the above that need real models and data: skipped where ../shared is absent
 # make test-slurm  on a real Slurm of virtual nodes on this machine (root, Debian)
 # make test-vllm   with a real vLLM server, its build for CPUs
 # make guard       the study of performance, small: has anything become slower or larger than recorded?
 # make lint        linter, formatter, types
+# make newer       which libraries have versions newer than those tested; never fails
 # make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
 # make clean       removes the environments and what was built
 #
@@ -16,7 +19,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
+.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint newer wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -33,7 +36,14 @@ check: $(VENV)/.test
 	  $(EACH_KIND:%='tests/training/test_loop.py::test_packing_does_not_matter[%]') tests/comparison/test_planning.py
 
 test: $(VENV)/.test
-	$(PYTEST) $(TWO_AT_A_TIME) --ignore=tests/slurm --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+	$(PYTEST) $(TWO_AT_A_TIME) -m 'not processes' --ignore=tests/hostile --ignore=tests/slurm \
+	  --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+
+test-processes: $(VENV)/.test
+	$(PYTEST) $(TWO_AT_A_TIME) -m processes --ignore=tests/slurm
+
+test-hostile: $(VENV)/.test
+	$(PYTEST) $(TWO_AT_A_TIME) tests/hostile
 
 test-real: $(VENV)/.test
 	$(PYTEST) -m real_data tests/benchmarks tests/data tests/models tests/rollout tests/training
@@ -82,6 +92,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+newer: $(VENV)/.test
+	$(BIN)/python .ci/newer.py
 
 # The package as users get it, by the demo's first minute: a reward model, two algorithms, one seed, a few steps.
 LEFT_OUT := models.ranker models.prm $(addprefix algorithms.,rejection_sampling expert_iteration rrhf slic ppo)

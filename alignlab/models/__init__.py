@@ -5,7 +5,7 @@ from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
-from alignlab.models.precision import as_loaded, exact_float32
+from alignlab.models.precision import as_loaded
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
 from alignlab.models.settings import ModelSettings, QuantizationSettings
@@ -24,7 +24,6 @@ __all__ = [
     "check_adapter",
     "check_tokens",
     "evaluating",
-    "exact_float32",
     "load_model",
     "load_tokenizer",
     "save_model",

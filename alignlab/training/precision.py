@@ -12,7 +12,7 @@ import torch
 
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel, Reference, evaluating
-from alignlab.models.precision import Products, hold_as_computed, use_masters
+from alignlab.models.precision import hold_as_computed, products, use_masters
 from alignlab.models.quantization import has_bfloat16
 from alignlab.training.settings import TrainingSettings
 
@@ -128,7 +128,7 @@ def observe(engine: Engine, reads: Iterable[str]) -> dict[str, str]:
     model = engine.model
     limit = min(8, model.max_length or 8) // 2
     group = Group([1] * limit, [Response([1] * limit)])
-    with evaluating(model), torch.no_grad(), Products(model) as seen:
+    with evaluating(model), torch.no_grad(), products(model) as seen:
         engine(model.lay_out([group]), tuple(reads), 1.0)
     weights = {p.dtype for p in engine.trained().values()}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}

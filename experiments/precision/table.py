@@ -4,7 +4,7 @@
 
 Makes a small Llama with random weights and records for it in OUT, trains each algorithm on it in bfloat16 for two steps
 of AdamW at a learning rate of 1e-5, in one process or two, and writes OUT/table.json and OUT/table.md. Dtypes are those
-that each run found by a forward pass and that its checkpoint holds. Runs that are there already are not done again. About
+that each run found by a forward pass and that its checkpoint holds. Runs that are there are not done again. About
 half an hour on two cores.
 """
 

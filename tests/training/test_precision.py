@@ -21,7 +21,6 @@ from alignlab.models import (
     QuantizationSettings,
     Reference,
     as_loaded,
-    exact_float32,
     load,
     load_model,
     private_api,
@@ -208,17 +207,6 @@ def test_float32_products_are_said_on_gpus(monkeypatch: pytest.MonkeyPatch) -> N
     assert in_words(found, CPU) == plain
     assert in_words(found, CUDA) == f"{plain}, float32 products in TF32 (training.float32_matmul=high)"
     assert in_words({"weights": "float32", "products": "bfloat16"}, CUDA) == "weights float32, products bfloat16"
-
-
-def test_tf32_is_off_where_exactness_is_tried() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with exact_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------------- models

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignlab.core import ConfigError
+from alignlab.core.private_api import make_root, state_dict_hooks, summed_in
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
 
@@ -53,7 +54,7 @@ class FSDPEngine(Engine):
         for layer in _layers(model):
             fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
         fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
-        model._get_fsdp_state()._lazy_init()  # else a layer called by itself, in sampling, takes itself for the root
+        make_root(model)
 
     @property
     def name(self) -> str:
@@ -68,10 +69,7 @@ class FSDPEngine(Engine):
         loss.backward()
 
     def reduced_in(self) -> set[torch.dtype]:
-        groups = [g for m in self.model.modules() if isinstance(m, FSDPModule) for g in _groups(m)]
-        return {
-            g._reduce_dtype or p.param_dtype or p.orig_dtype for g in groups for p in g.fsdp_params if _is_trained(p)
-        }
+        return summed_in(self.model)
 
     def _clip(self) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -90,7 +88,7 @@ class FSDPEngine(Engine):
                 yield
             return
         parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        hooks = [(m._state_dict_pre_hooks, dict(m._state_dict_pre_hooks)) for m in model.modules()]
+        hooks = [(held, dict(held)) for held in state_dict_hooks(model)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -110,18 +108,20 @@ class FSDPEngine(Engine):
         """Whole weights in place of the shares, which then get this process's part of what has become of them."""
         _divide_again(model)
         whole: dict[Any, nn.Parameter] = {}
-        share: Any
-        held: list[tuple[Any, str, Any]] = [(m, n, p) for m in model.modules() for n, p in m._parameters.items()]
-        places = [(m, n, p) for m, n, p in held if isinstance(p, DTensor)]
-        for module, name, share in places:  # a weight that is used twice is one share
+        places: list[tuple[nn.Module, str, Any]] = []
+        for path, share in model.named_parameters(remove_duplicate=False):  # a weight that is used twice is one share
+            if isinstance(share, DTensor):
+                module, _, name = path.rpartition(".")
+                places.append((model.get_submodule(module), name, share))
+        for module_, name, share in places:
             if share not in whole:
                 whole[share] = nn.Parameter(share.detach().full_tensor(), requires_grad=share.requires_grad)
-            module._parameters[name] = whole[share]
+            setattr(module_, name, whole[share])
         try:
             yield
         finally:
-            for module, name, share in places:
-                module._parameters[name] = share
+            for module_, name, share in places:
+                setattr(module_, name, share)
         with torch.no_grad():
             for share, tensor in whole.items():
                 share.copy_(self._share(tensor, share))
@@ -164,13 +164,3 @@ def _divide_again(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def _groups(module: Any) -> list[Any]:
-    """FSDP's groups of parameters that are gathered together when a module is called."""
-    state = module._get_fsdp_state()
-    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)]))
-
-
-def _is_trained(parameter: Any) -> bool:
-    return bool(parameter.sharded_param.requires_grad)
