@@ -190,7 +190,7 @@ class PlannedRun:
         """What is held and computed in: of a GPU, that it has bfloat16."""
         training, device = self.checked.training, torch.device("cpu" if self.on_cpu else "cuda")
         compute = resolve(training.mixed_precision, device, self.dtype(variant), has=True)
-        return Precision(compute, training.master_weights, compute is None or mode != "fsdp")
+        return Precision(compute, training.mixed_precision != "pure", compute is None or mode != "fsdp")
 
     def shapes(self, variant: Variant, layers: int | None = None, precision: Precision | None = None) -> Shapes:
         """The model of a variant, without contents.

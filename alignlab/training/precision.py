@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 PURE = (
-    "training.master_weights=false: weights and optimiser states stay in {dtype}: updates smaller than about 1/256 of "
-    "a weight are lost, and small learning rates change next to nothing. Give training.master_weights=true, or "
+    "training.mixed_precision=pure: weights and optimiser states stay in {dtype}: updates smaller than about 1/256 of "
+    "a weight are lost, and small learning rates change next to nothing. Give training.mixed_precision=auto, or "
     "optimizer=adamw_kahan, which keeps what rounding takes away"
 )
 
@@ -33,8 +33,8 @@ PURE = (
 def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool | None = None) -> torch.dtype | None:
     """What products are made in, from `training.mixed_precision`; None: in what the weights are held in.
 
-    "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU:
-    that is never so unless it was asked for.
+    "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU: that
+    is never so unless it was asked for. With "pure" weights stay in what the model was loaded in, else they are float32.
 
     Args:
         weights: what the model is loaded in.
@@ -70,13 +70,14 @@ class Precision:
 
     @classmethod
     def of(cls, settings: TrainingSettings, mode: str, model: PackedModel, device: torch.device) -> Precision:
-        if not settings.master_weights and mode.startswith("zero"):
+        masters = settings.mixed_precision != "pure"
+        if not masters and mode.startswith("zero"):
             raise ConfigError(
-                f"training.master_weights=false: DeepSpeed keeps float32 weights whatever the model's are: leave it "
-                f"true with distributed={mode}, or use ddp or fsdp"
+                f"training.mixed_precision=pure: DeepSpeed keeps float32 weights whatever the model's are: give auto "
+                f"with distributed={mode}, or use ddp or fsdp"
             )
         compute = resolve(settings.mixed_precision, device, model.base.dtype)
-        return cls(compute, settings.master_weights, mode != "fsdp")
+        return cls(compute, masters, mode != "fsdp")
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ def test_each_algorithm_trains_float32_weights_with_bfloat16_products(folder: Pa
 
 def test_bfloat16_weights_would_be_noticed(folder: Path) -> None:
     """The guard of the test above: without masters most weights do not change at this learning rate."""
-    found = runs.train(folder, "sft", "pure", "adapter=none", *precision.WORDS, "training.master_weights=false")
+    found = runs.train(folder, "sft", "pure", "adapter=none", *precision.WORDS, "training.mixed_precision=pure")
     assert found["precision"]["weights"] == "bfloat16"
     assert precision.share_changed(folder, "pure") < 0.1
     with pytest.raises(AssertionError):
@@ -94,7 +94,7 @@ def test_resumed_is_bit_identical(folder: Path, kahan: bool) -> None:
     words += ["training.keep_last=9", "optimizer=adamw", "optimizer.lr=1e-4"]
     if kahan:
         components.need("optimi")
-        words += ["optimizer=adamw_kahan", "optimizer.lr=1e-4", "training.master_weights=false"]
+        words += ["optimizer=adamw_kahan", "optimizer.lr=1e-4", "training.mixed_precision=pure"]
     whole, half = f"whole-{kahan}", f"half-{kahan}"
     runs.train(folder, "sft", whole, *words)
     (folder / half / "checkpoints").mkdir(parents=True)
@@ -114,7 +114,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 
 def test_products_in_another_precision_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where an engine switches autocast off."""
-    monkeypatch.setattr(PackedModel, "precision", lambda _: nullcontext())
+    monkeypatch.setattr(PackedModel, "precision", lambda _, cache=True: nullcontext())
     with pytest.raises(ConfigError, match="products were to be bfloat16, but are float32 with single"):
         trainer(folder)
 
@@ -146,8 +146,8 @@ def test_pure_bfloat16_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixtu
         trainer(folder)
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
-        made = trainer(folder, master_weights=False)
-    assert ["training.master_weights=true" in m for m in caplog.messages] == [True]
+        made = trainer(folder, mixed_precision="pure")
+    assert ["training.mixed_precision=auto" in m for m in caplog.messages] == [True]
     assert made.computes == {"weights": "bfloat16", "products": "bfloat16"}
 
 
@@ -191,8 +191,8 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_deepspeed_has_masters_of_its_own(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.master_weights=false: DeepSpeed keeps float32 weights"):
-        Precision.of(TrainingSettings(master_weights=False), "zero2", policy(folder), CPU)
+    with pytest.raises(ConfigError, match=r"training\.mixed_precision=pure: DeepSpeed keeps float32 weights"):
+        Precision.of(TrainingSettings(mixed_precision="pure"), "zero2", policy(folder), CPU)
 
 
 def test_float32_products_are_said_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
