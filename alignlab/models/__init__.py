@@ -5,6 +5,7 @@ from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
+from alignlab.models.precision import as_loaded
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
 from alignlab.models.settings import ModelSettings, QuantizationSettings
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizationSettings",
     "Reference",
     "add_value_head",
+    "as_loaded",
     "check_adapter",
     "check_tokens",
     "evaluating",

@@ -147,8 +147,8 @@ def check_adapter(quantization: QuantizationSettings, adapter: AdapterKind) -> N
 def _same_in_every_mode(network: Any) -> list[str]:
     """Have a base in 4 or 8 bits compute the same with and without gradients; what to say where that cannot be had."""
     config = quantization_of(network)
-    if config is None or name_of(config) not in BITSANDBYTES:
-        return []
+    if config is None or name_of(config) not in BITSANDBYTES or network.device.type == "cuda":
+        return []  # on GPUs its own kernels are the right ones
     if refused := problem("quantised layers"):
         return [refused]
     private_api.same_in_training_and_evaluation(network)

@@ -41,6 +41,8 @@ class FusedLinear(Linear):
         base = self.base_layer
         if torch.is_autocast_enabled(x.device.type) or not is_weight(base) or base.weight.dtype != x.dtype:
             return None
+        if x.dtype.itemsize < 4:  # the sum of base and adapter would be rounded, and lose small adapters
+            return None
         if self.disable_adapters:  # by the same product, so that a policy that has learned nothing equals its reference
             return None if torch.is_grad_enabled() else linear(x, base.weight, base.bias)
         name = self._adapter()
@@ -70,7 +72,7 @@ class FusedLinear(Linear):
         name = self._adapter() if self.fused else None
         if name is not None:
             base, a, b = self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight
-            if base.dtype == a.dtype:
+            if base.dtype == a.dtype and a.dtype.itemsize >= 4 and not torch.is_autocast_enabled(base.device.type):
                 self.held = torch.addmm(base, b, a, alpha=self.scaling[name])
 
 

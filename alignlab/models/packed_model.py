@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +74,9 @@ class PackedModel(nn.Module):
         language_head: a score model's; see `heads.add_language_head`.
         source: the folder or Hub id it was loaded from.
         fresh_adapter: whether its adapter is new and changes nothing yet: the reference is then the base.
+        compute_dtype: what products are made in; None: in what the weights are held in.
+        autocasts: whether the model sees to that by itself, through autocast, and no engine does.
+        loaded_in: name of a trained weight that is held in more than it was loaded in → what that was.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -93,6 +96,9 @@ class PackedModel(nn.Module):
         self.language_head: nn.Module | None = None
         self.source = ""
         self.fresh_adapter = False
+        self.compute_dtype: torch.dtype | None = None
+        self.autocasts = True
+        self.loaded_in: dict[str, torch.dtype] = {}
 
     @property
     def features(self) -> Features:
@@ -124,8 +130,18 @@ class PackedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: that of its weights, or of the products with a quantised base."""
-        return precision(self.base)
+        """What it computes in: that of its weights, or of its products."""
+        return self.compute_dtype or precision(self.base)
+
+    def precision(self, cache: bool = True) -> AbstractContextManager[Any]:
+        """Around every use of its modules that is not `forward`: products in the precision of the run.
+
+        Args:
+            cache: keep rounded weights until the end, for many passes.
+        """
+        if self.compute_dtype is None or not self.autocasts:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=cache)
 
     @property
     def decoder(self) -> Any:
@@ -140,6 +156,12 @@ class PackedModel(nn.Module):
         if self.kind == "policy":
             return base.get_output_embeddings()
         return base.score if hasattr(base, "score") else base.classifier
+
+    @property
+    def small_heads(self) -> list[nn.Module]:
+        """Heads with few outputs, which stay in float32: a score's or step's, and the critic's."""
+        found = [None if self.kind == "policy" else self.head, self.value_head]
+        return [head for head in found if head is not None]
 
     @property
     def pad_id(self) -> int:
@@ -180,7 +202,10 @@ class PackedModel(nn.Module):
                 "step".
             temperature: log-probs are of softmax(logits / temperature): what was sampled from, when sampling.
         """
-        reads = set(reads)
+        with self.precision(cache=False):  # else recomputing activations would save less
+            return self._outputs(rows, set(reads), temperature)
+
+    def _outputs(self, rows: Rows, reads: set[str], temperature: float) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         entropy: Entropy = "gradient" if "entropy_grad" in reads else "value" if "entropy" in reads else "no"
         speaks = bool(reads & {"logp", "entropy"})
@@ -272,8 +297,9 @@ class PackedModel(nn.Module):
 
     @staticmethod
     def _apply_head(head: Any, hidden: Tensor) -> Tensor:
-        weight = next(head.parameters())
-        return head(hidden.to(weight.dtype)).float()
+        """Autocast would round what a head says to 8 bits: a score, a value."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(hidden.to(next(head.parameters()).dtype)).float()
 
     @property
     def vocabulary_head(self) -> Any:

@@ -35,8 +35,8 @@ def loading_options(
 ) -> dict[str, Any]:
     """Options of `from_pretrained` for a quantised base; none where it is loaded in full precision.
 
-    Weights that are not quantised (embeddings, norms, heads) are float32 unless `model.dtype` names another precision,
-    as in PEFT's `prepare_model_for_kbit_training`. They are what the base is quantised from too.
+    Weights that are not quantised (embeddings, norms, heads) are float32 on CPUs and in the dtype of products on GPUs,
+    unless `model.dtype` names another. They are what the base is quantised from too.
 
     Raises:
         ConfigError: bitsandbytes is missing; the model is quantised already, in another way; or its precision cannot be
@@ -56,15 +56,16 @@ def loading_options(
     if settings.dtype == "float64":
         raise ConfigError("model.dtype=float64: a quantised base is made from float32 or less: give float32")
     options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
+    compute = compute_dtype(quantization, settings, torch.device(device))
     if settings.dtype == "auto":
-        options["dtype"] = torch.float32
+        options["dtype"] = torch.float32 if torch.device(device).type == "cpu" else compute
     if own is None:
-        options["quantization_config"] = _wanted(quantization, kind)
+        options["quantization_config"] = _wanted(quantization, kind, compute)
     else:
         if kind != "policy" and own.get("quant_method") == "bitsandbytes":
             own["llm_int8_skip_modules"] = sorted({*(own.get("llm_int8_skip_modules") or ()), *HEADS})
         if quantization.kind == "nf4":
-            own["bnb_4bit_compute_dtype"] = _compute_dtype(quantization)
+            own["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
         config.quantization_config = own
         options["config"] = config
     return options
@@ -80,7 +81,7 @@ def _require_bitsandbytes(key: str) -> None:
         ) from error
 
 
-def _wanted(quantization: QuantizationSettings, kind: ModelKind) -> Any:
+def _wanted(quantization: QuantizationSettings, kind: ModelKind, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     heads = None if kind == "policy" else HEADS  # None: a language model's own head, tied or not, stays as it is
@@ -92,15 +93,23 @@ def _wanted(quantization: QuantizationSettings, kind: ModelKind) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=_compute_dtype(quantization),
+        bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=heads,
     )
 
 
-def _compute_dtype(quantization: QuantizationSettings) -> str:
+def compute_dtype(quantization: QuantizationSettings, settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """What products with a quantised base are made in: bfloat16 on GPUs that have it, and where it was asked for."""
     if quantization.compute_dtype != "auto":
-        return quantization.compute_dtype
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        found: torch.dtype = getattr(torch, quantization.compute_dtype)
+        return found
+    asked = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if asked and has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; a GPU in hardware."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def quantization_of(network: Any) -> dict[str, Any] | None:

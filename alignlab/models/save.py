@@ -12,6 +12,7 @@ from alignlab.core import Group
 from alignlab.core.files import replacing, write_json
 from alignlab.models.heads import save_value_head
 from alignlab.models.packed_model import PackedModel
+from alignlab.models.precision import as_loaded
 from alignlab.models.private_api import spare_deepspeed
 from alignlab.models.probe import random_groups
 from alignlab.models.quantization import name_of, plain_copy, quantization_of, save_quantization
@@ -29,7 +30,8 @@ def save_model(
     merge: bool = False,
     texts: Sequence[Group] = (),
 ) -> list[str]:
-    """Write the model and its tokenizer to `folder`, whole or not at all: a full model, or a PEFT adapter.
+    """Write the model and its tokenizer to `folder`, whole or not at all: a full model, or a PEFT adapter; weights in
+    what they were loaded in, new ones in float32.
 
     Args:
         merge: fold the adapter into its base, dequantised where it is quantised, and write a full model.
@@ -45,7 +47,7 @@ def save_model(
     network: Any = model.network
     is_adapter = hasattr(network, "peft_config")
     notes: list[str] = []
-    with replacing(folder) as temporary:
+    with replacing(folder) as temporary, as_loaded(model):
         if is_adapter and merge:
             merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
             with spare_deepspeed():
@@ -79,6 +81,7 @@ def _difference(model: PackedModel, merged: Any, texts: Sequence[Group]) -> dict
 
     def says(network: Any) -> torch.Tensor:
         beside = PackedModel(network, model.tokenizer, model.kind)
+        beside.compute_dtype = model.compute_dtype
         beside.layout, beside.whole_logits = model.layout, model.whole_logits
         return torch.cat([v.flatten() for v in beside.outputs(groups, (read,))[read]])
 

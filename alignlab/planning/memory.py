@@ -193,11 +193,12 @@ def device_memory(
 
 
 def _buffers(needs: Needs, mode: str, devices: int, on_cpu: bool) -> float:
-    """What gradients are exchanged in: ZeRO's bucket, made whole on a GPU; FSDP's layer, before and after."""
+    """What gradients are exchanged in: ZeRO's bucket, made whole on a GPU; FSDP's layer, as it is multiplied in, and in
+    float32 before and after the sum."""
     if mode.startswith("zero"):
         return 4.0 * (min(REDUCED, needs.trained) if on_cpu else REDUCED)
     if mode == "fsdp":
-        return 2 * needs.layer * needs.trained_weights / max(needs.weights, 1.0)
+        return (1 + needs.summed) * needs.layer * needs.trained_weights / max(needs.weights, 1.0)
     return 0.0
 
 

@@ -20,6 +20,7 @@ from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer
 from alignlab.planning.shapes import Shapes, dtype_of, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
+from alignlab.training.precision import Precision, resolve
 from alignlab.training.run_config import check
 
 FEW, MORE = 2, 4
@@ -93,7 +94,7 @@ class PlannedRun:
         self.has_reference = "ref_logp" in algorithm.needs or (self.samples and c.source.policy == "reference")
         self.own_critic = algorithm.critic == "own" and "value" in algorithm.reads
         self.max_tokens_per_microbatch = c.training.max_tokens_per_microbatch or usual_tokens(on_cpu)
-        self._needs: dict[tuple[Variant, Workload], Needs] = {}
+        self._needs: dict[tuple[Variant, Workload, Precision], Needs] = {}
 
     def name(self, variant: Variant) -> str:
         """For people, as in "full", "LoRA", "QLoRA"."""
@@ -134,11 +135,10 @@ class PlannedRun:
 
     def workload(self, max_tokens_per_microbatch: int | None = None) -> Workload:
         """A micro-batch: as many rows as it may have tokens, and no more than a device's share of a step."""
-        c, s = self.checked, self.settings
-        autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[c.training.mixed_precision]
+        s = self.settings
         response = min(self.rollout.max_new_tokens, s.response_tokens) if self.samples else s.response_tokens
         temperature = self.rollout.temperature if self.samples else 1.0
-        one = Workload(1, s.prompt_tokens, response, self.responses, autocast, temperature)
+        one = Workload(1, s.prompt_tokens, response, self.responses, temperature)
         tokens = max_tokens_per_microbatch or self.max_tokens_per_microbatch
         return replace(one, rows=max(1, min(tokens // one.length, self.share)))
 
@@ -157,14 +157,14 @@ class PlannedRun:
 
     # ------------------------------------------------------------------ needs
 
-    def needs(self, variant: Variant, max_tokens_per_microbatch: int | None = None) -> Needs:
+    def needs(self, variant: Variant, max_tokens_per_microbatch: int | None = None, mode: str = "single") -> Needs:
         """What a variant needs, from models of few layers; from one of all its layers where these differ."""
-        work = self.workload(max_tokens_per_microbatch)
-        key = (variant, work)
+        work, precision = self.workload(max_tokens_per_microbatch), self.precision(variant, mode)
+        key = (variant, work, precision)
         if key not in self._needs:
 
             def traced(layers: int | None) -> Needs:
-                return trace(self.shapes(variant, layers), work, self._sampling())
+                return trace(self.shapes(variant, layers, precision), work, self._sampling())
 
             alike = self._alike
             self._needs[key] = (
@@ -186,7 +186,13 @@ class PlannedRun:
         few, more = numbers(FEW), numbers(MORE)
         return (more - few) * (self.layers - MORE) == (numbers(None) - more) * (MORE - FEW)
 
-    def shapes(self, variant: Variant, layers: int | None = None) -> Shapes:
+    def precision(self, variant: Variant, mode: str = "single") -> Precision:
+        """What is held and computed in: of a GPU, that it has bfloat16."""
+        training, device = self.checked.training, torch.device("cpu" if self.on_cpu else "cuda")
+        compute = resolve(training.mixed_precision, device, self.dtype(variant), has=True)
+        return Precision(compute, training.mixed_precision != "pure", compute is None or mode != "fsdp")
+
+    def shapes(self, variant: Variant, layers: int | None = None, precision: Precision | None = None) -> Shapes:
         """The model of a variant, without contents.
 
         Raises:
@@ -204,18 +210,19 @@ class PlannedRun:
             layers=layers,
             reference=self.has_reference,
             on_cpu=self.on_cpu,
+            precision=precision or self.precision(variant),
         )
 
     def dtype(self, variant: Variant) -> torch.dtype:
         """Of the weights that are not quantised, as `load_model` has them."""
         if self.checked.model.dtype == "auto" and variant.quantization != "none":
-            return torch.float32
+            return torch.float32 if self.on_cpu else torch.bfloat16
         return dtype_of(self.config, self.checked.model, self.on_cpu)
 
     def memory(self, variant: Variant, mode: str, devices: int, max_tokens_per_microbatch: int | None = None) -> Memory:
         """On one of so many devices, with the micro-batches of the run as configured: only the mode differs."""
         return device_memory(
-            self.needs(variant, max_tokens_per_microbatch),
+            self.needs(variant, max_tokens_per_microbatch, mode),
             self.optimizer,
             mode,
             devices,

@@ -22,6 +22,7 @@ from alignlab.models.heads import add_language_head
 from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
 from alignlab.models.private_api import become
+from alignlab.training.precision import Precision
 
 BUILT_IN = {
     "llama-7b": (4096, 32, 32, 11008),
@@ -116,6 +117,7 @@ class Shapes:
         saved: the adapter's own config, where the model is an adapter.
         reference: whether the run has a reference policy.
         on_cpu: whether processes compute on CPUs.
+        precision: what trained weights are held in and products made in; None: the weights as they are.
 
     Attributes:
         model: the model, on tensors without contents; to be run inside `mode`.
@@ -136,6 +138,7 @@ class Shapes:
         saved: dict[str, Any] | None = None,
         reference: bool = False,
         on_cpu: bool = False,
+        precision: Precision | None = None,
     ) -> None:
         self.mode = fake_tensors()
         self.algorithm, kind, trains_base = algorithm, algorithm.model, adapter.trains_base
@@ -146,7 +149,6 @@ class Shapes:
         if not settings.dropout:
             remove_dropout(base)
         self.parameters = sum(p.numel() for p in base.parameters())
-        whole = sum(p.nbytes for p in base.parameters())
         with torch.device("meta"):
             base = adapter.apply(base, kind) if saved is None or trains_base else shaped_like(base, saved, kind)
         model = PackedModel(base, None, kind)
@@ -156,8 +158,9 @@ class Shapes:
             model.base.gradient_checkpointing_enable({"use_reentrant": False})
             if not trains_base:
                 model.base.enable_input_require_grads()
+        self.precision = precision or Precision(None, masters=False, autocasts=True)
         adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.reference = 0 if not reference else whole if trains_base else adapters if saved else 0
+        self.reference = 0 if not reference else adapters if saved and not trains_base else 0
         if "value" in algorithm.reads:
             self._add_value_head(model, settings)
         if kind == "score" and "logp" in algorithm.reads:
@@ -165,6 +168,10 @@ class Shapes:
             if causal.get_output_embeddings().weight is causal.get_input_embeddings().weight:
                 causal.set_output_embeddings(copy.deepcopy(causal.get_output_embeddings()))
             add_language_head(model, causal)
+        frozen = _Copy(model) if reference and trains_base else None
+        self.precision.apply(model, frozen, moves_softly=False)  # type: ignore[arg-type]
+        if frozen is not None:
+            self.reference = sum(p.nbytes for p in frozen.held_in.network.parameters())
         self._materialise(model)
         self.model = model.train()
         self.model.features = Features()
@@ -186,6 +193,17 @@ class Shapes:
                 model.critic_decoder = copy.deepcopy(model.decoder)
         model.critic = self.algorithm.critic
 
+    def gather(self) -> None:
+        """From what weights are held in to what they are gathered in for a pass, where that is something else."""
+        compute = self.precision.compute
+        if compute is None or self.precision.autocasts:
+            return
+        heads = {p for head in self.model.small_heads for p in head.parameters()}
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point() and parameter not in heads and not hasattr(parameter, "bytes_each"):
+                with self.mode:
+                    parameter.data = torch.empty(parameter.shape, dtype=compute, device="cpu")
+
     def _materialise(self, model: nn.Module) -> None:
         """Replace tensors on "meta", which kernels treat unlike any device, by some without contents on the CPU."""
         made: dict[int, Tensor] = {}
@@ -205,6 +223,14 @@ class Shapes:
             own: Any = {"recurse": False, "remove_duplicate": False}
             for name, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
                 setattr(module, name, twin(tensor))
+
+
+class _Copy:
+    """A reference that is a copy of the model, as `models.Reference` makes it; without a value head."""
+
+    def __init__(self, policy: PackedModel) -> None:
+        self.held_in = PackedModel(copy.deepcopy(policy.network), None, policy.kind)
+        self.shares_weights = False
 
 
 # ---------------------------------------------------------------------- linear maps in few bits

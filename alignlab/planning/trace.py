@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,7 +35,9 @@ class Needs:
         trained_weights, frozen_weights, quantised: as they are held. Gradients take as much as the trained weights.
         reference: of a frozen copy of the model, or of the adapter where one is trained further.
         largest: the largest trained tensor.
-        layer: all weights of one layer of the decoder; `outside`: those of no layer, embeddings and heads.
+        layer: all weights of one layer of the decoder, as they are gathered for a pass where they are divided;
+            `outside`: those of no layer, embeddings and heads.
+        summed: bytes of a gradient as it is summed up over processes, for each byte of it as it is made.
         head_gradients: gradients that exist before those of the last layer: the output embedding's.
         table_gradient: the input embedding's, made in a piece beside what is there.
         saved: what the forward pass leaves for the backward pass, logits included.
@@ -54,6 +56,7 @@ class Needs:
     largest: float = 0
     layer: float = 0
     outside: float = 0
+    summed: float = 1
     head_gradients: float = 0
     table_gradient: float = 0
     saved: float = 0
@@ -85,7 +88,6 @@ class Workload:
         rows: groups of a micro-batch, each a row.
         prompt, response: tokens.
         responses: of each group.
-        autocast: dtype of mixed precision, or None.
         temperature: of the log-probs.
     """
 
@@ -93,7 +95,6 @@ class Workload:
     prompt: int
     response: int
     responses: int
-    autocast: torch.dtype | None = None
     temperature: float = 1.0
 
     @property
@@ -104,9 +105,6 @@ class Workload:
     def groups(self) -> list[Group]:
         responses = [Response([0] * self.response) for _ in range(self.responses)]
         return [Group([0] * self.prompt, responses) for _ in range(self.rows)]
-
-    def precision(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,9 @@ class Sampling:
 
 def trace(shapes: Shapes, work: Workload, sampling: Sampling | None = None) -> Needs:
     """Count the weights, then run a micro-batch, a pass without gradients and, if there is any, sampling."""
-    found = {**_weights(shapes), **_passes(shapes, work)}
+    found = _weights(shapes)
+    shapes.gather()
+    found |= {**_gathered(shapes), **_passes(shapes, work)}
     if sampling is not None:
         found |= _sampling(shapes, work.prompt, sampling)
     return Needs(**found)
@@ -164,9 +164,6 @@ class Live:
 
 def _weights(shapes: Shapes) -> dict[str, float]:
     model = shapes.model
-    lists = [list(m) for m in model.decoder.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(lists, key=lambda found: sum(p.numel() for m in found for p in m.parameters()), default=[])
-    inside = {id(p) for layer in layers for p in layer.parameters()}
     heads = [m for m in (model.head, model.value_head) if m is not None]
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
@@ -179,10 +176,21 @@ def _weights(shapes: Shapes) -> dict[str, float]:
         "quantised": sum(held_bytes(t) for t in frozen if hasattr(t, "bytes_each")),
         "reference": float(shapes.reference),
         "largest": float(max((p.nbytes for p in trained), default=0)),
-        "layer": max((sum(map(held_bytes, layer.parameters())) for layer in layers), default=0.0),
-        "outside": sum(held_bytes(p) for p in model.parameters() if id(p) not in inside),
         "head_gradients": float(sum(p.nbytes for m in heads for p in m.parameters() if p.requires_grad)),
         "table_gradient": float(table.nbytes if table.requires_grad else 0),
+    }
+
+
+def _gathered(shapes: Shapes) -> dict[str, float]:
+    """What weights take where they are gathered for a pass, and what their gradients are then summed up in."""
+    model, compute = shapes.model, shapes.precision.compute
+    lists = [list(m) for m in model.decoder.modules() if isinstance(m, nn.ModuleList)]
+    layers = max(lists, key=lambda found: sum(p.numel() for m in found for p in m.parameters()), default=[])
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    return {
+        "layer": max((sum(map(held_bytes, layer.parameters())) for layer in layers), default=0.0),
+        "outside": sum(held_bytes(p) for p in model.parameters() if id(p) not in inside),
+        "summed": 1.0 if compute is None or shapes.precision.autocasts else 4 / compute.itemsize,
     }
 
 
@@ -200,16 +208,15 @@ def _passes(shapes: Shapes, work: Workload) -> dict[str, float]:
                 gradients.append(parameter.grad)
         with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
             before = live.restart()
-            with work.precision():
-                outputs = model(rows, reads, work.temperature)
-                loss = sum((v.sum() for v in outputs.values() if v.requires_grad), torch.zeros(()))
+            outputs = model(rows, reads, work.temperature)
+            loss = sum((v.sum() for v in outputs.values() if v.requires_grad), torch.zeros(()))
             del outputs
             saved = live.now - before
             loss.backward()
             del loss
             activations = live.most - before
             before = live.restart()
-            with torch.no_grad(), evaluating(model), work.precision():
+            with torch.no_grad(), evaluating(model):
                 model(rows, reads, work.temperature)
             scoring = live.most - before
         for parameter in model.parameters():
@@ -255,7 +262,8 @@ def _sampling(shapes: Shapes, prompt: int, sampling: Sampling) -> dict[str, floa
     """From the prompts' pass to the last token."""
     model, settings = shapes.model, sampling.settings
     rows, final = sampling.prompts * sampling.samples, prompt + settings.max_new_tokens
-    with shapes.mode, torch.no_grad(), evaluating(model), Live([*model.parameters(), *model.buffers()]) as live:
+    known = [*model.parameters(), *model.buffers()]
+    with shapes.mode, torch.no_grad(), evaluating(model), model.precision(), Live(known) as live:
         before = live.restart()
         decoding = Decoding(model, [[0] * prompt] * sampling.prompts, True)
         decoding.select([i for i in range(sampling.prompts) for _ in range(sampling.samples)])

@@ -179,7 +179,7 @@ def _try(model: PackedModel) -> str | None:
     if refused := refusal(model.base):
         return refused
     use_plans(model.base)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), model.precision():
         try:
             if is_exact(model, _trial(model)):
                 return None

@@ -81,7 +81,7 @@ class LocalSampler(RowSampler):
         network = self.model.network
         # A compiler knows quick products of its own.
         quick = nullcontext() if self._compiled else quick_products(network)
-        with torch.no_grad(), evaluating(self.model), merged(network), quick:
+        with torch.no_grad(), evaluating(self.model), self.model.precision(), merged(network), quick:
             ended = self._draw(rows, settings, until)
             for _ in progress(ended, "generating", len(rows)) if self._progress else ended:
                 pass

@@ -201,12 +201,7 @@ class Collector:
     def _exact(self, sampler: Sampler) -> bool:
         """Whether a sampler's log-probs are the scoring pass's, to float32 rounding. A search or an environment reads
         them off the same sampler, but behind other prompts than the record's."""
-        return (
-            self.environment is None
-            and isinstance(sampler, ExactSampler)
-            and sampler.exact_logp
-            and self.processes.accelerator.mixed_precision == "no"
-        )
+        return self.environment is None and isinstance(sampler, ExactSampler) and sampler.exact_logp
 
     # ------------------------------------------------------------------ log-probs
 
@@ -239,16 +234,15 @@ class Collector:
         for response in (r for g in mine for r in g.responses if sampled in needs and not to_read(g, r)):
             response.columns[sampled] = response.columns["behaviour_logp"]
         budget, temperature = self.max_tokens_per_microbatch, self.temperature
-        with self.processes.accelerator.autocast():  # as in training: not every engine puts it into the model itself
-            if "ref_logp" in needs:
-                with self._reference().model() as reference:
-                    if self.cache is None:
-                        fill_log_probs(reference, mine, "ref_logp", budget, temperature, in_step)
-                    else:  # each group by itself: what is kept must not depend on what else this run reads
-                        alone = (reference, mine, "ref_logp", 1, temperature, in_step)
-                        self.cache.fill(mine, lambda: fill_log_probs(*alone))
-            unread = with_some(mine, to_read) if sampled in old.values() and "value" not in old else mine
-            fill_outputs(self.model, unread, old, budget, temperature, in_step)
+        if "ref_logp" in needs:
+            with self._reference().model() as reference:
+                if self.cache is None:
+                    fill_log_probs(reference, mine, "ref_logp", budget, temperature, in_step)
+                else:  # each group by itself: what is kept must not depend on what else this run reads
+                    alone = (reference, mine, "ref_logp", 1, temperature, in_step)
+                    self.cache.fill(mine, lambda: fill_log_probs(*alone))
+        unread = with_some(mine, to_read) if sampled in old.values() and "value" not in old else mine
+        fill_outputs(self.model, unread, old, budget, temperature, in_step)
         return columns
 
     def _reference(self) -> Reference:

@@ -199,7 +199,7 @@ class Loop:
             )
         held = trainer.reference.held_in
         apart = nullcontext() if held is trainer.model else trainer.engine.whole(held, change=True)
-        with trainer.engine.whole(trainer.model, change=held is trainer.model), apart:
+        with trainer.engine.whole(trainer.model, change=True), apart:
             trainer.reference.refresh(trainer.source.ref_update_tau)
         for group in [*trainer.train, *trainer.validation]:
             for response in group.responses:

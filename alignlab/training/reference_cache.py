@@ -31,7 +31,7 @@ PATIENCE = 60.0
 """Seconds to wait while another process writes."""
 
 
-def identity(reference: Reference, temperature: float, mixed_precision: str) -> str:
+def identity(reference: Reference, temperature: float, precision: str) -> str:
     """SHA-256, in hex, of everything that the reference's log-probs follow from, but for what is read. Takes about a
     second for each GB of weights and thread. To be asked before the model is divided among processes."""
     tensors, settings = reference.contents()
@@ -40,7 +40,7 @@ def identity(reference: Reference, temperature: float, mixed_precision: str) -> 
         "versions": [alignlab.__version__, transformers.__version__],
         "settings": settings,
         "temperature": temperature,
-        "mixed_precision": mixed_precision,
+        "mixed_precision": precision,
         "weights": sha256_of_tensors(tensors, "hashing the reference"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

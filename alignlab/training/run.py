@@ -37,6 +37,7 @@ from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
 from alignlab.training.optimizer import build_optimizer
+from alignlab.training.precision import in_words
 from alignlab.training.run_config import RunConfig, check
 from alignlab.training.run_folder import RESULT, claim, finished
 from alignlab.training.trainer import Trainer
@@ -215,10 +216,12 @@ def _say(config: dict[str, Any], out: Path, run: RunConfig, trainer: Trainer, fi
     processes, model = trainer.processes, trainer.model
     resumed = run.training.resumes and trainer.checkpoints is not None and bool(trainer.checkpoints.folders())
     found = provenance.collect(config, files, model.tokenizer, run.training.seed, processes.world)
+    found["precision"] = trainer.computes
     provenance.write(out, found, resumed)
     where = f"{processes.world} process(es), {trainer.engine.name}, {processes.device}"
     rows = f"{model.layout} rows, {trainer.budget.found():,} tokens at a time"
     print(f"{type(run.algorithm).__name__} on {len(trainer.train)} groups: {where}, {rows} → {out}")
+    print(f"precision: {in_words(trainer.computes, processes.device)}")
 
 
 def _finish(out: Path, run: RunConfig, trainer: Trainer) -> dict[str, Any]:
@@ -233,6 +236,7 @@ def _finish(out: Path, run: RunConfig, trainer: Trainer) -> dict[str, Any]:
         "peak_memory_mb": round(max(processes.gather(peak_memory_mb())), 1),
         "processes": processes.world,
         "engine": trainer.engine.name,
+        "precision": trainer.computes,
         "evaluation": trainer.evaluation,
     }
     if trainer.discarded:  # a trial that was pruned

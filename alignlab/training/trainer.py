@@ -40,6 +40,7 @@ from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
 from alignlab.training.optimizer import MakeOptimizer, optimizer_of
 from alignlab.training.order import Shuffled, iteration_seed
+from alignlab.training.precision import Precision, check_states, observe, set_float32_products, warn_of_rounding
 from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
@@ -85,6 +86,7 @@ class Trainer:
         evaluation: metrics of the last evaluation.
         stopped: why the run was ended before its limits, by a callback; None otherwise.
         discarded: whether nothing more is to be done with it then.
+        computes: dtypes of weights, products and reductions, as they were found to be; see `precision.observe`.
 
     Raises:
         ConfigError: policy and algorithm do not fit, or the settings are impossible.
@@ -128,6 +130,8 @@ class Trainer:
             make_order = order or Shuffled
             self.order = make_order(groups=self.train, batch_size=per_iteration, seed=self.settings.seed)
 
+        set_float32_products(self.settings, self.processes.device)
+        self.precision = Precision.of(self.settings, distributed.mode, model, self.processes.device)
         # The reference is the policy as it is now: before a value head is added, and before weights are divided.
         reference = None
         if wants_reference(algorithm, self.source):
@@ -135,13 +139,20 @@ class Trainer:
         cache = self._reference_cache(reference, rollout)
         if "value" in algorithm.reads and model.value_head is None:
             add_value_head(model, algorithm.critic, self.settings.seed)
+        softly = self.source.ref_update_interval is not None and self.source.ref_update_tau < 1
+        self.precision.apply(model, reference, softly)
         made = optimizer_of(model, lr, optimizer)
+        if (lost := warn_of_rounding(model, made)) and self.processes.is_main:
+            log.warning(lost)
         with self.processes.peers():
-            self.engine: Engine = make_engine(distributed, model, made, self.processes, self.settings.max_grad_norm)
+            self.engine: Engine = make_engine(
+                distributed, model, made, self.processes, self.settings.max_grad_norm, self.precision
+            )
             self.processes.same_timeout()
         if reference is not None and not reference.shares_weights:
             self.engine.divide(reference.held_in)
         self.reference = reference
+        self.computes = observe(self.engine, algorithm.reads)
         check_columns({f"scorers[{i}], {type(s).__name__}": s for i, s in enumerate(scorers)})
         bind_all((*scorers, environment), Policy(model))
 
@@ -166,7 +177,7 @@ class Trainer:
         self.stopped: str | None = None
         self._read_here: WeakValueDictionary[int, Response] = WeakValueDictionary()  # by its reference, by `id`
         self.checkpoint_asked = False
-        self.discarded = False
+        self.discarded = self._states_checked = False
 
     # ------------------------------------------------------------------ one step
 
@@ -280,6 +291,7 @@ class Trainer:
         self.model.train()
         self.last, norm = self._take_step(groups)
         self.model.fresh_adapter = False
+        self._states_checked = self._states_checked or check_states(self.engine)
         self.metrics = {**self.last.metrics, **self.state.report, "lr": lr, "grad_norm": norm}
         if not self.last.units:
             self.metrics["skipped"] = 1.0
@@ -408,7 +420,7 @@ class Trainer:
         folder = self.settings.reference_cache
         if reference is None or folder is None or rollout is not None or self.source.ref_update_interval:
             return None
-        known = identity(reference, 1.0, self.settings.mixed_precision) if self.processes.is_main else ""
+        known = identity(reference, 1.0, self.precision.name) if self.processes.is_main else ""
         return ReferenceCache(Path(folder), self.processes.gather(known)[0])
 
 

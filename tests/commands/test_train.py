@@ -30,7 +30,7 @@ from tests.training import forks
         ("algorithm=dpo +algorithm.betta=1", "algorithm.betta: unknown key; did you mean 'beta'?"),
         ("algorithm=dpoo", "algorithm=dpoo: there is no such option; did you mean 'dpo'?"),
         ("training=quick", "training=quick: there is no such option; known here: default"),
-        ("optimizer=null", "optimizer=null: is a choice between adafactor, adamw, adamw_8bit, paged"),
+        ("optimizer=null", "optimizer=null: is a choice between adafactor, adamw, adamw_8bit, adamw_kahan, paged"),
         ("algoritm=dpo", "algoritm: unknown key; did you mean 'algorithm'?"),
         (
             "wombat=1",
@@ -44,7 +44,10 @@ from tests.training import forks
         ("training.batch_size=-1", "training.batch_size=-1: should be greater than or equal to 1"),
         ("algorithm=dpo algorithm.beta=0", "algorithm.beta=0.0: must be > 0"),
         ("algorithm=dpo algorithm.beta=big", "algorithm.beta='big': should be a valid number, unable to parse string"),
-        ("training.mixed_precision=bf17", "training.mixed_precision='bf17': should be 'no', 'bf16' or 'fp16'"),
+        (
+            "training.mixed_precision=bf17",
+            "training.mixed_precision='bf17': should be 'auto', 'no', 'bf16', 'fp16' or 'pure'",
+        ),
         ("optimizer.lr=abc", "optimizer.lr='abc': should be a valid number, unable to parse string as a number"),
         ("optimizer.lr=-1", "optimizer._target_=torch.optim.SGD: ValueError: Invalid learning rate: -1.0 (sgd.py:"),
         (

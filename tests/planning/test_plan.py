@@ -72,7 +72,9 @@ def test_what_a_run_has_shows(base: Path) -> None:
     assert total("algorithm.critic=own", algorithm="ppo") > total(algorithm="ppo")
     assert total("training.max_tokens_per_microbatch=128", "training.batch_size=64") > plain
     assert total("optimizer=sgd") < plain
-    assert total("model.dtype=bfloat16") < plain
+    assert total("model.dtype=bfloat16") == plain, "trained weights are float32 whatever they were loaded in"
+    assert total("model.dtype=bfloat16", "training.mixed_precision=pure") < plain
+    assert total("training.mixed_precision=no") > plain, "activations in float32"
     online = planned(base, algorithm="ppo")
     assert online.needs(online.asked).cache > 0
 

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import InStep, PackedModel
 from alignlab.training.distributed.processes import WRAPPERS, Processes
+from alignlab.training.precision import Precision
 from alignlab.training.settings import DistributedSettings
 
 BUCKET = 1 << 25
 """Bytes of gradients that are exchanged at once, as in DDP."""
+
+GROUP = "group."
+"""How the names of tensors begin that an optimiser keeps for a group of parameters."""
 
 Tensors = dict[str, Tensor]
 """A trained parameter as a checkpoint keeps it: "weight", and its optimiser state by the optimiser's names."""
@@ -39,9 +43,15 @@ class Engine:
     divides = False
 
     def __init__(
-        self, model: PackedModel, optimizer: torch.optim.Optimizer, processes: Processes, max_grad_norm: float | None
+        self,
+        model: PackedModel,
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+        max_grad_norm: float | None,
+        precision: Precision,
     ) -> None:
         self.model, self.processes, self.max_grad_norm = model, processes, max_grad_norm
+        self.precision = precision
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.module: Any = model
@@ -61,8 +71,7 @@ class Engine:
 
     def __call__(self, *arguments: Any) -> dict[str, Tensor]:
         """The model's forward pass, for training."""
-        with self.processes.accelerator.autocast():
-            return dict(self.module(*arguments))
+        return dict(self.module(*arguments))
 
     def hold(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch, which may be the last one.
@@ -88,10 +97,14 @@ class Engine:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         for bucket in buckets(gradients, BUCKET):
-            flat = torch.cat([g.flatten() for g in bucket])
+            flat = torch.cat([g.flatten() for g in bucket]).to(_wide(bucket[0]))
             self.processes.mean(flat)
             for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
+
+    def reduced_in(self) -> set[torch.dtype]:
+        """What gradients are summed up in between the processes."""
+        return {_wide(p) for p in self.trained().values()}
 
     def scale_lr(self, factor: float) -> float:
         """Set the learning rate to a share of its peak; returns it."""
@@ -145,7 +158,8 @@ class Engine:
         unequally often, like sampling. Called by all.
 
         Args:
-            change: what the block changes in the weights is kept; it must be the same on every process.
+            change: the weights themselves, with all their bits, rather than what they are multiplied in. What the block
+                changes in them is kept; it must be the same on every process.
         """
         yield
 
@@ -159,7 +173,17 @@ class Engine:
         held = self.optimizer.state if states else {}
         for name, parameter in self.trained().items():
             state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
-            yield name, {"weight": parameter.detach(), **state}
+            shared = {GROUP + k: torch.as_tensor(v) for k, v in self._shared(parameter).items()} if states else {}
+            yield name, {"weight": parameter.detach(), **state, **shared}
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+    def _shared(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What an optimiser keeps for a whole group of parameters, like the number of steps, or that it has begun."""
+        began_as = self.optimizer.defaults
+        group = {k: v for k, v in self._group_of(parameter).items() if torch.is_tensor(v) or isinstance(v, bool)}
+        return {k: v for k, v in group.items() if v is not began_as.get(k)}
 
     def load(self, found: Mapping[str, Tensors]) -> None:
         """Take over what `tensors` gave, of any engine. Called by all, with the same tensors."""
@@ -167,9 +191,19 @@ class Engine:
         parameters = self.trained()
         with torch.no_grad():
             for name, tensors in found.items():
-                parameters[name].copy_(tensors["weight"])
-                states[parameters[name]] = {k: v for k, v in tensors.items() if k != "weight"}
+                parameter = parameters[name]
+                parameter.copy_(tensors["weight"])
+                shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
+                states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                group = self._group_of(parameter)
+                for key, value in shared.items():
+                    group[key] = bool(value) if value.dtype == torch.bool else value.clone()
         load_optimizer(self.optimizer, states)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Float32 or better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
@@ -200,6 +234,7 @@ def make_engine(
     optimizer: torch.optim.Optimizer,
     processes: Processes,
     max_grad_norm: float | None,
+    precision: Precision,
 ) -> Engine:
     """The engine of a mode.
 
@@ -215,7 +250,7 @@ def make_engine(
         from alignlab.training.distributed.zero import ZeroEngine
 
         kind = ZeroEngine.of(settings.mode)
-    engine = kind(model, optimizer, processes, max_grad_norm)
+    engine = kind(model, optimizer, processes, max_grad_norm, precision)
     expected = EXPECTED[settings.mode]
     if engine.name != expected:
         raise ConfigError(f"distributed={settings.mode}: {expected} was to train, but {engine.name} is what came of it")

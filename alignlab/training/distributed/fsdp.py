@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignlab.core import ConfigError
-from alignlab.core.private_api import make_root, state_dict_hooks
+from alignlab.core.private_api import make_root, state_dict_hooks, summed_in
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
 
 
 class FSDPEngine(Engine):
     """The layers are divided one by one, and what is left of the model as a whole.
+
+    Shares are float32; what is gathered of them for a pass is rounded to the precision of products, and gradients are
+    summed up in float32. Heads with few outputs are gathered by themselves, as they are.
 
     Weights of a quantised base are not divided: 4-bit weights come in a form of their own, and are small.
     """
@@ -43,9 +46,14 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: Any) -> None:
         ignored = {p for p in model.parameters() if not p.is_floating_point()}
+        half = any(p.dtype.itemsize < 4 for p in model.parameters() if p.requires_grad)
+        summed = torch.float32 if half or self.precision.compute is not None else None
+        policy = MixedPrecisionPolicy(param_dtype=self.precision.compute, reduce_dtype=summed)
+        for head in model.small_heads:
+            fully_shard(head, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for layer in _layers(model):
-            fully_shard(layer, mesh=self.mesh, ignored_params=ignored)
-        fully_shard(model, mesh=self.mesh, ignored_params=ignored)
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
         make_root(model)
 
     @property
@@ -60,6 +68,9 @@ class FSDPEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def reduced_in(self) -> set[torch.dtype]:
+        return summed_in(self.model)
+
     def _clip(self) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
@@ -72,6 +83,10 @@ class FSDPEngine(Engine):
 
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
+        if change:
+            with self._all_bits(model):
+                yield
+            return
         parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
         hooks = [(held, dict(held)) for held in state_dict_hooks(model)]
         for part in parts:
@@ -81,8 +96,6 @@ class FSDPEngine(Engine):
             held.clear()
         try:
             yield
-            if change:
-                self._keep(model)
         finally:
             for held, former in hooks:
                 held.update(former)
@@ -90,19 +103,35 @@ class FSDPEngine(Engine):
                 part.reshard()
                 part.set_reshard_after_forward(part is not model, recurse=False)  # as PyTorch has it
 
-    def _keep(self, model: nn.Module) -> None:
-        """Copy what was changed in whole weights into this process's shares."""
-        whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-        for part in model.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    @contextmanager
+    def _all_bits(self, model: nn.Module) -> Iterator[None]:
+        """Whole weights in place of the shares, which then get this process's part of what has become of them."""
+        _divide_again(model)
+        whole: dict[Any, nn.Parameter] = {}
+        places: list[tuple[nn.Module, str, Any]] = []
+        for path, share in model.named_parameters(remove_duplicate=False):  # a weight that is used twice is one share
+            if isinstance(share, DTensor):
+                module, _, name = path.rpartition(".")
+                places.append((model.get_submodule(module), name, share))
+        for module_, name, share in places:
+            if share not in whole:
+                whole[share] = nn.Parameter(share.detach().full_tensor(), requires_grad=share.requires_grad)
+            setattr(module_, name, whole[share])
+        try:
+            yield
+        finally:
+            for module_, name, share in places:
+                setattr(module_, name, share)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if isinstance(parameter, DTensor):
-                    parameter.copy_(self._share(whole[name], parameter))
+            for share, tensor in whole.items():
+                share.copy_(self._share(tensor, share))
 
     def _share(self, tensor: Tensor, like: DTensor) -> DTensor:
         return distribute_tensor(tensor.to(like.device, like.dtype), self.mesh, like.placements, src_data_rank=None)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        _divide_again(self.model)
+        return super().trained()
 
     def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         for name, tensors in super().tensors(states):
@@ -128,3 +157,10 @@ def _layers(model: Any) -> list[nn.Module]:
         if lists:
             found += list(max(lists, key=lambda layers: len(list(layers))))
     return found
+
+
+def _divide_again(model: nn.Module) -> None:
+    """Shares in the place of what was gathered: a pass without gradients leaves rounded weights behind."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -69,7 +69,7 @@ class Processes:
         try:
             with self.peers():
                 self.accelerator = Accelerator(
-                    mixed_precision=mixed_precision,
+                    mixed_precision="fp16" if mixed_precision == "fp16" else "no",  # for the scaler of its losses
                     cpu=on_cpu,
                     step_scheduler_with_optimizer=False,
                     kwargs_handlers=handlers,

@@ -27,7 +27,8 @@ LIVE = 1 << 28
 
 
 class ZeroEngine(Engine):
-    """ZeRO in float32 throughout: `training.mixed_precision` is autocast, as in every mode.
+    """ZeRO on float32 weights: the model makes its products in half precision by itself, as in one process. DeepSpeed
+    switches off an autocast that is around its engine; this one is inside.
 
     Driven directly: Accelerate takes the optimiser's step inside the backward pass, before anybody has seen whether
     the loss is finite.
@@ -96,6 +97,9 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss)
+
+    def reduced_in(self) -> set[torch.dtype]:
+        return set(self.optimizer.ipg_buckets)
 
     def step(self) -> float:
         self.module.step()
