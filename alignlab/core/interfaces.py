@@ -16,6 +16,7 @@ from alignlab.core.example import Example
 from alignlab.core.group import Group
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from alignlab.core.algorithm import ModelKind
@@ -113,25 +114,45 @@ class PrefetchingSampler(Protocol):
         ...
 
 
+@runtime_checkable
+class RestingSampler(Protocol):
+    """A sampler that holds memory of the device which training could use."""
+
+    def rest(self) -> None:
+        """Nothing more is drawn before the engine makes the next sampler. Called by all processes alike."""
+        ...
+
+
 @dataclass(frozen=True)
 class RolloutContext:
-    """What a rollout engine may need to know of the run that it samples for.
+    """What a rollout engine may need to know of the run that it samples for, before the model is loaded.
 
     Attributes:
-        model: the model that is trained.
-        model_settings: how it was loaded: path, revision, tokenizer, …
+        model_settings: the model that responses are drawn from: path, revision, tokenizer, …
         folder: the run's folder.
-        is_main: whether this is the run's main process.
+        adapter: what of the model is trained (`AdapterKind`); None: nothing is.
+        device: where this process computes.
+        dtype: what products are made in; None: what the weights are saved in.
+        held: bytes that weights and optimiser states will take of the device of this process, about.
+        rank: of this process among those of the run, from 0.
         gather: the value of every process, in order of rank, on every process.
         show_progress: whether to show progress.
     """
 
-    model: Any
     model_settings: Any
     folder: Path
-    is_main: bool = True
+    adapter: Any = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+    held: float = 0.0
+    rank: int = 0
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     show_progress: bool = True
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the run's main process."""
+        return self.rank == 0
 
 
 @runtime_checkable
@@ -170,12 +191,23 @@ class RolloutEngine(Protocol):
         ...
 
     def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
-        """Whatever must live as long as the run, such as a server. Entered once, before the first sample, by what
+        """Whatever must live as long as the run, such as a server. Entered once, before the model is loaded, by what
         samples from one policy: training and `alignlab sample`."""
         ...
 
     def sampler(self, policy: Any) -> Sampler:
         """A sampler of `policy` with the weights that it has now. Called by all processes alike."""
+        ...
+
+
+@runtime_checkable
+class GatheringEngine(Protocol):
+    """A rollout engine whose samplers need not have all weights of a policy in this process."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether `sampler` gathers weights that are divided among processes by itself, one after the other, by the
+        policy's `gathered`. Otherwise they are whole on every process while it samples."""
         ...
 
 

@@ -4,6 +4,7 @@ from alignlab.models.adapters import FullFineTuning, LoRA
 from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
+from alignlab.models.outline import Outline, outline
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model

@@ -74,6 +74,7 @@ class PackedModel(nn.Module):
         language_head: a score model's; see `heads.add_language_head`.
         source: the folder or Hub id it was loaded from.
         fresh_adapter: whether its adapter is new and changes nothing yet: the reference is then the base.
+        gathered: the whole of a weight that is divided among processes, called by all of them; None: each has all.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -93,6 +94,7 @@ class PackedModel(nn.Module):
         self.language_head: nn.Module | None = None
         self.source = ""
         self.fresh_adapter = False
+        self.gathered: Callable[[Tensor], Tensor] | None = None
 
     @property
     def features(self) -> Features:

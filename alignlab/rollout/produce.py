@@ -65,15 +65,15 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(settings, trainable=False, quantization=quantization, device=device)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr)
-    prompts = load(data, model.tokenizer).train
-    check_tokens(prompts, int(model.config.vocab_size))
-    bind_all((*scorers, environment), Policy(model))
     found: list[Group] = []
     tokens = 0
-    with started(engine, RolloutContext(model, settings, out)):
+    with started(engine, RolloutContext(settings, out, device=device)):  # first: a server may share the GPU
+        model = load_model(settings, trainable=False, quantization=quantization, device=device)
+        for note in model.notes:
+            print(f"note: {note}", file=sys.stderr)
+        prompts = load(data, model.tokenizer).train
+        check_tokens(prompts, int(model.config.vocab_size))
+        bind_all((*scorers, environment), Policy(model))
         begun = time.monotonic()
         sampler = sampler_of(engine, model)
         give_sampler(scorers, sampler)
