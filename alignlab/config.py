@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ BY_PATH = ("model", "data")
 
 OPEN = re.compile(r"(launcher\.(stages|additional_parameters)|callbacks|data\.fields|scoring\.normalize_data)[.=]")
 """Settings whose keys the user makes up, which Hydra takes only when told so."""
+
+
+LARGEST = 100_000
+"""Values that a config may hold, its aliases written out; a run has about a hundred."""
 
 
 def config_folder() -> Path:
@@ -365,6 +370,8 @@ def read_yaml(path: Path, *sections: str, advice: str = "mend it") -> dict[str, 
         raise ConfigError(f"{path}: cannot be read: {shorten(error)}: {advice}") from error
     except AlignlabError as error:
         raise ConfigError(str(error)) from error
+    if _size(values, {}) > LARGEST:
+        raise ConfigError(f"{path}: its aliases (*name) stand for more than {LARGEST:,} values: {advice}")
     if not isinstance(values, dict | None):
         kind = type(values).__name__
         raise ConfigError(f"{path}: not a config: must hold keys and values; it holds a {kind}: {advice}")
@@ -372,3 +379,14 @@ def read_yaml(path: Path, *sections: str, advice: str = "mend it") -> dict[str, 
         if not isinstance((values or {}).get(name), dict):
             raise ConfigError(f"{path}: damaged: it has no section '{name}': {advice}")
     return {str(key): value for key, value in (values or {}).items()}
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values there are once aliases are written out; infinite where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]

@@ -262,6 +262,11 @@ class Callback(Protocol):
         """A checkpoint is being written: files put into `folder` become part of it."""
         return
 
+    def on_resume(self, trainer: Any, folder: Path) -> None:
+        """The run goes on from the checkpoint in `folder`: read back what `on_checkpoint` put there. Before
+        `on_start`."""
+        return
+
     def on_end(self, trainer: Any, error: BaseException | None) -> None:
         """Training is over, or `error` ended it. The last callback of the list is called first."""
         return

@@ -12,7 +12,7 @@ from alignlab.models import ModelSettings, PackedModel, load_model
 
 
 class ScoreModel:
-    """A trained model that judges responses, loaded when it is first needed.
+    """A trained model that judges responses, loaded when training or a measurement begins.
 
     Args:
         path: Hub id or folder of the model, e.g. the `model/` folder of a run.
@@ -43,6 +43,10 @@ class ScoreModel:
         return load_model(
             self.settings, kind=self.kind, labels=self.labels, trainable=False, device=device, key="scoring.path"
         )
+
+    def bind(self, policy: Any, tokenizer: Any) -> None:
+        """Load the model now: one that cannot be loaded is found before responses are drawn for it."""
+        _ = self.model
 
     def check_tokens(self, groups: Sequence[Group]) -> None:
         """Raise AlignlabError for a token outside the model's vocabulary."""
@@ -110,6 +114,7 @@ class RewardModelScorer(ScoreModel):
 
     def bind(self, policy: Any, tokenizer: Any) -> None:
         """The policy's tokenizer prepares the responses that the scores are normalised by."""
+        super().bind(policy, tokenizer)
         self._tokenizer = tokenizer
 
     def score(self, groups: Sequence[Group]) -> None:

@@ -153,6 +153,7 @@ class Loop:
             trainer.state = trainer.load_checkpoint(folder)
             trainer.stopped = trainer.state.stopped
             trainer.checkpoints.discard_after(trainer.state.step)
+            trainer.each("on_resume", folder)
             if self._ended and trainer.processes.is_main:
                 print(f"note: nothing is left to train at step {trainer.state.step} ({self.ended_by})", file=sys.stderr)
 

@@ -82,7 +82,8 @@ engine = _kind("from contextlib import nullcontext", "", {
 callback = _kind("from alignlab import Callback", "(Callback)", {}, {
     "on_start": ("self, trainer", "pass"), "on_step": ("self, trainer", "pass"),
     "on_iteration": ("self, trainer, sampled", "pass"), "on_end": ("self, trainer, error", "pass"),
-    "on_checkpoint": ("self, trainer, folder", "pass"), "on_evaluate": ("self, trainer, metrics", "pass"),
+    "on_checkpoint": ("self, trainer, folder", "pass"), "on_resume": ("self, trainer, folder", "pass"),
+    "on_evaluate": ("self, trainer, metrics", "pass"),
 })  # fmt: skip
 schedule = _kind("", "", {}, {"__call__": ("self, done", "return 1.0")})
 order = _kind("", "", {"batches_per_epoch": "3", "state": "{}"}, {

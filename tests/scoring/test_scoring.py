@@ -240,6 +240,11 @@ def test_a_reward_model_s_scores_are_transformers_own(saved: Callable[..., Path]
     assert not any(p.requires_grad for p in scorer.model.parameters())
 
 
+def test_a_model_that_cannot_be_loaded_is_found_before_anything_is_sampled() -> None:
+    with pytest.raises(ConfigError, match=r"^scoring\.path='/nowhere/model': there is no such folder"):
+        RewardModelScorer("/nowhere/model").bind(None, None)
+
+
 def test_a_reward_model_is_loaded_when_needed_and_once(saved: Callable[..., Path]) -> None:
     scorer = RewardModelScorer("/nowhere/model")
     with pytest.raises(ConfigError, match="there is no such folder"):

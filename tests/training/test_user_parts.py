@@ -27,6 +27,33 @@ class StopAtLoss(Callback):
             trainer.request_stop(f"the loss is below {self.below}")
 '''
 
+PATIENT = '''
+"""Ends a run after so many rises of the loss, over all its sessions: what it has counted goes into checkpoints."""
+
+import json
+
+from alignlab import Callback
+
+
+class StopAfterRises(Callback):
+    def __init__(self, rises: int):
+        self.rises, self.seen, self.last = rises, 0, None
+
+    def on_step(self, trainer):
+        loss = trainer.metrics["loss"]
+        self.seen += self.last is not None and loss > self.last
+        self.last = loss
+        if self.seen >= self.rises:
+            trainer.request_stop(f"the loss rose {self.seen} times")
+
+    def on_checkpoint(self, trainer, folder):
+        if trainer.processes.is_main:
+            (folder / "rises.json").write_text(json.dumps([self.seen, self.last]))
+
+    def on_resume(self, trainer, folder):
+        self.seen, self.last = json.loads((folder / "rises.json").read_text())
+'''
+
 SCHEDULE = '''
 """Inverse square root, as in "Attention Is All You Need" (Vaswani et al. 2017, arXiv:1706.03762)."""
 
@@ -94,6 +121,7 @@ class Table:
 
 FILES = {
     "modules/good_enough.py": CALLBACK,
+    "modules/patient.py": PATIENT,
     "modules/square_root.py": SCHEDULE,
     "modules/curriculum.py": ORDER,
     "modules/table.py": TRACKER,
@@ -129,6 +157,21 @@ def test_a_callback_stops_a_run(folder: Path) -> None:
     assert train(folder, "sft", "stopped", *named) == 0
     assert [line["loss"] for line in runs.metrics(folder, "stopped")] == losses[:first]
     assert json.loads((folder / "stopped" / "result.json").read_text())["step"] == first
+
+
+def test_a_callback_keeps_what_it_counted_over_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ["callbacks.patient._target_=patient.StopAfterRises", "callbacks.patient.rises=3", "training.steps=40"]
+    assert train(folder, "sft", "patient", *named) == 0
+    losses = [line["loss"] for line in runs.metrics(folder, "patient")]
+    rises = [i for i in range(1, len(losses)) if losses[i] > losses[i - 1]]
+    assert len(rises) == 3 and rises[-1] == len(losses) - 1 < 39
+
+    with monkeypatch.context() as patch:
+        stop = runs.StopAfter(rises[0] + 1)  # the first rise is seen before, the others after
+        patch.setattr(ProgressDisplay, "update", lambda self, step, metrics: stop(step, metrics))
+        assert train(folder, "sft", "patient_resumed", *named) == 143
+    assert train(folder, "sft", "patient_resumed", *named) == 0
+    assert [line["loss"] for line in runs.metrics(folder, "patient_resumed")] == losses
 
 
 def test_a_schedule_sets_the_learning_rate(folder: Path) -> None:
