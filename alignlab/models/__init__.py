@@ -4,7 +4,7 @@ from alignlab.models.adapters import FullFineTuning, LoRA
 from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
-from alignlab.models.outline import Outline, outline
+from alignlab.models.outline import Outline, outline_of
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
@@ -16,6 +16,7 @@ __all__ = [
     "InStep",
     "LoRA",
     "ModelSettings",
+    "Outline",
     "PackedModel",
     "QuantizationSettings",
     "Reference",
@@ -25,5 +26,6 @@ __all__ = [
     "evaluating",
     "load_model",
     "load_tokenizer",
+    "outline_of",
     "save_model",
 ]

@@ -38,7 +38,7 @@ class Outline:
         )
 
 
-def outline(settings: ModelSettings, adapter: AdapterKind | None = None) -> Outline:
+def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> Outline:
     """What `load_model` will load as a policy, from the files that say so alone.
 
     Args:

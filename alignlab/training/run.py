@@ -25,7 +25,7 @@ from alignlab.models import (
     PackedModel,
     check_tokens,
     load_model,
-    outline,
+    outline_of,
     save_model,
 )
 from alignlab.training import provenance
@@ -100,7 +100,7 @@ def _held(run: RunConfig, world: int) -> float:
     """Bytes of a device that weights and optimiser states will take, about: where the model itself is trained, float32
     weights, AdamW's two states and a reference in half precision; under an adapter the frozen base, 2 bytes a weight or
     half of one."""
-    weights, mode = outline(run.model).weights, run.distributed.mode
+    weights, mode = outline_of(run.model).weights, run.distributed.mode
     if not run.adapter.trains_base:
         held = weights * (0.6 if run.quantization.kind == "nf4" else 1.1 if run.quantization.kind == "int8" else 2.1)
         return held / world if run.distributed.divides else held

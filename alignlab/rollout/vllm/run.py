@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from alignlab.core import AlignlabError, ConfigError, RolloutContext
-from alignlab.models import PackedModel, outline
+from alignlab.models import PackedModel, outline_of
 from alignlab.models.base import load_tokenizer
 from alignlab.rollout.settings import VllmSettings
 from alignlab.rollout.vllm import weights
@@ -52,7 +52,7 @@ class VllmRun:
     def __init__(self, settings: VllmSettings, context: RolloutContext) -> None:
         self.settings, self.context = settings, context
         self.is_main, self.gather = context.is_main, context.gather
-        self.policy = outline(context.model_settings, context.adapter)
+        self.policy = outline_of(context.model_settings, context.adapter)
         self.by_adapter, self.dtype = self.policy.is_plain_lora, context.dtype or self.policy.dtype
         folder = context.folder.absolute()
         self.name = f"alignlab-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
@@ -315,8 +315,8 @@ class VllmRun:
 def level_of(settings: VllmSettings, replicas: list[Replica], by_adapter: bool) -> int:
     """How deep servers sleep while the run trains, by `rollout.vllm.sleep`.
 
-    "auto" is 0 where they do not share the trainer's GPUs, or sample while it trains. Else it is 1 for an adapter, whose
-    base moves to the host's memory meanwhile, and 2 for whole weights, which are dropped: new ones come anyway.
+    "auto" is 0 where they do not share the trainer's GPUs, or sample while it trains. Else it is 1 for an adapter: its
+    base moves to the host's memory meanwhile. And it is 2 for whole weights, which are dropped: new ones come anyway.
 
     Raises:
         ConfigError: vLLM cannot sleep so.

@@ -28,8 +28,8 @@ def whole(policy: PackedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
     if hasattr(network, "peft_config"):
         if policy.gathered is not None:
             raise ConfigError(
-                "rollout=vllm: weights that distributed=fsdp or zero3 divides reach it whole or as a plain LoRA adapter, "
-                "and this adapter is another: use distributed=ddp or zero2"
+                "rollout=vllm: weights that distributed=fsdp or zero3 divides get there with adapter=none or lora, "
+                "and not with this adapter: use distributed=ddp or zero2"
             )
         network = plain_copy(network).merge_and_unload()
     for name, tensor in saved_tensors(network):
