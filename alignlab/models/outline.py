@@ -30,6 +30,11 @@ class Outline:
     adapter: Any = None
 
     @property
+    def nbytes(self) -> int:
+        """Of the full model as it is saved."""
+        return self.weights * self.dtype.itemsize
+
+    @property
     def is_plain_lora(self) -> bool:
         """Whether the policy is its base and a LoRA adapter, in the form that other programs load beside a base."""
         kind = str(getattr(self.adapter, "peft_type", "")).rpartition(".")[2]

@@ -23,7 +23,7 @@ from alignlab.core.parts import bind_all, calling, drawn, generated_tokens, give
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
-from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model, outline_of
 from alignlab.rollout import build_engine, build_environment
 from alignlab.rollout.policy import Policy
 from alignlab.scoring import build_scorers
@@ -67,7 +67,8 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: list[Group] = []
     tokens = 0
-    with started(engine, RolloutContext(settings, out, device=device)):  # first: a server may share the GPU
+    held = float(outline_of(settings).nbytes) if device == "cuda" else 0.0
+    with started(engine, RolloutContext(settings, out, device=device, held=held)):  # first: it may share the GPU
         model = load_model(settings, trainable=False, quantization=quantization, device=device)
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)

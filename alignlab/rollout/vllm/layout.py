@@ -25,6 +25,10 @@ AWAKE = 0.5
 """The same for a server that stays awake: the other half is for the trainer's activations and gradients."""
 
 
+LEAST = 0.02
+"""Share of a GPU below which no server is started on it."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one of the run's processes is.
@@ -121,6 +125,11 @@ def _shared(settings: VllmSettings, ranks: list[int], gpus: dict[int, str]) -> l
     for i in range(count):
         users = ranks[i * span : (i + 1) * span]
         shares = users[:width]
+        if len({gpus[r] for r in shares}) < width:
+            raise ConfigError(
+                f"rollout.vllm.tensor_parallel={width}: each process sees one GPU, a server needs {width}: start "
+                "the processes so that they see all of their host, or use 1"
+            )
         found.append(Replica(users[0], tuple(gpus[r] for r in shares), tuple(shares), tuple(users)))
     return found
 
@@ -137,26 +146,28 @@ def _users(ranks: list[int], index: int, count: int) -> tuple[int, ...]:
     return tuple(r for place, r in enumerate(ranks) if place % count == index or index % len(ranks) == place)
 
 
-def memory_share(settings: VllmSettings, free: float, total: float, held: float, shares: bool, sleeps: bool) -> float:
-    """The share of a GPU's memory that a server may hold (`--gpu-memory-utilization`).
+def memory_share(settings: VllmSettings, memory: tuple[int, int] | None, held: float, sleeps: bool) -> float:
+    """The share of each of its GPUs that a server may hold (`--gpu-memory-utilization`), as `rollout.vllm.memory` says.
 
-    As `rollout.vllm.memory` says; else `ALONE` on a GPU of its own; on the trainer's, of what is free before its model
-    is there and what its weights and optimiser states will leave over, `ASLEEP` where the server sleeps while it trains
-    and `AWAKE` where it does not.
+    Else it is `ALONE` on GPUs of its own. On the trainer's it is a part of what is free before its model is there and
+    what its weights and optimiser states will leave over: `ASLEEP` where the server sleeps while it trains, `AWAKE`
+    where it does not.
 
     Args:
-        free, total: bytes of the GPU, before anything of the run is on it.
-        held: bytes that the trainer will hold there all the time: weights and optimiser states.
+        memory: bytes of the trainer's GPU: free, before anything of the run is on it, and in all; None: no server is
+            on it.
+        held: bytes that the trainer will hold there all the time.
 
     Raises:
         ConfigError: nothing is left for a server.
     """
     if settings.memory is not None:
         return settings.memory
-    if not shares:
+    if memory is None:
         return ALONE
+    free, total = memory
     share = round((ASLEEP if sleeps else AWAKE) * (free - held) / total, 3)
-    if share < 0.02:
+    if share < LEAST:
         raise ConfigError(
             f"rollout.vllm: of {free / 1e9:.0f} GB free on the GPU the trainer will hold about {held / 1e9:.0f} GB: "
             "too little is left for a server: use adapter=lora, distributed=fsdp or rollout.vllm.devices, or give "

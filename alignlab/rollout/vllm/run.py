@@ -117,8 +117,8 @@ class VllmRun:
     def _share(self, replica: Replica) -> float:
         if not replica.devices:
             return self.settings.memory or ON_CPU / sum(r.owner == replica.owner for r in self.replicas)
-        free, total = torch.cuda.mem_get_info(self.context.device) if replica.shares else (1, 1)
-        return memory_share(self.settings, free, total, self.context.held, bool(replica.shares), self.level > 0)
+        memory = torch.cuda.mem_get_info(self.context.device) if replica.shares and not self.settings.memory else None
+        return memory_share(self.settings, memory, self.context.held, self.level > 0)
 
     def _served(self) -> list[str]:
         """Arguments of a server's command line that say what it serves."""

@@ -48,7 +48,7 @@ PREFIX = re.compile(r"^\(\w+( pid=\d+)?\) *([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] *)?")
 """What stands before what a vLLM process says."""
 
 NOT_INHERITED = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(ACCELERATE|TORCHELASTIC|FSDP|PYTORCH_CUDA_ALLOC)_"
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(ACCELERATE|TORCHELASTIC|FSDP)_|PYTORCH_(CUDA_)?ALLOC_"
     r"|OMP_NUM_THREADS$|VIRTUAL_ENV$"
 )
 """Variables that are about the trainer's processes."""

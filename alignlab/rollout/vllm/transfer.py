@@ -278,9 +278,18 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def export(packed: Tensor) -> dict[str, tuple[Any, ...]]:
-    """By the GPU's UUID: what another process opens this tensor with."""
+    """By the GPU's UUID: what another process opens this tensor with.
+
+    Raises:
+        AlignlabError: this GPU's memory cannot be shared.
+    """
     from torch.multiprocessing.reductions import reduce_tensor
 
     torch.cuda.current_stream().synchronize()  # what it holds must be there
     uuid = torch.cuda.get_device_properties(packed.device).uuid
-    return {str(uuid): reduce_tensor(packed)[1]}
+    try:
+        return {str(uuid): reduce_tensor(packed)[1]}
+    except RuntimeError as error:
+        raise AlignlabError(
+            f"rollout.vllm.transfer=ipc: the GPU's memory cannot be shared ({error}): give rollout.vllm.transfer=disk"
+        ) from error
