@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +23,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("comparisons")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNLAB_CACHE", str(folder / "cache"))
-        there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-        patch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        patch.setattr(local, "NodeProcess", forks.Process)
         patch.chdir(folder)
         write(folder, "tiny", EXPERIMENT)
         yield folder

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,8 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     runs.prepare(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALIGNLAB_CACHE", str(home / "cache"))
-        there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-        patch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        patch.setattr(local, "NodeProcess", forks.Process)
         patch.setattr(commands, "states", lambda jobs: {})
         assert main(["train", *train(home)]) == 0
         shutil.rmtree(home / "run/checkpoints/step-00000002")

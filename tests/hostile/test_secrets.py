@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -102,8 +100,7 @@ def test_a_written_config_without_its_secrets_is_refused(
 def test_the_parts_of_a_comparison_get_it(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+    monkeypatch.setattr(local, "NodeProcess", forks.Process)
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
     few = {"seeds": [0], "budget": {"steps": 1}, "sft": None, "pairs": None, "reward_model": None, "baseline": None}
     mine = ["algorithm=sft", words[-1], f"+algorithm.api_key={KEY}", "data=demonstrations"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +15,6 @@ __all__ = ["cluster"]
 
 @pytest.fixture(scope="module", autouse=True)
 def forked() -> Iterator[None]:
-    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+        patch.setattr(local, "NodeProcess", forks.Process)
         yield

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, ClassVar
 
+from alignlab.core.children import end_with_parent
 from tests.training import runs
 
 PR_SET_PDEATHSIG = 1
@@ -182,30 +183,23 @@ class Forked:
 
 
 class Process(Forked):
-    """Stands in for `subprocess.Popen` where a comparison starts its nodes: a fork instead of a new interpreter."""
+    """Stands in for the `NodeProcess` of a node: a fork of the process that tests."""
 
     started: ClassVar[list[str]] = []
     """The folders of the nodes that were started, in order."""
 
     def __init__(
-        self,
-        words: Sequence[str],
-        stdout: IO[bytes],
-        env: dict[str, str],
-        preexec_fn: Callable[[], None] = lambda: None,
-        **_options: object,
+        self, folder: Path, log: IO[bytes], lock: IO[bytes], environment: Mapping[str, str], threads: int | None
     ) -> None:
-        assert list(words[1:4]) == ["-m", "alignlab", "node"]
-        folder = words[4]
-        Process.started.append(folder)
+        Process.started.append(str(folder))
 
         def act() -> None:
             for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
             os.setsid()
-            preexec_fn()
+            end_with_parent()
             os.environ.clear()
-            os.environ.update(env)
-            command(["node", folder])()
+            os.environ.update(environment)
+            command(["node", str(folder)])()
 
-        self.pid = fork(act, Path(stdout.name))
+        self.pid = fork(act, Path(log.name))

@@ -3,6 +3,7 @@
     node      what a part consists of, its key, what has become of it; all of it is in the part's folder
     work      runs the commands of one node, in whichever process: `alignlab node FOLDER`
     local     executor: processes on this machine, several at a time
+    process   a node's process on this machine, forked from one that has loaded the libraries
     slurm     executor: jobs and arrays of a cluster, through submitit; `wait` sees them to their end
     job       what a job runs
     ledger    which job of the cluster has which part

@@ -9,8 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from alignlab.comparison.graph.node import LOG, Node, fail, last_words, outcome
+from alignlab.comparison.graph.process import NodeProcess
 from alignlab.core import AlignlabError, Interrupted
-from alignlab.core.children import end_with_parent
 from alignlab.core.progress import console
 from alignlab.training.signals import SIGNALS, StopRequest
 
@@ -49,7 +47,7 @@ def say(text: str, style: str = "") -> None:
 @dataclass
 class _Running:
     node: Node
-    process: subprocess.Popen[bytes]
+    process: NodeProcess
     log: IO[bytes]
     started: float
 
@@ -140,23 +138,14 @@ def _start(node: Node, threads: int | None) -> _Running:
     with (node.folder / LOCK).open("wb") as lock:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "alignlab", "node", str(node.folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the executor, which then asks each node to save
-            preexec_fn=end_with_parent,
-            pass_fds=(lock.fileno(),),  # from now on the lock is the process's
-        )
+        process = NodeProcess(node.folder, log, lock, environment, threads)
     return _Running(node, process, log, time.monotonic())
 
 
 def _ended(item: _Running) -> str:
     """Why a node has no result, though its process has ended; "" where it has one."""
     item.log.close()
-    folder, code = item.node.folder, item.process.returncode
+    folder, code = item.node.folder, item.process.poll() or 0
     if code == 0:
         return ""
     found, log = outcome(folder, item.node.key), folder / LOG

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +20,7 @@ from tests.training import forks
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+    monkeypatch.setattr(local, "NodeProcess", forks.Process)
 
 
 @pytest.fixture
