@@ -58,7 +58,7 @@ def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> O
     path = settings.path if saved is None else str(saved["base_model_name_or_path"])
     revision = settings.revision if saved is None else None
     config = read_config(path, revision, settings.trust_remote_code)
-    dtype = _dtype(config, settings)
+    dtype = dtype_of(config, settings, on_cpu=not torch.cuda.is_available())
     with loading(path, "a language model cannot be made of its config"), torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=settings.trust_remote_code
@@ -75,10 +75,10 @@ def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> O
     return Outline(path, revision, weights, dtype, found)
 
 
-def _dtype(config: Any, settings: ModelSettings) -> torch.dtype:
-    """That of a model's weights: "auto" is as saved, and never half precision on CPUs."""
+def dtype_of(config: Any, settings: ModelSettings, on_cpu: bool) -> torch.dtype:
+    """The dtype that `load_model` gives the weights: `auto` is as saved, and never half precision on CPUs."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
     saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     saved = getattr(torch, saved) if isinstance(saved, str) else saved
-    return torch.float32 if saved is None or (saved.itemsize == 2 and not torch.cuda.is_available()) else saved
+    return torch.float32 if saved is None or (on_cpu and saved.itemsize == 2) else saved

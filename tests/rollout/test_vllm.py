@@ -474,10 +474,12 @@ def test_a_server_of_ours_starts_and_ends_with_us(python: str, tmp_path: Path, m
     server = start(settings, ["--model", "m"], tmp_path / "vllm" / "server.log", {})
     assert server.process is not None
     server.wait(30, show=False)
+    place = Path(server.url.removeprefix("unix:")).parent
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700, "nobody else can ask it"
     log = (tmp_path / "vllm" / "server.log").read_text()
     assert "'--logprobs-mode', 'processed_logprobs'" in log and "'--max-model-len', '64'" in log
     server.close()
-    assert server.process.returncode is not None
+    assert server.process.returncode is not None and not place.exists()
     with pytest.raises(ServerLost):
         Client(server.url, 5).get("/health")
 

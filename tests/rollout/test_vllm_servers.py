@@ -144,6 +144,9 @@ def test_how_weights_get_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(APART) == "disk"
     with pytest.raises(ConfigError, match=r"transfer=nccl: NCCL \(2, 29, 7\) here and \(2, 30, 1\) with vLLM"):
         chosen(APART, transfer="nccl")
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        assert transfer.choose(VllmSettings(devices="4"), APART, False) == ("disk", "this PyTorch has no NCCL")
 
 
 # ---------------------------------------------------------------------- what they are asked, and when
@@ -398,8 +401,9 @@ def test_a_server_that_refuses_weights_is_not_waited_for(
             run.push(policy)
 
 
-def test_all_weights_are_gathered_even_where_a_server_takes_none(base: Path) -> None:
+def test_all_weights_are_gathered_even_where_a_server_takes_none(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other processes wait in each gathering: one that stopped would leave them there."""
+    monkeypatch.setattr(transfer, "PART", 1)
     policy = load_model(ModelSettings(path=str(base)))
     asked: list[torch.Tensor] = []
     policy.gathered = lambda tensor: asked.append(tensor) or tensor  # type: ignore[func-returns-value]

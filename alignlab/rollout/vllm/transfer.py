@@ -76,9 +76,11 @@ def _no_nccl(settings: VllmSettings) -> str:
     """Why weights cannot go by NCCL; empty where they can."""
     if problem := private_api.problem("NCCL"):
         return problem
-    if settings.url:
-        return ""  # what it has cannot be asked
-    ours, theirs = str(private_api.nccl_version()), nccl_of(settings)
+    try:
+        ours = str(private_api.nccl_version())
+    except AttributeError:
+        return "this PyTorch has no NCCL"
+    theirs = ours if settings.url else nccl_of(settings)  # what runs already cannot be asked
     return "" if ours == theirs else f"NCCL {ours} here and {theirs or 'none'} with vLLM cannot meet"
 
 
