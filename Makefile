@@ -1,6 +1,8 @@
 # make demo        installs into .venv and runs the main job on the embedded default
 # make check       the inner loop of whoever changes something, about a minute: linter, core, algorithms, a run of each kind
 # make test        all tests but those of the targets below; needs no GPU, no network and nothing beside this folder
+# make test-processes  several processes, launchers, sweeps, what is killed, full memory, wandb
+# make test-hostile    bad inputs, full disks, power cuts, fuzzers
 # make test-real   those of the above that need real models and data: skipped where ../shared is absent
 # make test-slurm  on a real Slurm of virtual nodes on this machine (root, Debian)
 # make test-vllm   with a real vLLM server, its build for CPUs
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
+.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -33,7 +35,14 @@ check: $(VENV)/.test
 	  $(EACH_KIND:%='tests/training/test_loop.py::test_packing_does_not_matter[%]') tests/comparison/test_planning.py
 
 test: $(VENV)/.test
-	$(PYTEST) $(TWO_AT_A_TIME) --ignore=tests/slurm --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+	$(PYTEST) $(TWO_AT_A_TIME) -m 'not processes' --ignore=tests/hostile --ignore=tests/slurm \
+	  --ignore=tests/rollout/test_vllm_real.py --ignore=tests/performance/test_guard.py
+
+test-processes: $(VENV)/.test
+	$(PYTEST) $(TWO_AT_A_TIME) -m processes --ignore=tests/slurm
+
+test-hostile: $(VENV)/.test
+	$(PYTEST) $(TWO_AT_A_TIME) tests/hostile
 
 test-real: $(VENV)/.test
 	$(PYTEST) -m real_data tests/benchmarks tests/data tests/models tests/rollout tests/training

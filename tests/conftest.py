@@ -39,13 +39,30 @@ LONGEST = [
 ]
 """The files that take longest. They come first, so that at the end no process waits for another's long file."""
 
+PROCESSES = (
+    "comparison/graph/test_process.py",
+    "launch/",
+    "scoring/test_judge_runs.py",
+    "sweeps/",
+    "training/callbacks/test_wandb.py",
+    "training/callbacks/test_wandb_failing.py",
+    "training/distributed/",
+    "training/test_faults.py",
+    "training/test_memory_faults.py",
+    "training/test_non_finite_faults.py",
+    "training/test_vllm_runs.py",
+)
+"""Files and folders whose tests run several processes or kill them: `make test-processes`. They take long."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the fixture `shared` are marked `real_data`; the longest files come first."""
+    """Marks `processes` and `real_data` (tests that use the fixture `shared`); the longest files come first."""
     place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(PROCESSES):
+            item.add_marker("processes")
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "shared" in getattr(item, "fixturenames", ()) and "shared" not in parameters:
             item.add_marker("real_data")
