@@ -17,6 +17,7 @@ from alignlab.rollout.produce import produce
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.rollout.vllm.server import Server
 from alignlab.training import run as training_run
+from alignlab.training.distributed.engine import Engine
 from alignlab.training.off_policy import compare
 from alignlab.training.run_config import check
 from alignlab.training.run_folder import fingerprint
@@ -152,7 +153,8 @@ def test_a_server_is_there_before_the_model_and_sleeps_while_that_trains(
     url = serve()[0].partition("=")[2]
     monkeypatch.setattr("alignlab.rollout.vllm.run.start", lambda *_: Server(url, 30))
     monkeypatch.setattr("alignlab.rollout.vllm.run.level_of", lambda *_: 2)
-    for owner, name, said in ((training_run, "load_model", "load"), (Trainer, "update", "train")):
+    moments = ((training_run, "load_model", "load"), (Trainer, "update", "train"), (Engine, "whole", "all at once"))
+    for owner, name, said in moments:
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), seen, said))
     runs.train(folder, "grpo", "asleep", *SERVED, "training.steps=4")
     wake = ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"]
