@@ -8,6 +8,7 @@
 # make test-vllm   with a real vLLM server, its build for CPUs
 # make guard       the study of performance, small: has anything become slower or larger than recorded?
 # make lint        linter, formatter, types
+# make newer       which libraries have versions newer than those tested; never fails
 # make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
 # make clean       removes the environments and what was built
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint wheel install clean
+.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint newer wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -91,6 +92,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+newer: $(VENV)/.test
+	$(BIN)/python .ci/newer.py
 
 # The package as users get it, by the demo's first minute: a reward model, two algorithms, one seed, a few steps.
 LEFT_OUT := models.ranker models.prm $(addprefix algorithms.,rejection_sampling expert_iteration rrhf slic ppo)

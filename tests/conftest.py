@@ -41,6 +41,7 @@ LONGEST = [
 
 PROCESSES = (
     "comparison/graph/test_process.py",
+    "comparison/test_compare.py",
     "launch/",
     "scoring/test_judge_runs.py",
     "sweeps/",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from alignlab.core import Group, Response
-from alignlab.models import PackedModel
+from alignlab.models import PackedModel, attention
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 WORDS = [*"abcdefghijklmnopqrstuvwxyz"]
@@ -205,3 +208,17 @@ def gradients(module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
     return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
+
+
+@contextmanager
+def flex_on_cpu(backend: Any = "eager") -> Iterator[None]:
+    """CPUs compute attention as GPUs do. With "inductor" FlexAttention is compiled as it is there; "eager" compiles
+    nothing and computes the same, and "aot_eager" has its gradients too, which PyTorch refuses on CPUs."""
+    attention.compiled.cache_clear()
+    with ExitStack() as changed:
+        changed.callback(attention.compiled.cache_clear)
+        changed.enter_context(patch.object(attention, "ON_CPU", "flex"))
+        changed.enter_context(patch.object(torch, "compile", partial(torch.compile, backend=backend)))
+        if backend == "aot_eager":
+            changed.enter_context(patch("torch.nn.attention.flex_attention._validate_device", lambda *_: None))
+        yield

@@ -1,24 +1,31 @@
-"""Attention of trunk and branches over one row without padding, piece by piece; no mask of all pairs is ever made.
+"""Attention of trunk and branches over one row without padding; no mask of all pairs is ever made.
 
 A row holds groups one after the other, each its trunk and then its branches. Trunks attend to themselves, branches to
-their trunk and to themselves. Both pieces of a branch are joined by their log-sum-exps, as flash attention joins blocks
-(Dao et al. 2022, arXiv:2205.14135, section 3.1): the cost is that of the allowed pairs alone.
+their trunk and to themselves. There are two plans, and `path` chooses between them:
+
+* `Segments` computes piece by piece. Both pieces of a branch are joined by their log-sum-exps, as flash attention joins
+  blocks (Dao et al. 2022, arXiv:2205.14135, section 3.1): the cost is that of the allowed pairs alone.
+* `FlexPlan` computes the blocks of 128 tokens by 128 in which a token sees another, by compiled FlexAttention.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
-from typing import Any, Protocol
+from itertools import count, pairwise
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.functional import pad
 
-from alignlab.core import Group
+from alignlab.core import AlignlabError, Group
+from alignlab.core.memory import is_memory_error, said
+from alignlab.core.private_api import problem
 from alignlab.models import private_api
-from alignlab.models.packing import TRUNK, Rows, Span
+from alignlab.models.packing import PADDING, TRUNK, Rows, Span
 
 NAME = "alignlab"
 """What transformers knows our attention function by."""
@@ -28,6 +35,25 @@ PLAN = "attention_plan"
 
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """What some architectures ask of attention and plans do not do."""
+
+Path = Literal["segments", "flex", "mask"]
+
+ON_CPU: Path = "segments"
+"""The path of CPUs. Tests set it to "flex", and CPUs then do what GPUs do, but for gradients: FlexAttention has none
+on CPUs."""
+
+
+def path(device: torch.device, implementation: str | None = "sdpa", segments: bool = True) -> Path:
+    """How attention is computed: by `Segments`, by `FlexPlan`, or through a mask of all pairs.
+
+    Args:
+        device: where.
+        implementation: what transformers would compute it with (`model.attention`); plans stand in for SDPA alone.
+        segments: `Features.segments`.
+    """
+    if not segments or implementation not in ("sdpa", NAME):
+        return "mask"
+    return ON_CPU if device.type == "cpu" else "flex"
 
 
 class AttentionPlan(Protocol):
@@ -78,9 +104,10 @@ def attention(
 def use_plans(network: Any) -> bool:
     """Let the attention layers of a transformers model take plans; False where it is not computed by SDPA, or where
     `refusal` has a reason."""
-    if private_api.attention_of(network) == NAME:
+    implementation = private_api.attention_of(network)
+    if implementation == NAME:
         return True
-    if private_api.attention_of(network) != "sdpa" or refusal(network) is not None:
+    if path(_device(network), implementation) == "mask" or refusal(network) is not None:
         return False
     private_api.register_attention(NAME, attention)
     network.set_attn_implementation(NAME)
@@ -89,13 +116,17 @@ def use_plans(network: Any) -> bool:
 
 def refusal(network: Any) -> str | None:
     """Why attention by plans is not to be had from the libraries installed here; None where it is."""
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    needs = ["attention of transformers", *(["attention on CPUs"] if on_cpu else [])]
-    return next((found for name in needs if (found := private_api.problem(name))), None)
+    needs = ["attention of transformers", *(["attention on CPUs"] if path(_device(network)) == "segments" else [])]
+    return next((found for name in needs if (found := problem(name))), None)
+
+
+def _device(network: Any) -> torch.device:
+    found: torch.device = next(network.parameters()).device
+    return found
 
 
 class Segments:
-    """The plan of a row that holds groups one after the other, on a CPU.
+    """The plan of a row that holds groups one after the other, piece by piece.
 
     Args:
         spans: where the groups are.
@@ -189,59 +220,149 @@ def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     lse.copy_(total)
 
 
+BLOCK = 128
+"""FlexAttention's blocks have so many tokens, and rows are padded to a multiple of it. Shorter rows than two blocks
+would be computed by other kernels: they are padded too, so that one kernel serves all lengths."""
+
+VARIANTS = 64
+"""Kernels for one shape of heads at most. One is expected."""
+
+
 class FlexPlan:
-    """The plan of a varlen row on a GPU: FlexAttention (Dong et al. 2024, arXiv:2412.05496), whose block mask skips the
-    blocks in which no token sees another.
+    """The plan of a varlen row by FlexAttention (Dong et al. 2024, arXiv:2412.05496), always compiled: uncompiled, it
+    makes the whole matrix of scores. Padding is one more group, and is cut off.
 
     Args:
-        rows: in the varlen layout.
+        group_L: which group a token belongs to. The tokens of a group follow each other, its trunk first.
+        branch_L: which branch of its group, `TRUNK` for the trunk. The tokens of a branch follow each other.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        group, branch = rows.group_RL[0], rows.branch_RL[0]
-        length = len(group)
-
-        def allowed(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            same = (branch[k] == TRUNK) | (branch[q] == branch[k])
-            return (q >= k) & (group[q] == group[k]) & same
-
-        make = _compiled_mask() if group.device.type == "cuda" else create_block_mask
-        self.mask = make(allowed, None, None, length, length, device=group.device)
+    def __init__(self, group_L: Tensor, branch_L: Tensor) -> None:
+        length = len(group_L)
+        self._extra = max(2, -(-length // BLOCK)) * BLOCK - length
+        group, branch = (
+            pad(x.int(), (0, self._extra), value=value) for x, value in ((group_L, PADDING), (branch_L, TRUNK))
+        )
+        self.mask = block_mask(group, branch)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
+        """See `AttentionPlan.attend`.
 
-        compute: Any = _compiled_attention() if query.device.type == "cuda" else flex_attention
-        shared = query.shape[1] != key.shape[1]
-        found: Tensor = compute(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=shared)
-        return found.transpose(1, 2).contiguous()
+        Raises:
+            AlignlabError: FlexAttention cannot be compiled for this model on this device.
+        """
+        length = query.shape[2]
+        padded = [pad(x.transpose(1, 2), (0, 0, 0, 0, 0, self._extra)).contiguous() for x in (query, key, value)]
+        query, key, value = (x.transpose(1, 2) for x in padded)
+        shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
+        grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
+        try:
+            # Without autocast, which is one more thing that kernels would be compiled anew for: all has its dtype.
+            with torch.autocast(query.device.type, enabled=False):
+                compute = compiled(*shape, query.dtype, query.device, grads, scaling)
+                found: Tensor = compute(query, key, value, self.mask)
+        except Exception as error:
+            if is_memory_error(error):
+                raise
+            raise AlignlabError(
+                f"FlexAttention fails for {shape[0]} heads of {shape[2]} with {shape[1]} of keys in {query.dtype} on "
+                f"{query.device} ({said(_cause(error))}): model.layout=packed goes through a mask of all pairs instead"
+            ) from error
+        return found.transpose(1, 2)[:, :length].contiguous()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error of PyTorch's compiler is about: its own first line names the compiler alone."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__
+    return _cause(inner) if isinstance(inner, BaseException) else error
+
+
+def block_mask(group_L: Tensor, branch_L: Tensor) -> Any:
+    """FlexAttention's block mask of a row whose length is a multiple of `BLOCK`, from what is first and last in each
+    block: no pair of tokens is looked at.
+
+    A block before another is seen by it where the group that it ends with is the one that the other begins with, and
+    either this group's trunk is in it or its last branch is the other's first. It is seen in full where both have one
+    group, and it has nothing but trunk, or but trunk and the one branch that the other has.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def allowed(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (branch_L[k] == TRUNK) | (branch_L[q] == branch_L[k])
+        return (q >= k) & (group_L[q] == group_L[k]) & same
+
+    group_BL, branch_BL = group_L.unflatten(0, (-1, BLOCK)), branch_L.unflatten(0, (-1, BLOCK))
+    first, last = group_BL[:, 0], group_BL[:, -1]
+    first_branch, last_branch = branch_BL[:, 0], branch_BL[:, -1]
+    has_trunk = ((group_BL == last[:, None]) & (branch_BL == TRUNK)).any(1)
+    one_group, one_branch = first == last, first_branch == last_branch
+    no_siblings = ((branch_BL == TRUNK) | (branch_BL == last_branch[:, None])).all(1)
+
+    number = torch.arange(len(first), device=group_L.device)
+    goes_on = first_branch[:, None] == last_branch
+    seen = (number[:, None] > number) & (first[:, None] == last) & (has_trunk | goes_on)
+    full = (last_branch == TRUNK) | (one_branch[:, None] & goes_on & no_siblings)
+    full &= seen & one_group[:, None] & one_group
+    partial = (seen & ~full) | (number[:, None] == number)
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """How many blocks each sees, and which: these first."""
+        which = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], which.int()[None, None]
+
+    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=allowed)
 
 
 @cache
-def _compiled_attention() -> Any:
-    """Uncompiled, FlexAttention makes the whole matrix of scores."""
+def compiled(
+    heads: int,
+    shared: int,
+    size: int,
+    value_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grads: tuple[bool, ...],
+    scaling: float | None,
+) -> Any:
+    """FlexAttention compiled for one shape of heads, dtype and use of gradients, and for any length.
+
+    PyTorch counts and limits compilations by the function's code: each of ours has its own. As the whole function must
+    be compiled (`fullgraph`), what cannot be, or goes beyond the limit, is an error and never runs uncompiled.
+
+    Args:
+        heads, shared: of queries, and of keys and values.
+        size, value_size: of a head.
+        grads: whether gradients are recorded, and whether query, key and value have one.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    def compute(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
+        return flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=heads != shared)
 
-
-@cache
-def _compiled_mask() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask, dynamic=True)
+    compute.__code__ = compute.__code__.replace(co_name=f"flex_attention_{heads}_{shared}_{size}")
+    takes_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # 8 in versions that take none
+    limit: Any = {"recompile_limit": VARIANTS} if takes_limit else {}
+    made: Any = torch.compile(compute, dynamic=True, fullgraph=True, **limit)
+    # PyTorch takes sizes that are equal in the first call for equal in all: as many blocks as heads, and it would
+    # compile for this number of blocks alone.
+    blocks = next(n for n in count(3) if not {n, n * BLOCK} & {heads, shared, size, value_size})
+    shapes = ((heads, size), (shared, size), (shared, value_size))
+    first = [torch.zeros(1, blocks * BLOCK, *shape, dtype=dtype, device=device) for shape in shapes]
+    group, branch = (torch.zeros(blocks * BLOCK, dtype=torch.int32, device=device) for _ in range(2))
+    with torch.set_grad_enabled(grads[0]):
+        inputs = (x.transpose(1, 2).requires_grad_(grad) for x, grad in zip(first, grads[1:], strict=True))
+        made(*inputs, block_mask(group, branch))
+    return made
 
 
 CALL_PAIRS = 256
 """What a call to the kernel costs, in pairs of tokens that a mask makes it look at for nothing (per head)."""
 
 
-def worthwhile(groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether attention piece by piece is faster for these groups than through a mask of all pairs."""
-    if device.type != "cpu":
-        return True
+def worthwhile(groups: Sequence[Group], by: Path) -> bool:
+    """Whether attention on this path is faster for these groups than through a mask of all pairs."""
+    if by != "segments":
+        return by == "flex"
     calls = masked = allowed = 0
     for group in groups:
         lengths = [len(r.token_ids) for r in group.responses]
@@ -260,6 +381,6 @@ def shortest_window(config: Any) -> int | None:
 
 def plan_of(rows: Rows) -> AttentionPlan:
     """How the tokens of a varlen row attend to each other."""
-    if rows.input_ids_RL.device.type == "cpu":
+    if path(rows.input_ids_RL.device) == "segments":
         return Segments(rows.spans)
-    return FlexPlan(rows)
+    return FlexPlan(rows.group_RL[0], rows.branch_RL[0])

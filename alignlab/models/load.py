@@ -13,6 +13,7 @@ from torch import nn
 from alignlab.core import AdapterKind, ConfigError, ModelKind
 from alignlab.core.memory import keep_freed_memory
 from alignlab.core.parts import calling
+from alignlab.core.private_api import problem
 from alignlab.models import private_api
 from alignlab.models.adapters import TASK, FullFineTuning, Resumes, adapter_in_use
 from alignlab.models.base import check_vocabulary, load_base, load_tokenizer, remove_dropout, set_pad
@@ -148,7 +149,7 @@ def _same_in_every_mode(network: Any) -> list[str]:
     config = quantization_of(network)
     if config is None or name_of(config) not in BITSANDBYTES:
         return []
-    if refused := private_api.problem("quantised layers"):
+    if refused := problem("quantised layers"):
         return [refused]
     private_api.same_in_training_and_evaluation(network)
     return []

@@ -15,7 +15,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from alignlab.models.private_api import become, is_weight, problem
+from alignlab.core.private_api import problem
+from alignlab.models.private_api import become, is_weight
 
 
 class FusedLinear(Linear):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.core.memory import in_halves
 from alignlab.models.adapters import adapter_in_use
-from alignlab.models.attention import PLAN, plan_of, shortest_window, worthwhile
+from alignlab.models.attention import PLAN, path, plan_of, shortest_window, worthwhile
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
 from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.private_api import attention_of, is_weight
@@ -168,7 +168,8 @@ class PackedModel(nn.Module):
         longest = max((len(g.prompt_ids) + len(r.token_ids) for g in groups for r in g.responses), default=0)
         limit = shortest_window(self.config)
         within = limit is None or longest <= limit
-        return "varlen" if self.features.segments and within and worthwhile(groups, self.device) else "packed"
+        by = path(self.device, segments=self.features.segments)
+        return "varlen" if within and worthwhile(groups, by) else "packed"
 
     def forward(self, rows: Rows, reads: Iterable[str] = ("logp",), temperature: float = 1.0) -> dict[str, Tensor]:
         """The values of `core.Outputs` for the loss-bearing tokens (axis T) and responses (axis N) of `rows`.

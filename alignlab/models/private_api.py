@@ -1,75 +1,19 @@
-"""The one place that reaches into private API of the libraries below: what, in which versions it is known to work, how
-that is tried, and what is done without it.
-
-Nothing is looked up when this module is imported. A reach that fails is told in the model's notes (`PackedModel.notes`)
-and replaced by the plain way, which is slower or refuses, and never computes something else.
-"""
+"""Private API that models use of the libraries below; see `alignlab.core.private_api`. What fails is told in the
+model's notes (`PackedModel.notes`)."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Reach:
-    """One use of private API.
-
-    Attributes:
-        library: the distribution's name.
-        known: its versions, as prefixes, with which the tests pass.
-        into: what is used.
-        probe: raises where it is not there, or does not do what it did.
-        without: what is done then.
-    """
-
-    library: str
-    known: tuple[str, ...]
-    into: str
-    probe: Callable[[], None]
-    without: str
-
-    @property
-    def version(self) -> str | None:
-        """Installed version of the library; None where it is not installed."""
-        try:
-            return metadata.version(self.library)
-        except metadata.PackageNotFoundError:
-            return None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the installed version is one with which the tests pass."""
-        return any(f"{self.version}.".startswith(f"{prefix}.") for prefix in self.known)
-
-
-@cache
-def problem(name: str) -> str | None:
-    """What a model's notes should say of a reach that does not work here, tried once; None where it works."""
-    reach = REACHES[name]
-    try:
-        with torch.random.fork_rng(devices=[]):  # layers are made to try them on: no number of a run may move
-            reach.probe()
-    except Exception as error:  # whatever a library of another version may raise
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        version = f"{reach.library} {reach.version} (known: {', '.join(reach.known)})"
-        return f"{reach.into} of {version} cannot be used ({said}): {reach.without}"
-    return None
-
-
-def works(name: str) -> bool:
-    """Whether a reach does what it should with the libraries that are installed."""
-    return problem(name) is None
-
+from alignlab.core.private_api import REACHES, Reach, there
 
 # ---------------------------------------------------------------------- torch
 
@@ -200,6 +144,17 @@ def _try_nccl() -> None:
         raise AttributeError("its key has not 128 bytes")
 
 
+def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own buffers that are saved with it, by name."""
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+
+
+def renamed(network: Any) -> bool:
+    """Whether transformers gave weights other names or shapes when it loaded this model; it takes them back when it
+    saves."""
+    return bool(getattr(network, "_weight_conversions", None))
+
+
 def is_weight(layer: Any) -> bool:
     """Whether a layer is nothing but its weight and bias, which may then be used without calling it."""
     return type(layer) is nn.Linear and not any(
@@ -296,14 +251,12 @@ def _try_dequantizing() -> None:
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
 
-    for owner, name in (
+    there(
         (bnb, "dequantize_4bit"),
         (bnb, "int8_vectorwise_dequant"),
         (HfQuantizer, "remove_quantization_config"),
         (_lora_layer(), "fan_in_fan_out"),
-    ):
-        if not hasattr(owner, name):
-            raise AttributeError(f"{owner} has no {name}")
+    )
     if not isinstance(Conv1D, type) or not isinstance(Linear, type):
         raise AttributeError("Conv1D or Linear is no class")
 
@@ -355,8 +308,6 @@ def _try_quantized_layers() -> None:
         raise AttributeError("the state of an 8-bit layer has no `is_training`")
 
 
-# ---------------------------------------------------------------------- all of them
-
 # ---------------------------------------------------------------------- start-up
 
 
@@ -380,7 +331,7 @@ def spare_deepspeed() -> Iterator[None]:
         other.is_deepspeed_available = former
 
 
-REACHES = {
+REACHES |= {
     "attention on CPUs": Reach(
         "torch",
         ("2.13",),
@@ -427,4 +378,3 @@ REACHES = {
         "an adapter on a quantised base cannot be merged: save the adapter",
     ),
 }
-"""Every reach, by name."""

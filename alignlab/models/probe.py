@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.core import Group, Response
-from alignlab.models.attention import refusal, shortest_window, use_plans
+from alignlab.core import AlignlabError, Group, Response
+from alignlab.core.memory import is_memory_error, said
+from alignlab.models.attention import path, refusal, shortest_window, use_plans
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
+from alignlab.models.private_api import attention_of
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
 """Largest mean absolute difference of log-probs put down to rounding: in nats, and as a part of what a wrong mask, or
@@ -22,11 +24,25 @@ the lack of the context, would make. The first alone would pass wrong ones where
 model with random weights; in trained models it contributes 0.1 to 1 nat."""
 FULL_PRECISION = (1e-4, 0.01)
 
+REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
+"""What architectures raise at inputs that they were not made for."""
+
 FITS = 64
 """The longest sequence of the trial is shorter than this."""
 
 SHORT_WINDOW = 8
 """Sliding windows are shortened to this for the trial, so that its sequences go beyond them."""
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Largest mean difference of log-probs put down to rounding where products have this dtype; see `TOLERANCE`.
+
+    GPUs that may round the factors of float32 products to TF32, which has as many digits as float16, are allowed what
+    float16 is.
+    """
+    if dtype == torch.float32 and device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.float16
+    return TOLERANCE.get(dtype, FULL_PRECISION)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -40,55 +56,65 @@ def probe(model: PackedModel) -> None:
     The yardstick is the model's own forward pass, `network(input_ids).logits`, one response at a time.
     """
     groups = random_groups(int(model.config.vocab_size), model.max_length)
-    absolute, relative = TOLERANCE.get(model.dtype, FULL_PRECISION)
+    absolute, relative = tolerance(model.dtype, model.device)
     name = type(model.base).__name__
     with torch.no_grad(), evaluating(model), _short_window(model.config):
         expected = _one_by_one(model, groups)
         model.layout = "plain"
-        difference = _difference(model, model.lay_out(groups), expected)
+        difference, refused = _difference(model, model.lay_out(groups), expected)
         if model.kind == "policy" and not difference <= absolute:
             model.whole_logits = True
-            difference = _difference(model, model.lay_out(groups), expected)
+            difference, refused = _difference(model, model.lay_out(groups), expected)
             model.notes.append(f"the head of {name} is more than a linear map: its own forward computes the logits")
         if not difference <= absolute:
             model.notes.append(
-                f"padded rows of {name} differ from single sequences by {difference:.2g} nats on average"
+                f"padded rows of {name} differ from single sequences by {difference:.2g} nats on average{refused}"
             )
         model.layout = "packed"
         rows = model.lay_out(groups)
-        difference = _difference(model, rows, expected)
+        difference, refused = _difference(model, rows, expected)
         all_in_one = replace(rows, group_RL=torch.zeros_like(rows.group_RL), branch_RL=torch.zeros_like(rows.branch_RL))
-        wrong = _difference(model, all_in_one, expected)
+        wrong, _ = _difference(model, all_in_one, expected)
     if not difference <= min(absolute, relative * wrong):
         model.layout = "plain"
         why = f"mean difference {difference:.2g}, {wrong:.2g} if all tokens saw each other"
         model.notes.append(
             f"packed rows are not known to be exact for {name} "
-            f"({why if math.isfinite(difference) else 'it takes no mask of ours'}): "
+            f"({'it takes no mask of ours' + refused if refused else why}): "
             "plain sequences are used, which cost more where prompts are shared"
         )
         return
     with torch.no_grad(), evaluating(model):
-        if _takes_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong)):
-            model.layout = "varlen"
+        reason = _refuses_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong))
+    if reason is None:
+        model.layout = "varlen"
+    elif reason:
+        model.notes.append(reason)
 
 
-def _takes_varlen(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> bool:
-    """Whether attention over the pieces of a row without padding is exact too, where no sliding window interferes."""
-    window = shortest_window(model.config)
+def _refuses_varlen(model: PackedModel, groups: list[Group], limit: Callable[[float], float]) -> str | None:
+    """Why rows without padding are not used: attention then goes through a mask of all pairs. None where they are; ""
+    where the config or the architecture has another attention than SDPA."""
+    if path(model.device, attention_of(model.base)) == "mask":
+        return ""
     if refused := refusal(model.base):
-        model.notes.append(refused)
-    if model.dropout or not use_plans(model.base) or (window or FITS) < FITS:
-        return False
+        return refused
+    through_a_mask = f"attention of {type(model.base).__name__} goes through a mask of all pairs: "
+    if model.dropout:
+        return f"{through_a_mask}it keeps its dropout (model.dropout=true)"
+    if (window := shortest_window(model.config) or FITS) < FITS:
+        return f"{through_a_mask}it sees windows of {window} tokens"
+    use_plans(model.base)
     expected = _one_by_one(model, groups)
-
-    def difference(rows: Rows) -> float:
-        return _difference(model, rows, expected)
-
     rows = lay_out(groups, "varlen", model.pad_id).to(model.device)
     shared = replace(rows, spans=(Span(0, rows.input_ids_RL.shape[1], ()),))
     shared = replace(shared, group_RL=torch.zeros_like(rows.group_RL), branch_RL=torch.zeros_like(rows.branch_RL))
-    return difference(rows) <= limit(difference(shared))
+    difference, refused = _difference(model, rows, expected)
+    wrong, _ = _difference(model, shared, expected)
+    if difference <= limit(wrong):
+        return None
+    why = f"mean difference without it {difference:.2g}, {wrong:.2g} if all tokens saw each other"
+    return f"{through_a_mask}{refused.removeprefix(': ') or why}"
 
 
 @contextmanager
@@ -134,14 +160,21 @@ def _one_by_one(model: PackedModel, groups: list[Group]) -> Tensor:
     return torch.cat(found)
 
 
-def _difference(model: PackedModel, rows: Rows, expected: Tensor) -> float:
-    """Mean absolute difference from `expected`; infinite where the model refuses the layout."""
+def _difference(model: PackedModel, rows: Rows, expected: Tensor) -> tuple[float, str]:
+    """Mean absolute difference from `expected`. Infinite where the model refuses the layout: then with ": " and what it
+    said.
+
+    Raises:
+        Exception: memory ran out.
+    """
     try:
         if model.kind == "policy":
             found = model(rows)["logp_T"]
         else:
             hidden = model._run(model.decoder, rows).last_hidden_state.flatten(0, 1)
             found = hidden[rows.place_T].float().flatten()
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError):
-        return float("inf")  # some architectures take no mask of four axes or no position ids
-    return float((found - expected).abs().mean())
+    except (AlignlabError, *REFUSALS) as error:  # some take no mask of four axes, or no position ids
+        if is_memory_error(error):
+            raise
+        return math.inf, f": {said(error)}"
+    return float((found - expected).abs().mean()), ""

@@ -11,6 +11,7 @@ from torch import nn
 
 from alignlab.core import ConfigError, ModelKind
 from alignlab.core.files import write_json
+from alignlab.core.private_api import problem
 from alignlab.models import private_api
 from alignlab.models.files import KEY, read_object
 from alignlab.models.settings import ModelSettings, QuantizationSettings
@@ -189,7 +190,7 @@ def plain_copy(network: Any) -> Any:
         raise ConfigError(
             f"training.save_model=merged: a base in {name_of(config)} cannot be dequantised here: save the adapter"
         )
-    if config is not None and (refused := private_api.problem("dequantising")):
+    if config is not None and (refused := problem("dequantising")):
         raise ConfigError(f"training.save_model=merged: {refused}")
     network = copy.deepcopy(network)
     if config is None:

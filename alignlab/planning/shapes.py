@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alignlab.core import AdapterKind, Algorithm, ConfigError
+from alignlab.core.private_api import fake_tensors
 from alignlab.models import Features, ModelSettings, PackedModel, QuantizationSettings
 from alignlab.models.adapters import copy_adapter, shaped_like
 from alignlab.models.attention import use_plans
@@ -21,6 +21,7 @@ from alignlab.models.files import read_config as config_of
 from alignlab.models.heads import add_language_head
 from alignlab.models.load import freeze
 from alignlab.models.packed_model import CRITIC
+from alignlab.models.private_api import become
 
 BUILT_IN = {
     "llama-7b": (4096, 32, 32, 11008),
@@ -127,7 +128,7 @@ class Shapes:
         reference: bool = False,
         on_cpu: bool = False,
     ) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = fake_tensors()
         self.algorithm, kind, trains_base = algorithm, algorithm.model, adapter.trains_base
         config = shortened(config, layers)
         base = network(config, kind, algorithm.labels, dtype, settings)
@@ -192,10 +193,9 @@ class Shapes:
             return made[id(tensor)]
 
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        held[name] = twin(tensor)  # type: ignore[assignment]
+            own: Any = {"recurse": False, "remove_duplicate": False}
+            for name, tensor in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+                setattr(module, name, twin(tensor))
 
 
 # ---------------------------------------------------------------------- linear maps in few bits
@@ -248,7 +248,7 @@ def quantise(base: Any, settings: QuantizationSettings, on_cpu: bool) -> None:
         module: Any = found
         int8 = 1 + 4 / module.in_features  # a float32 constant for each row
         module.weight.bytes_each = int8 if settings.kind == "int8" else nf4_bytes(settings.double_quant)
-        module.__class__ = _QuantisedLinear
+        become(module, _QuantisedLinear)
         module.compute = None if settings.kind == "int8" else compute
     for head in heads:
         head.requires_grad_(True)

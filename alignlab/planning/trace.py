@@ -14,18 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from alignlab.core import Group, Response
+from alignlab.core.private_api import storage_id, watching
 from alignlab.models import evaluating
+from alignlab.models.probe import REFUSALS
 from alignlab.planning.shapes import Shapes, held_bytes
 from alignlab.rollout.decoding import Decoding
 from alignlab.rollout.sampling import draw, filtered_log_probs
 from alignlab.rollout.settings import RolloutSettings
-
-REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
-"""What architectures raise at layouts that they do not take."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +126,25 @@ def trace(shapes: Shapes, work: Workload, sampling: Sampling | None = None) -> N
     return Needs(**found)
 
 
-class Live(TorchDispatchMode):
+class Live:
     """Counts the bytes of all storages made inside it that are still in use, those of the `known` tensors not."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
         self.now = 0
         self.most = 0
-        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._known: dict[int, Any] = {storage_id(t.untyped_storage()): None for t in known}
+        self._watching = watching(self._count)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return out
+    def __enter__(self) -> Live:
+        self._watching.__enter__()
+        return self
 
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def __exit__(self, *error: Any) -> None:
+        self._watching.__exit__(*error)
+
+    def _count(self, made: Tensor) -> None:
+        storage = made.untyped_storage()
+        key, size = storage_id(storage), storage.nbytes()
         if key in self._known:
             return
         self.now += size

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from alignlab.models.attention import FlexPlan, path
+from alignlab.models.packing import TRUNK
 from alignlab.models.private_api import cpu_attention
 from alignlab.rollout.batching import Space
 
@@ -60,7 +62,14 @@ class Cohort:
         self._few_shapes = few_shapes
         self.space = self._rounded(Space(len(self.lengths), max(self.lengths), len(self.rows), room))
         self._layers: dict[int, Layer] = {}
+        self._reads = self._flex_plan() if path(device) == "flex" else None
         self._arrange()
+
+    def _flex_plan(self) -> FlexPlan:
+        """How GPUs read the prompts: all at once, each a trunk without branches."""
+        lengths = torch.tensor(self.lengths)
+        group = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
+        return FlexPlan(group, torch.full_like(group, TRUNK))
 
     def _rounded(self, space: Space) -> Space:
         return space.rounded() if self._few_shapes else space
@@ -82,6 +91,8 @@ class Cohort:
         empty = torch.zeros if self._few_shapes else torch.empty  # what is masked must be finite all the same
         own_key, own_value = (empty((*own, x.shape[-1]), dtype=x.dtype, device=x.device) for x in (key, value))
         self._layers[module.layer_idx] = Layer(key_, value_, own_key, own_value)
+        if self._reads is not None:
+            return self._reads.attend(module, query, key, value, scaling)
         heads, shared = query.shape[1], query.shape[1] != key.shape[1]
         out = value.new_empty(query.shape[2], heads, value.shape[-1])
         start = first = 0
@@ -269,7 +280,7 @@ def _attend(
     Returns:
         shape (B, H', Q, d), and the log-sum-exps of the scores, shape (B, H', Q).
     """
-    if query.device.type != "cpu":
+    if path(query.device) != "segments":
         return attend_by_scores(query, key, value, scaling, bias)
     bias = None if bias is None else bias.to(query.dtype)
     return cpu_attention(query, key, value, False, scaling, bias)

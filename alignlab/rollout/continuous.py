@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alignlab.core import AlignlabError
+from alignlab.core.memory import is_memory_error, said
+from alignlab.core.private_api import recompiling
 from alignlab.models import PackedModel, evaluating
-from alignlab.models.attention import PLAN, AttentionPlan, shortest_window, use_plans
+from alignlab.models.attention import PLAN, AttentionPlan, path, refusal, shortest_window, use_plans
+from alignlab.models.private_api import attention_of
+from alignlab.models.probe import REFUSALS
 from alignlab.rollout.cohort import Cohort
-from alignlab.rollout.decoding import REFUSALS, is_exact, random_tokens
+from alignlab.rollout.decoding import is_exact, random_tokens
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ class ContinuousDecoding:
     def _compiled_step(self, token_R: Tensor) -> Tensor:
         """Each cohort by itself, so that shapes are few."""
         found, start = [], 0
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        with recompiling(MOST_SHAPES):
             for cohort in self._cohorts:
                 count, places = len(cohort.rows), cohort.space.rows
                 part = slice(start, start + count)
@@ -152,24 +157,39 @@ def takes_plans(model: PackedModel, longest: int) -> bool:
     if window is not None and window < longest:
         return False
     if model.base not in _exact:
-        _exact[model.base] = _try(model)
+        reason = _try(model)
+        if reason:
+            log.warning("%s is sampled from through transformers' own cache: %s", type(model.base).__name__, reason)
+        _exact[model.base] = reason is None
     return _exact[model.base]
 
 
-def _try(model: PackedModel) -> bool:
-    """Try it on random tokens, since being wrong would be silent."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    before = getattr(model.base.config, "_attn_implementation", None)
-    if not kinds <= {"full_attention", "sliding_attention"} or before is None or not use_plans(model.base):
-        return False
+def _try(model: PackedModel) -> str | None:
+    """Why `ContinuousDecoding` is not exact, tried on random tokens, since being wrong would be silent; None where it
+    is, and "" where the config or the architecture has another attention than SDPA.
+
+    Raises:
+        Exception: memory ran out.
+    """
+    before = attention_of(model.base)
+    if path(model.device, before) == "mask":
+        return ""
+    if others := set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of another kind than attention ({', '.join(sorted(others))})"
+    if refused := refusal(model.base):
+        return refused
+    use_plans(model.base)
     with torch.no_grad(), evaluating(model):
         try:
             if is_exact(model, _trial(model)):
-                return True
-        except REFUSALS as error:
-            log.debug("%s takes no plans: %s", type(model.base).__name__, error)
+                return None
+            reason = "rows that come and go are not exact for it"
+        except (AlignlabError, *REFUSALS) as error:
+            if is_memory_error(error):
+                raise
+            reason = said(error)
     model.base.set_attn_implementation(before)
-    return False
+    return reason
 
 
 def _trial(model: PackedModel) -> Iterator[tuple[Tensor, list[list[int]]]]:

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignlab.core.memory import is_memory_error
 from alignlab.models import PackedModel, evaluating
-from alignlab.models.probe import FULL_PRECISION, TOLERANCE
+from alignlab.models.probe import REFUSALS, tolerance
 
 log = logging.getLogger(__name__)
-
-REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
-"""What architectures raise at inputs that they were not made for."""
 
 _modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
 
@@ -135,8 +133,9 @@ def _probe(model: PackedModel) -> Mode:
             try:
                 if _exact(model, mode):
                     break
-            except REFUSALS:
-                continue  # some architectures have no cache, or one that cannot be indexed
+            except REFUSALS as error:  # some architectures have no cache, or one that cannot be indexed
+                if is_memory_error(error):
+                    raise
         else:
             mode = Mode(False, False)
     name = type(model.base).__name__
@@ -190,6 +189,6 @@ def is_exact(model: PackedModel, trial: Iterable[tuple[Tensor, list[list[int]]]]
         without_context = torch.stack([plain(ids[-1:]) for ids in sequences])
         differences.append((logits_RV.float().log_softmax(-1) - expected).abs().mean())
         contributions.append((without_context - expected).abs().mean())
-    absolute, relative = TOLERANCE.get(model.dtype, FULL_PRECISION)
+    absolute, relative = tolerance(model.dtype, model.device)
     limit = min(absolute, relative * float(torch.stack(contributions).mean()))
     return bool(torch.stack(differences).max() <= limit)

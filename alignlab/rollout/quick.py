@@ -3,19 +3,16 @@ for oneDNN's kernel, which then reads it faster."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alignlab.models.private_api import is_weight, laid_out, problem, product_with_laid_out
-
-log = logging.getLogger(__name__)
+from alignlab.core.private_api import works
+from alignlab.models.private_api import is_weight, laid_out, product_with_laid_out
 
 LARGE = 1 << 22
 """Numbers in a weight, from which on reading it is what a product with few rows waits for."""
@@ -33,7 +30,7 @@ def quick_products(network: nn.Module) -> Iterator[None]:
     what they are."""
     plain: list[Any] = [m for m in network.modules() if is_weight(m) and "forward" not in vars(m)]
     layers = [layer for layer in plain if _is_large(layer)]
-    if layers and _refused():
+    if layers and not works("laid-out weights"):
         layers = []
     try:
         for layer in layers:
@@ -42,14 +39,6 @@ def quick_products(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
-
-
-@cache
-def _refused() -> bool:
-    """Whether this torch lacks what is needed; said once."""
-    if refused := problem("laid-out weights"):
-        log.warning("%s", refused)
-    return refused is not None
 
 
 def _is_large(layer: nn.Linear) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -223,8 +221,7 @@ def test_a_saved_config_takes_no_overrides(mistake: Mistake) -> None:
 
 def test_a_sweep_gives_each_combination_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an algorithm of the user's, found by a config of the user's."""
-    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=forks.Process, **there))
+    monkeypatch.setattr(local, "NodeProcess", forks.Process)
     monkeypatch.syspath_prepend(folder / "modules")
     (tmp_path / "configs/algorithm").mkdir(parents=True)
     (tmp_path / "configs/algorithm/own.yaml").write_text("_target_: my_own.Own\ngamma: 1.0\n")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Group
+from alignlab.core.memory import is_memory_error
 from alignlab.models import PackedModel
-from alignlab.models.attention import Segments
+from alignlab.models.attention import FlexPlan, Segments
 from alignlab.models.log_probs import Scaling
 from alignlab.models.packing import Rows, Span
-from alignlab.models.probe import probe
+from alignlab.models.probe import probe, tolerance
 from tests import tiny
 
 BY_DEFAULT = 0.02
@@ -29,7 +30,16 @@ def causal(rows: Rows, window: int | None = None) -> Tensor:
 RIGHT = Rows.attention
 
 BEST = {"gemma2": "packed", "mistral": "packed", "gemma3": "packed"}
-"""Gemma 2 caps its scores; the windows of the tiny ones of the others are shorter than the trial's sequences."""
+"""Gemma 2 caps its scores, and transformers has no SDPA for it; the windows of the tiny ones of the others are shorter
+than the trial's sequences."""
+
+
+def notes(name: str, model: PackedModel) -> list[str]:
+    """What is said of a model that is packed."""
+    mask = f"attention of {type(model.base).__name__} goes through a mask of all pairs"
+    return [f"{mask}: it sees windows of {tiny.WINDOW} tokens"] if name in ("mistral", "gemma3") else []
+
+
 WRONG = {
     "causal": causal,
     "siblings": lambda rows, window=None: RIGHT(replace(rows, branch_RL=torch.zeros_like(rows.branch_RL)), window),
@@ -42,7 +52,7 @@ WRONG = {
 def test_exact_where_it_is(name: str, std: float) -> None:
     model = tiny.model(name, std=std)
     probe(model)
-    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, [])
+    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, notes(name, model))
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -61,7 +71,7 @@ def test_a_wrong_mask_is_caught(name: str, std: float, wrong: str, monkeypatch: 
 def test_heads_are_probed_too(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name, kind, std=BY_DEFAULT)
     probe(model)
-    assert (model.layout, model.notes) == (BEST.get(name, "varlen"), [])
+    assert (model.layout, model.notes) == (BEST.get(name, "varlen"), notes(name, model))
     monkeypatch.setattr(Rows, "attention", causal)
     probe(model)
     assert model.layout == "plain"
@@ -136,7 +146,7 @@ def test_a_head_that_is_more_than_linear_gets_the_model_s_own_logits(monkeypatch
 def test_in_other_precisions(name: str, std: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model(name, std=std).to(dtype)
     probe(model)
-    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, [])
+    assert (model.layout, model.whole_logits, model.notes) == (BEST.get(name, "varlen"), False, notes(name, model))
     monkeypatch.setattr(Rows, "attention", causal)
     probe(model)
     assert model.layout == "plain"
@@ -171,6 +181,8 @@ def test_wrong_pieces_are_caught(name: str, std: float, wrong: str, monkeypatch:
     monkeypatch.setattr(Segments, "__init__", init)
     probe(model)
     assert model.layout == "packed"
+    (note,) = model.notes
+    assert "goes through a mask of all pairs: mean difference without it" in note
 
 
 @pytest.mark.parametrize("what", ["dropout", "eager"])
@@ -179,6 +191,66 @@ def test_what_pieces_cannot_do_goes_through_a_mask(what: str) -> None:
     model.dropout = what == "dropout"
     probe(model)
     assert model.layout == "packed"
+    said = ["it keeps its dropout (model.dropout=true)"] if model.dropout else []
+    assert [note.split(": ")[1] for note in model.notes] == said
+
+
+# ---------------------------------------------------------------------- as on GPUs
+
+
+def test_on_gpus_rows_without_padding_go_through_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same log-probs; a wrong mask is found, and said."""
+    with tiny.flex_on_cpu():
+        model, groups = tiny.model("qwen2"), tiny.some_groups()
+        probe(model)
+        assert (model.layout, model.notes) == ("varlen", [])
+        with torch.no_grad():
+            expected = tiny.plain_log_probs(model.network, groups)
+        torch.testing.assert_close(torch.cat(model.outputs(groups)["logp"]), expected, atol=1e-5, rtol=0)
+        right = FlexPlan.__init__
+        monkeypatch.setattr(FlexPlan, "__init__", lambda plan, group, branch: right(plan, group, 0 * branch))
+        probe(model)
+        assert model.layout == "packed"
+        (note,) = model.notes
+        assert "goes through a mask of all pairs: mean difference without it" in note
+
+
+def cannot_compile(graph: object, inputs: object) -> object:
+    raise ValueError("no kernel\nof this size")
+
+
+def no_memory(graph: object, inputs: object) -> object:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_why_flex_attention_is_not_used_is_said() -> None:
+    with tiny.flex_on_cpu(cannot_compile):
+        model = tiny.model("llama")
+        probe(model)
+    assert model.layout == "packed"
+    (note,) = model.notes
+    assert note.startswith("attention of LlamaForCausalLM goes through a mask of all pairs: FlexAttention fails for 4")
+    assert "(no kernel): " in note
+
+
+def test_a_lack_of_memory_is_no_refusal() -> None:
+    with tiny.flex_on_cpu(no_memory), pytest.raises(Exception, match="out of memory") as caught:
+        probe(tiny.model("llama"))
+    assert is_memory_error(caught.value)
+
+
+def test_tf32_is_put_down_to_rounding_on_gpus() -> None:
+    """It has 10 binary digits after the first, as float16 has; products of CPUs have 23."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        cpu, gpu = torch.device("cpu"), torch.device("cuda")
+        assert tolerance(torch.float32, gpu) == tolerance(torch.float16, gpu)
+        assert tolerance(torch.float32, cpu) < tolerance(torch.float32, gpu)
+        torch.set_float32_matmul_precision("highest")
+        assert tolerance(torch.float32, gpu) == tolerance(torch.float32, cpu)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_nothing_is_changed_by_it() -> None:

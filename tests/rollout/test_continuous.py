@@ -14,10 +14,12 @@ from torch import Tensor
 
 from alignlab.core import AlignlabError
 from alignlab.models import PackedModel
+from alignlab.models.attention import FlexPlan
 from alignlab.rollout import LocalRollout, cohort, continuous, local, quick
 from alignlab.rollout.batching import Queue, Row, Space
 from alignlab.rollout.cohort import Cohort
 from alignlab.rollout.continuous import ContinuousDecoding, takes_plans
+from tests import tiny
 from tests.rollout.tiny import EOS, model, plain_logp, prompts
 
 LENGTHS = (2, 13, 7, 13, 30)
@@ -356,6 +358,36 @@ def test_a_network_that_ignores_plans_is_found_out() -> None:
     assert not takes_plans(packed, 40)
     assert packed.base.config._attn_implementation == "sdpa"
     assert local.takes_plans is takes_plans
+
+
+def test_prompts_are_read_by_flex_attention_as_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same is drawn; where it fails, that is said with the reason, once, and a lack of memory is no such reason."""
+    expected = drawn(model("qwen2"))
+    read: list[int] = []
+    attend = FlexPlan.attend
+    monkeypatch.setattr(FlexPlan, "attend", lambda plan, *given: read.append(given[1].shape[2]) or attend(plan, *given))
+    with tiny.flex_on_cpu():
+        packed = model("qwen2")
+        assert takes_plans(packed, 64)
+        read.clear()
+        check_same(drawn(packed), expected)
+        assert read == [sum(LENGTHS)] * packed.config.num_hidden_layers, "all prompts at once, in each layer"
+
+    def fails(plan: FlexPlan, *given: Any) -> Tensor:
+        raise AlignlabError("no kernel of this size")
+
+    monkeypatch.setattr(FlexPlan, "attend", fails)
+    with tiny.flex_on_cpu(), caplog.at_level(logging.WARNING):
+        packed = model("qwen2")
+        for _ in range(2):
+            check_same(drawn(packed), expected)
+    said = [r.message for r in caplog.records if "own cache" in r.message]
+    assert said == ["Qwen2ForCausalLM is sampled from through transformers' own cache: no kernel of this size"]
+    monkeypatch.setattr(FlexPlan, "attend", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with tiny.flex_on_cpu(), pytest.raises(torch.OutOfMemoryError):
+        takes_plans(model("qwen2"), 64)
 
 
 def test_products_are_quick_while_drawing_alone(monkeypatch: pytest.MonkeyPatch) -> None:

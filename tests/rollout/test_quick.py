@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from alignlab.models import private_api
-from alignlab.models.private_api import REACHES, ROWS, laid_out, product_with_laid_out
+from alignlab.core import private_api
+from alignlab.core.private_api import REACHES
+from alignlab.models.private_api import ROWS, laid_out, product_with_laid_out
 from alignlab.rollout import quick
 
 
@@ -93,10 +94,10 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     name = "laid-out weights"
     monkeypatch.setitem(REACHES, name, replace(REACHES[name], probe=fails))
-    for cached in (private_api.problem, quick._refused):
+    for cached in (private_api.problem, private_api._warn):
         cached.cache_clear()
     yield
-    for cached in (private_api.problem, quick._refused):
+    for cached in (private_api.problem, private_api._warn):
         cached.cache_clear()
 
 

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import sqlite3
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from alignlab.cli import main
 from alignlab.comparison.graph import local
 from alignlab.comparison.graph.local import is_free
+from alignlab.comparison.graph.process import NodeProcess
 from alignlab.core import Algorithm
 from alignlab.training.signals import StopRequest
 from tests.sweeps import helpers as sweeps
@@ -190,7 +190,7 @@ def test_anew_means_anew(home: Path) -> None:
 
 def test_runs_apart_survive_what_kills_one_of_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at a time: the run with the first seed kills itself with no word."""
-    monkeypatch.setattr(local, "subprocess", subprocess)  # no forks
+    monkeypatch.setattr(local, "NodeProcess", NodeProcess)  # the real ones
     monkeypatch.setenv("PYTHONPATH", str(runs.REPOSITORY))
     words = ["launcher.n_jobs=2", "training.seed=0,1", "+algorithm.gamma=1", "training.steps=2"]
     target = f"algorithm._target_={Deadly.__module__}.Deadly"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 
 from alignlab.cli import main
 from alignlab.comparison.graph import local
+from alignlab.comparison.graph.process import NodeProcess
 from alignlab.core import Interrupted
 from alignlab.training.callbacks.progress import ProgressDisplay
 from tests.training import forks, runs
@@ -144,21 +143,20 @@ def test_it_resumes_with_an_adapter(folder: Path, capsys: pytest.CaptureFixture[
 def test_it_has_a_row_on_the_leaderboard(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The processes in which it trains and is measured know of it only by PYTHONPATH and --config-dir."""
+    """The processes in which it trains and is measured have it from the path of the command and from --config-dir."""
     apart: list[str] = []
 
-    def begin(words: list[str], **options: Any) -> Any:
+    def begin(node: Path, *arguments: Any) -> Any:
         """A fork, which knows it from this process, but for what is the algorithm's own."""
-        if "identity" not in words[-1]:
-            return forks.Process(words, **options)
-        apart.append(Path(words[-1]).name)
-        return subprocess.Popen(words, **options)
+        if "identity" not in str(node):
+            return forks.Process(node, *arguments)
+        apart.append(node.name)
+        return NodeProcess(node, *arguments)
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["modules", str(runs.REPOSITORY)]))
     monkeypatch.setenv("ALIGNLAB_CACHE", str(folder / "cache"))
     monkeypatch.chdir(folder)
-    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL", "TimeoutExpired")}
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=begin, **there))
+    monkeypatch.setattr(local, "NodeProcess", begin)
     out = folder / "compared"
     assert main(["compare", "--config-dir", "configs", "experiment=mine", f"out={out}"]) == 0
     assert apart

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -97,8 +98,6 @@ def _work(folder: Path, log: int, lock: int, environment: Mapping[str, str], thr
 
     import torch
 
-    from alignlab.cli import main
-
     os.setsid()
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -111,10 +110,9 @@ def _work(folder: Path, log: int, lock: int, environment: Mapping[str, str], thr
         torch.set_num_threads(threads)
     sys.argv = ["alignlab", "node", str(folder)]
     try:
-        status = main()
+        runpy.run_module("alignlab", run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # what multiprocessing leaves out
-    sys.exit(status)
 
 
 def _end_with(executor: Any) -> None:

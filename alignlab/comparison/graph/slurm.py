@@ -32,6 +32,7 @@ from alignlab.comparison.graph.job import AFTERWARDS, Job
 from alignlab.comparison.graph.ledger import EVALUATE, LOGS, REPORT, Entry, Ledger
 from alignlab.comparison.graph.node import Command, Node, parents_of
 from alignlab.core import AlignlabError, ConfigError, did_you_mean
+from alignlab.core.private_api import submission_text
 from alignlab.core.storage import storage_errors
 from alignlab.launch.slurm import commands
 from alignlab.launch.slurm.settings import SlurmSettings, check_script
@@ -304,8 +305,7 @@ class Slurm:
         executor = self.executor(batch)
         if len(batch.tasks) > 1:
             executor.parameters["map_count"] = len(batch.tasks)
-        text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
-        return text
+        return submission_text(executor)
 
     def show(self, batches: Sequence[Batch]) -> None:
         """Print the scripts and the graph."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from alignlab.core import AlignlabError, ConfigError, RolloutContext
-from alignlab.models import PackedModel, outline_of
+from alignlab.models import PackedModel, outline_of, private_api
 from alignlab.models.base import load_tokenizer
 from alignlab.rollout.settings import VllmSettings
 from alignlab.rollout.vllm import weights
@@ -202,7 +202,7 @@ class VllmRun:
         if self.asleep:
             with self.agreed():
                 self._all("/wake_up?tags=weights")
-        if self.transfer is not None and weights.renamed(policy):
+        if self.transfer is not None and private_api.renamed(policy.base):
             self.transfer, self.way, self._why = None, "disk", "the model's weights have other names in memory"
             if self.is_main:
                 print(f"note: rollout.vllm: weights by {self.way} ({self._why})", file=sys.stderr)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import AlignlabError, ConfigError
+from alignlab.core.private_api import problem
 from alignlab.models import PackedModel, private_api
 from alignlab.rollout.settings import VllmSettings
 from alignlab.rollout.vllm import weights
@@ -74,8 +75,8 @@ def choose(settings: VllmSettings, replicas: Sequence[Replica], by_adapter: bool
 
 def _no_nccl(settings: VllmSettings) -> str:
     """Why weights cannot go by NCCL; empty where they can."""
-    if problem := private_api.problem("NCCL"):
-        return problem
+    if refused := problem("NCCL"):
+        return refused
     try:
         ours = str(private_api.nccl_version())
     except AttributeError:
@@ -106,21 +107,21 @@ class Transfer:
         Raises:
             ServerLost, Refused: by a server; all weights have been gathered nevertheless, as the other processes need.
         """
-        problem: AlignlabError | None = None
+        failed: AlignlabError | None = None
         if policy.gathered is None and not self.takes_part:
             return
         for number, part in enumerate(parts(weights.whole(policy, dtype))):
             shared = self._share(part)
-            if problem is None:
+            if failed is None:
                 try:
                     if not number:
                         self._begin()
                     self._deliver(part, shared)
                 except AlignlabError as error:
-                    problem = error
+                    failed = error
             self._settle()
-        if problem is not None:
-            raise problem
+        if failed is not None:
+            raise failed
         self._all("/finish_weight_update")
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignlab.core import ConfigError
 from alignlab.models import PackedModel
 from alignlab.models.adapters import belongs
-from alignlab.models.private_api import spare_deepspeed
+from alignlab.models.private_api import saved_buffers, spare_deepspeed
 from alignlab.models.quantization import plain_copy
 
 
@@ -45,18 +45,10 @@ def saved_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a saved model holds of a network: parameters and persistent buffers, tied ones once."""
     seen: set[int] = set()
     for path, module in network.named_modules():
-        passing = module._non_persistent_buffers_set
-        kept = [*module._parameters.items(), *((n, b) for n, b in module._buffers.items() if n not in passing)]
-        for name, tensor in kept:
-            if tensor is not None and id(tensor) not in seen:
+        for name, tensor in [*module.named_parameters(recurse=False), *saved_buffers(module)]:
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield f"{path}.{name}" if path else name, tensor
-
-
-def renamed(policy: PackedModel) -> bool:
-    """Whether weights have other names or shapes in memory than in a saved model: transformers changed them when it
-    loaded them, and changes them back when it saves."""
-    return bool(getattr(policy.base, "_weight_conversions", None))
 
 
 def write(policy: PackedModel, folder: Path, by_adapter: bool, dtype: torch.dtype, here: bool) -> None:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from alignlab.core import AlignlabError, Callback
 from alignlab.core.errors import shorten
 from alignlab.core.files import read_json, write_json
+from alignlab.core.private_api import journal_lock, storage_of, trial_id
 
 if TYPE_CHECKING:
     from alignlab.training.trainer import Trainer
@@ -63,7 +64,7 @@ class Pruning(Callback):
         self.study = open_study(Path(trial.storage), trial.study)
         self.study.pruner = make_pruner(trial.pruner, trial.startup_trials, trial.warmup_steps)
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
-        self._id, self.over = frozen._trial_id, frozen.state.is_finished()
+        self._id, self.over = trial_id(frozen), frozen.state.is_finished()
 
     @classmethod
     def of(cls, folder: Path) -> Pruning | None:
@@ -91,7 +92,7 @@ class Pruning(Callback):
         """Report the metrics of a step; whether to end the trial here. Without the metric among them: False."""
         if self.trial.metric not in metrics:
             return False
-        storage = self.study._storage
+        storage = storage_of(self.study)
         known = storage.get_trial(self._id)
         if known.last_step is not None and step < known.last_step:
             return False  # was reported, and decided on, before the run was stopped and went on from a checkpoint
@@ -131,9 +132,7 @@ def open_study(path: Path, name: str, direction: Direction | None = None) -> Any
 
 def _mend(path: Path, lock: Any) -> None:
     """Cut off a last line that is not whole, as a machine that went down may leave it: Optuna would read no further."""
-    from optuna.storages.journal._file import get_lock_file
-
-    with get_lock_file(lock), path.open("rb+") as file:
+    with journal_lock(lock), path.open("rb+") as file:
         text = file.read()
         whole = text.rfind(b"\n") + 1
         if whole < len(text):

@@ -95,7 +95,7 @@ def save_state(
             mine |= {f"{key}|{name}": t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     shard = f"trained-{processes.rank + 1:05}-of-{processes.world:05}.safetensors"
     safetensors.torch.save_file(mine, folder / shard)
-    torch.save(_random_state(), folder / _random_name(processes.rank))
+    torch.save(_random_state(processes.device), folder / _random_name(processes.rank))
     with _reference_weights(engine, reference):
         weights = reference.state() if reference is not None else {}
     if processes.is_main:
@@ -117,7 +117,7 @@ def load_state(
         if set(saved) != set(trained):
             raise ValueError(f"it holds {len(saved)} trained tensors, the model has {len(trained)}")
         engine.load(saved)
-        _set_random_state(folder / _random_name(engine.processes.rank))
+        _set_random_state(folder / _random_name(engine.processes.rank), engine.processes.device)
         raw: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True)
         if scaler := raw.pop("scaler"):
             engine.processes.accelerator.scaler.load_state_dict(scaler)
@@ -204,25 +204,25 @@ def _random_name(rank: int) -> str:
     return f"random-{rank + 1:05}.pt"
 
 
-def _random_state() -> dict[str, Any]:
-    """Of every generator that training uses, on this process."""
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Of every generator that training uses, on this process and its device: asking others would take memory there."""
     name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), place, has_gauss, gauss],
         "python": random.getstate(),
     }
 
 
-def _set_random_state(path: Path) -> None:
+def _set_random_state(path: Path, device: torch.device) -> None:
     """Where this process had one: on more processes than before, the new ones keep what the seed gave them."""
     if not path.exists():
         return
     found = torch.load(path, weights_only=True)
     torch.set_rng_state(found["torch"])
-    if found["cuda"] and torch.cuda.is_available() and len(found["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(found["cuda"])
+    if found["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(found["cuda"][0], device)
     name, keys, *rest = found["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, numbers, gauss = found["python"]

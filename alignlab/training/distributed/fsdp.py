@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignlab.core import ConfigError
+from alignlab.core.private_api import make_root, state_dict_hooks
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
 
@@ -46,7 +47,7 @@ class FSDPEngine(Engine):
             fully_shard(layer, mesh=self.mesh, ignored_params=ignored)
         fully_shard(model, mesh=self.mesh, ignored_params=ignored)
         model.gathered = whole_of
-        model._get_fsdp_state()._lazy_init()  # else a layer called by itself, in sampling, takes itself for the root
+        make_root(model)
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class FSDPEngine(Engine):
     @contextmanager
     def whole(self, model: nn.Module, change: bool = False) -> Iterator[None]:
         parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        hooks = [(m._state_dict_pre_hooks, dict(m._state_dict_pre_hooks)) for m in model.modules()]
+        hooks = [(held, dict(held)) for held in state_dict_hooks(model)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()

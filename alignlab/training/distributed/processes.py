@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import AlignlabError, ConfigError, PeerLost
+from alignlab.core.private_api import forget_accelerator, same_timeout
 from alignlab.training.distributed.watchdog import STACKS, Watchdog
 from alignlab.training.settings import DistributedSettings
 
@@ -48,7 +49,6 @@ class Processes:
 
     def __init__(self, mixed_precision: str = "no", distributed: DistributedSettings | None = None) -> None:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         distributed = distributed or DistributedSettings()
@@ -64,7 +64,7 @@ class Processes:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.timeout), **options),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing is exchanged in a forward pass
             ]
-        AcceleratorState._reset_state()  # of an earlier run in this process, perhaps in another precision
+        forget_accelerator()
         try:
             with self.peers():
                 self.accelerator = Accelerator(
@@ -110,8 +110,7 @@ class Processes:
     def same_timeout(self) -> None:
         """Have the groups that libraries made for themselves time out as ours does, not after half an hour."""
         if self.world > 1:
-            for group in list(torch.distributed.distributed_c10d._world.pg_map):
-                torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
+            same_timeout(self.timeout)
 
     def watch(self, folder: Path) -> None:
         """From now on: where the processes no longer come together, each leaves its stack in `folder/rank-N.stack`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.core import ConfigError
+from alignlab.core.private_api import forward_pre_hooks, hook_modules, link_states
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
 
@@ -155,13 +156,13 @@ class ZeroEngine(Engine):
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        first, hooks = offload.fwd_pre_hook.id, offload.module._forward_pre_hooks
+        first, hooks = offload.fwd_pre_hook.id, forward_pre_hooks(offload.module)
         start = hooks.pop(first)  # until it has seen a whole step, it compares notes with the other processes
         try:
             yield
         finally:
             hooks[first] = start
-            offload._register_deepspeed_module(offload.module)
+            hook_modules(offload)
 
     def _flat(self) -> list[Any]:
         """The flat float32 weights that the optimiser works on, this process's share."""
@@ -173,8 +174,7 @@ class ZeroEngine(Engine):
         """Let DeepSpeed find each parameter's piece of the optimiser state; by itself it looks once, and too early for
         all but the first group of parameters."""
         if not self.divides and any(self.optimizer.optimizer.state.values()):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+            link_states(self.optimizer)
 
     def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
