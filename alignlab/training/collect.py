@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from alignlab.core import (
     Algorithm,
     AlignlabError,
@@ -39,6 +41,7 @@ from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
+from alignlab.training.exchange import Pieces, pack, unpack
 from alignlab.training.off_policy import compare, warn
 from alignlab.training.order import shares
 from alignlab.training.reference_cache import ReferenceCache
@@ -278,18 +281,20 @@ class Collector:
         Records that everyone has travel as the columns that were filled in; only new responses travel whole.
         """
         new = self.source.kind == "rollout" or bool(self.scorers)
-        found = list(groups)
+        found, rank = list(groups), self.processes.rank
+        for i, group in zip(share[rank], mine, strict=True):
+            found[i] = group
         if self.processes.world == 1:
-            for i, group in zip(share[0], mine, strict=True):
-                found[i] = group
             return found, drawn, report
         if not new:
             self._exchange_columns(found, mine, share, filled)
             return found, drawn, report
-        parts = self.processes.gather((mine, drawn, report))
-        for indices, (part, _, _) in zip(share, parts, strict=True):
-            for i, group in zip(indices, part, strict=True):
-                found[i] = group
+        parcel = pack(mine, [groups[i] for i in share[rank]])
+        parts = self.processes.gather((parcel, drawn, report))
+        for other, (indices, (theirs, _, _)) in enumerate(zip(share, parts, strict=True)):
+            if other != rank:
+                for i, group in zip(indices, unpack(theirs, [groups[i] for i in indices]), strict=True):
+                    found[i] = group
         told: dict[str, list[float]] = {}
         for _, _, metrics in parts:
             for name, value in metrics.items():
@@ -302,11 +307,13 @@ class Collector:
         """Columns that each process has filled in for its share, on every process."""
         if self.processes.world == 1 or not filled:
             return
-        columns = [[{c: r.columns[c] for c in filled} for r in g.responses] for g in mine]
-        for indices, part in zip(share, self.processes.gather(columns), strict=True):
-            for i, responses in zip(indices, part, strict=True):
-                for response, values in zip(groups[i].responses, responses, strict=True):
-                    response.columns.update(values)
+        own = [r.columns for g in mine for r in g.responses]
+        columns = [Pieces.of([np.asarray(c[name]) for c in own]) for name in filled]
+        for rank, (indices, theirs) in enumerate(zip(share, self.processes.gather(columns), strict=True)):
+            responses = [r for i in indices for r in groups[i].responses]
+            for name, pieces in zip(filled, theirs if rank != self.processes.rank else [], strict=False):
+                for response, values in zip(responses, pieces.apart(), strict=True):
+                    response.columns[name] = values
 
 
 def _drawn_for(groups: Sequence[Group], exact: bool) -> dict[int, list[int]]:
