@@ -19,16 +19,9 @@ from alignlab.core.algorithm import Algorithm, Metrics, Outputs
 from alignlab.core.batch import Batch, Unit
 from alignlab.core.errors import AlignlabError, ConfigError, did_you_mean, failure
 from alignlab.core.group import Group, Response, is_per_token, numbers
-from alignlab.core.interfaces import (
-    Environment,
-    NeedsPolicy,
-    NeedsSampler,
-    RolloutContext,
-    RolloutEngine,
-    Sampler,
-    Scorer,
-)
+from alignlab.core.interfaces import NeedsPolicy, NeedsSampler, Scorer
 from alignlab.core.memory import is_memory_error
+from alignlab.core.sampling import Environment, RolloutContext, RolloutEngine, Sampler
 
 READS = ("logp", "entropy", "entropy_grad", "value", "score", "step")
 """What a forward pass can compute for a loss."""

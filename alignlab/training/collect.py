@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from alignlab.core import (
     AlignlabError,
     Environment,
     ExactSampler,
+    GatheringEngine,
     Group,
     PrefetchingSampler,
     Reports,
     Response,
+    RestingSampler,
     RolloutEngine,
     Sampler,
     Scorer,
@@ -110,6 +112,7 @@ class Collector:
     def __post_init__(self) -> None:
         self.model, self.processes = self.engine.model, self.engine.processes
         self._prefetched: Prefetch | None = None
+        self._sampler: Sampler | None = None
 
     @property
     def temperature(self) -> float:
@@ -140,6 +143,8 @@ class Collector:
                 self._prefetch(*following(), step)
         for scorer in self.scorers:
             score(scorer, mine)
+        if isinstance(self._sampler, RestingSampler):
+            self._sampler.rest()
         for reporting in (*self.scorers, self.environment):
             with calling(reporting, "report"):
                 said: Mapping[str, float] = reporting.report if isinstance(reporting, Reports) else {}
@@ -176,12 +181,13 @@ class Collector:
             self._prefetched = None
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
-            with choice as policy, self.engine.whole(policy):
+            with choice as policy, self._whole(policy):
                 sampler = sampler_of(self.rollout, policy)
                 drawn = draw(sampler, self.environment, groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
         tokens = generated_tokens(sampler)  # a search draws more than it returns
         give_sampler(self.scorers, sampler)
+        self._sampler = sampler
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]
@@ -191,12 +197,17 @@ class Collector:
         """Begin to draw the next iteration's responses, with the weights as they are now."""
         assert self.rollout is not None
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
-        with self.engine.whole(self.model):
+        with self._whole(self.model):
             sampler = sampler_of(self.rollout, self.model)
         if not isinstance(sampler, PrefetchingSampler):
             raise AlignlabError(f"{type(self.rollout).__name__} prefetches, but its samplers have no `prefetch`")
         take = sampler.prefetch(mine, self.source.group_size, seed)
         self._prefetched = Prefetch(sampler, take, seed, step)
+
+    def _whole(self, policy: Any) -> AbstractContextManager[None]:
+        """All of a policy's weights on this process while it samples, unless the engine gathers them by itself."""
+        gathers = isinstance(self.rollout, GatheringEngine) and self.rollout.gathers
+        return nullcontext() if gathers else self.engine.whole(policy)
 
     def _exact(self, sampler: Sampler) -> bool:
         """Whether a sampler's log-probs are the scoring pass's, to float32 rounding. A search or an environment reads
