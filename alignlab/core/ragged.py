@@ -43,5 +43,6 @@ def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Index of each item's segment, from the lengths of the segments: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
-    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    found = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    return found if device is None else found.to(device)  # made here: a device would be waited for, to know its size

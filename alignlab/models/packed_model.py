@@ -77,6 +77,7 @@ class PackedModel(nn.Module):
         compute_dtype: what products are made in; None: in what the weights are held in.
         autocasts: whether the model sees to that by itself, through autocast, and no engine does.
         loaded_in: name of a trained weight that is held in more than it was loaded in → what that was.
+        gathered: the whole of a weight that is divided among processes, called by all of them; None: each has all.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -99,6 +100,7 @@ class PackedModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.autocasts = True
         self.loaded_in: dict[str, torch.dtype] = {}
+        self.gathered: Callable[[Tensor], Tensor] | None = None
 
     @property
     def features(self) -> Features:

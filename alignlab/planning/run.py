@@ -16,8 +16,9 @@ from alignlab.core import AdapterKind
 from alignlab.core.memory import usual_tokens
 from alignlab.core.settings import Settings
 from alignlab.models import FullFineTuning, LoRA, ModelSettings
+from alignlab.models.outline import dtype_of
 from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer_of
-from alignlab.planning.shapes import Shapes, dtype_of, network, read_config, shortened
+from alignlab.planning.shapes import Shapes, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
 from alignlab.training.precision import Precision, resolve

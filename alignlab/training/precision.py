@@ -33,8 +33,9 @@ PURE = (
 def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool | None = None) -> torch.dtype | None:
     """What products are made in, from `training.mixed_precision`; None: in what the weights are held in.
 
-    "auto" is bfloat16 on GPUs that have it in hardware, and where a model on a CPU has bfloat16 weights: they are
-    never so unless it was asked for. With "pure" weights stay in what the model was loaded in, else they are float32.
+    "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU:
+    that is never so unless it was asked for. With "pure" weights stay in what the model was loaded in, else they are
+    float32.
 
     Args:
         weights: what the model is loaded in.

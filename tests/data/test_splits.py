@@ -224,7 +224,10 @@ def test_solutions_of_one_problem(loaded, tokenizer) -> None:
         {"prompt": "q", "steps": ["ccc"], "labels": [-1]},
     ]
     group = loaded(records, tokenizer, merge=True).train[0]
-    assert [(r.predicted, r.columns["step_label"]) for r in group.responses] == [([1, 4], [1.0, 1.0]), ([3], [-1.0])]
+    assert [(r.predicted, list(r.columns["step_label"])) for r in group.responses] == [
+        ([1, 4], [1.0, 1.0]),
+        ([3], [-1.0]),
+    ]
 
 
 def test_sampled_groups_with_the_same_prompt(tmp_path, tokenizer) -> None:

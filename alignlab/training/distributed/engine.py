@@ -89,7 +89,7 @@ class Engine:
         if self.together or self.processes.world == 1:
             return
         trained = list(self.trained().values())
-        had = self.processes.gather([p.grad is not None for p in trained])
+        had = self.processes.gather(bytes(p.grad is not None for p in trained))
         gradients = []
         for i, parameter in enumerate(trained):
             if any(each[i] for each in had):

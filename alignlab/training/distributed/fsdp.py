@@ -54,6 +54,7 @@ class FSDPEngine(Engine):
         for layer in _layers(model):
             fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
         fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
+        model.gathered = whole_of
         make_root(model)
 
     @property
@@ -135,7 +136,7 @@ class FSDPEngine(Engine):
 
     def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         for name, tensors in super().tensors(states):
-            yield name, {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+            yield name, {k: whole_of(v) for k, v in tensors.items()}
 
     def load(self, found: Mapping[str, Tensors]) -> None:
         parameters = self.trained()
@@ -147,6 +148,11 @@ class FSDPEngine(Engine):
                 tensors = {k: self._share(v, parameter) if v.shape == same else v for k, v in tensors.items()}
             shared[name] = tensors
         super().load(shared)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a share. Called by all."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _layers(model: Any) -> list[nn.Module]:
