@@ -273,19 +273,19 @@ def test_heads_are_not_rounded(folder: Path) -> None:
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
+@torch.no_grad()
 def test_small_adapters_are_not_rounded_away(folder: Path) -> None:
-    """W + s·B·A in bfloat16 would be W."""
+    """W + s·B·A in bfloat16 would be W, where W is 1 or -1 and the rest 1/1024."""
     from alignlab.models import LoRA
+    from alignlab.models.lora import FusedLinear
 
-    model = policy(folder, adapter=LoRA())
-    model.to(BF16)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.fill_(1e-4)
-    groups = tiny.some_groups()
-    with_it = torch.cat(model.outputs(groups)["logp"])
-    with model.network.disable_adapter():
-        assert not torch.equal(torch.cat(model.outputs(groups)["logp"]), with_it)
+    model = policy(folder, adapter=LoRA(r=1, alpha=1.0)).to(BF16)
+    layer = next(m for m in model.modules() if isinstance(m, FusedLinear))
+    layer.base_layer.weight.fill_(1.0)[:, ::2] = -1.0
+    layer.lora_A["default"].weight.fill_(1.0)
+    layer.lora_B["default"].weight.fill_(1 / 1024)
+    found = layer(torch.ones(1, layer.in_features, dtype=BF16))
+    assert torch.equal(found, torch.full_like(found, layer.in_features / 1024))
 
 
 def test_quantised_bases_on_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
