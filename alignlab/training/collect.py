@@ -333,5 +333,5 @@ def _check_needs(algorithm: Algorithm, groups: Sequence[Group]) -> None:
         if not alone and not any(column in r.columns for r in responses):
             raise AlignlabError(
                 f"{groups[0].place}: {name_of(algorithm, 'needs')}: no response has the column '{column}': give "
-                "records that have it, or a scorer that fills it"
+                "records that have it, or a scorer that fills it (scoring=…)"
             )

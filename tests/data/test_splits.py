@@ -113,10 +113,7 @@ def test_skipped_records_are_counted_and_the_first_listed(tmp_path, tokenizer):
     assert (report.read, report.bad, report.used, report.duplicates) == (24, 22, 2, 1)
     assert len(report.bad_records) == 10
     assert report.bad_records[0].startswith(f"{path}:2: invalid JSON")
-    assert (
-        report.bad_records[1]
-        == f"{path}:3: no field 'completion' or 'answer' or 'output'; there are: completion, prompt"
-    )
+    assert report.bad_records[1] == f"{path}:3: field 'completion' is null"
     assert "bad: … and 12 more" in report.lines()
 
 
