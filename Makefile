@@ -130,16 +130,17 @@ wheel: $(VENV)/.test
 	cd $$folder; .venv/bin/alignlab --help; .venv/bin/alignlab compare experiment=demo out=demo $(FIRST_MINUTE); \
 	test -s demo/leaderboard.json; test -s demo/report.html
 
+# Without --no-compile an installation takes twice as long: what is imported is compiled then, and kept.
 install: $(VENV)/.install
 
 $(VENV)/.install: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("alignlab needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.install
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 clean:

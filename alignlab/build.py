@@ -187,6 +187,10 @@ def check_objects(kind: Any, objects: Iterable[Any], where: str) -> list[Any]:
     return found
 
 
+EXTRAS = {"optimi": "kahan"}
+"""Modules that configs of ours name and that not everyone has, by the extra that installs them."""
+
+
 def locate(name: Any, key: str) -> Any:
     """The object that a dotted name stands for.
 
@@ -209,7 +213,10 @@ def locate(name: Any, key: str) -> Any:
             if error.name != module and not str(error).endswith("is not a package"):
                 raise ConfigError(f"{where}: importing {module} failed: {failure(error)}") from error
             if i == 0:
-                raise ConfigError(f"{where}: there is no module '{part}': is its folder on PYTHONPATH?") from error
+                install = (
+                    f"pip install 'alignlab[{EXTRAS[part]}]'" if part in EXTRAS else "is its folder on PYTHONPATH?"
+                )
+                raise ConfigError(f"{where}: there is no module '{part}': {install}") from error
             there = [n for n, v in vars(found).items() if n[0] != "_" and (inspect.isclass(v) or inspect.isroutine(v))]
             near = did_you_mean(part, there)
             near = "" if near.startswith("; known") and len(there) > 10 else near

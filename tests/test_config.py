@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,12 @@ def test_builds_what_is_nested_first_and_passes_arguments_on() -> None:
 def test_a_function_by_name() -> None:
     config = {"_target_": THING, "first": {"_target_": "hydra.utils.get_method", "path": f"{HERE}.shout"}, "beta": 1}
     assert build(config, "scoring").first is shout
+
+
+def test_what_an_extra_installs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optimi", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"no module 'optimi': pip install 'alignlab\[kahan\]'"):
+        build({"_target_": "optimi.AdamW"}, "optimizer")
 
 
 @pytest.mark.parametrize(

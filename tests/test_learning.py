@@ -163,7 +163,7 @@ def test_bfloat16_products_reach_the_objective_if_weights_keep_their_bits(
     """To 0.01, while a twentieth of the gain is lost where weights and optimiser states are in bfloat16 too."""
     words = ["model.dtype=bfloat16"]
     if kept != "in float32":
-        words.append("training.master_weights=false")
+        words.append("training.mixed_precision=pure")
     if kept == "by Kahan summation":
         components.need("optimi")
         words.append("optimizer=adamw_kahan")

@@ -210,6 +210,11 @@ def gradients(module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
 
 
+def listed(response: Response) -> dict[str, Any]:
+    """Its columns, with lists for arrays."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in response.columns.items()}
+
+
 @contextmanager
 def flex_on_cpu(backend: Any = "eager") -> Iterator[None]:
     """CPUs compute attention as GPUs do. With "inductor" FlexAttention is compiled as it is there; "eager" compiles

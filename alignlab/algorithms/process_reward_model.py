@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core import Algorithm, Batch, Group, Metrics, Outputs, Response, require_choice, segment_sum
-from alignlab.core.group import is_per_token
+from alignlab.core.group import is_per_token, numbers
 
 NEUTRAL = {"soft": 0.0, "right": 1.0, "wrong": -1.0}
 
@@ -101,7 +101,7 @@ class ProcessRewardModel(Algorithm):
         return [g for g in found if g.responses]
 
     def _supervised(self, response: Response, cut: bool) -> Response:
-        labels: list[float] = response.columns["step_label"]  # type: ignore[assignment]
+        labels = [float(x) for x in response.columns["step_label"]]  # type: ignore[union-attr]
         if self.neutral != "skip":
             labels = [label or NEUTRAL[self.neutral] for label in labels]
         count = len(labels)
@@ -112,7 +112,7 @@ class ProcessRewardModel(Algorithm):
         return replace(
             response,
             loss_mask=[i in ends for i in range(len(response.token_ids))],
-            columns={"step_label": [x for _, x in kept]},
+            columns={"step_label": numbers([x for _, x in kept])},
         )
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -108,7 +108,8 @@ class Algorithm:
         if count >= least:
             return None
         responses = "1 response" if least == 1 else f"{least} responses"
-        return f"{type(self).__name__} needs at least {responses} to a prompt; this record has {count}"
+        advice = "" if count else ": give records with responses, or source=rollout, which samples them"
+        return f"{type(self).__name__} needs at least {responses} to a prompt; this record has {count}{advice}"
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
         """What the model reads. Called with all groups of an iteration after sampling and scoring, before log-probs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core.errors import AlignlabError
-from alignlab.core.group import Group, is_per_token
+from alignlab.core.group import Group, is_per_token, joined
 from alignlab.core.order import best_response, compared
 from alignlab.core.ragged import segment_mean, segment_sum, segments
 
@@ -87,8 +87,11 @@ class Batch:
 
     @cached_property
     def token_T(self) -> Tensor:
-        ids = [r.token_ids[i] for r in self.responses for i in r.predicted]
-        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+        ids = joined([r.token_ids for r in self.responses])
+        if any(r.loss_mask is not None for r in self.responses):
+            masks = [r.loss_mask or [True] * len(r.token_ids) for r in self.responses]
+            ids = ids[joined(masks).astype(bool)]
+        return torch.tensor(ids, device=self.device)
 
     def __contains__(self, name: str) -> bool:
         column, axis = self._parse(name)
@@ -128,7 +131,7 @@ class Batch:
                     )
                 found.append(self._number(value, column, group.place))
         if axis == "T":
-            return torch.from_numpy(np.concatenate(found) if found else np.zeros(0, np.float32)).to(self.device)
+            return torch.tensor(np.concatenate(found) if found else np.zeros(0, np.float32), device=self.device)
         return torch.tensor(found, dtype=torch.float32, device=self.device)
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands that compute nothing start without NumPy
@@ -12,13 +13,34 @@ if TYPE_CHECKING:  # commands that compute nothing start without NumPy
     Column = float | Sequence[float] | np.ndarray
 else:
     Column = Any
-"""What is known of a response: a number, or one number for each of its loss-bearing tokens. Those that alignlab itself
-computes (log-probs, values, advantages) are arrays."""
+"""What is known of a response: a number, or one number for each of its loss-bearing tokens. alignlab's own parts give
+arrays; a list that a user's part gives becomes one when that part returns."""
 
 
 def is_per_token(column: Column) -> bool:
     """Whether a column has a number for each token, in whatever kind of sequence, rather than one for the response."""
     return hasattr(column, "__len__")
+
+
+def numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """An array for a column with a number for each token: float32 where that holds all of them exactly, as it does what
+    models compute in float32 or less; float64 otherwise. A float32 array is returned as it is."""
+    import numpy as np
+
+    found = np.asarray(values)
+    if found.dtype == np.float32:
+        return found
+    exact = found.astype(np.float64)
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float32)
+    return rounded if np.array_equal(rounded, exact, equal_nan=True) else exact
+
+
+def joined(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists of token ids, one after the other, int64."""
+    import numpy as np
+
+    return np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists)))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -6,14 +6,13 @@ its own (`NeedsPolicy`, `Reports`), asked for by `isinstance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from alignlab.core.example import Example
 from alignlab.core.group import Group
+from alignlab.core.sampling import Sampler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,131 +68,6 @@ class Reports(Protocol):
     @property
     def report(self) -> Mapping[str, float]:
         """Metrics of the last call, by name; logged with the iteration's own, their mean over the processes."""
-        ...
-
-
-# ---------------------------------------------------------------------------------------------- rollout
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Draws responses from a policy."""
-
-    @property
-    def generated_tokens(self) -> int:
-        """Response tokens drawn so far, those that were thrown away included."""
-        ...
-
-    def sample(self, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        """For each group, a group with the same prompt and n sampled responses, in order.
-
-        Each response has `behaviour_logp`, its tokens' log-probs under the very distribution it was drawn from. The
-        result depends on the prompt, `seed` and the index of the sample alone, not on what else is in the batch.
-        """
-        ...
-
-
-@runtime_checkable
-class ExactSampler(Protocol):
-    """A sampler that knows whether its log-probs can stand for those of a scoring pass."""
-
-    @property
-    def exact_logp(self) -> bool:
-        """Whether `behaviour_logp` equals what a scoring pass of the same weights at the same temperature gives, to
-        float32 rounding: no filters, float32 weights, no quantised base."""
-        ...
-
-
-@runtime_checkable
-class PrefetchingSampler(Protocol):
-    """A sampler that can draw while something else goes on."""
-
-    def prefetch(self, groups: Sequence[Group], n: int, seed: int) -> Callable[[], list[Group]]:
-        """Begin to draw. The result waits for the responses and returns them. Called by all processes alike."""
-        ...
-
-
-@dataclass(frozen=True)
-class RolloutContext:
-    """What a rollout engine may need to know of the run that it samples for.
-
-    Attributes:
-        model: the model that is trained.
-        model_settings: how it was loaded: path, revision, tokenizer, …
-        folder: the run's folder.
-        is_main: whether this is the run's main process.
-        gather: the value of every process, in order of rank, on every process.
-        show_progress: whether to show progress.
-    """
-
-    model: Any
-    model_settings: Any
-    folder: Path
-    is_main: bool = True
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    show_progress: bool = True
-
-
-@runtime_checkable
-class RolloutEngine(Protocol):
-    """How responses are drawn. Config: `rollout`. One for a run; it makes samplers of the policy as it is now."""
-
-    @property
-    def temperature(self) -> float:
-        """Log-probs are of softmax(logits / temperature), in sampling and in training."""
-        ...
-
-    @property
-    def importance_cap(self) -> float | None:
-        """Off-policy correction: tokens are weighted by min(π_trainer / π_sampler, this); None: no weights."""
-        ...
-
-    @property
-    def off_policy(self) -> bool:
-        """Whether its samples may come from another policy than the trainer's (another precision, older weights), so
-        that the difference is measured and logged."""
-        ...
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether the next iteration's responses are drawn while this one trains. Its samplers are then
-        `PrefetchingSampler`s."""
-        ...
-
-    def check(self, config: Mapping[str, Any], algorithm: Any) -> None:
-        """Raise ConfigError for what it cannot do in this run, before anything is loaded.
-
-        Args:
-            config: the run's checked sections by name (`source`, `distributed`, `quantization`, `environment`, …).
-            algorithm: None where nothing is trained.
-        """
-        ...
-
-    def start(self, context: RolloutContext) -> AbstractContextManager[Any]:
-        """Whatever must live as long as the run, such as a server. Entered once, before the first sample, by what
-        samples from one policy: training and `alignlab sample`."""
-        ...
-
-    def sampler(self, policy: Any) -> Sampler:
-        """A sampler of `policy` with the weights that it has now. Called by all processes alike."""
-        ...
-
-
-@runtime_checkable
-class Environment(Protocol):
-    """What a policy acts in: several turns, tools, a search over its own steps. Config: `environment`.
-
-    Its responses may hold tokens that the policy did not write (a tool's answer): their `loss_mask` is False there.
-    """
-
-    @property
-    def fills(self) -> tuple[str, ...]:
-        """Names of the columns it fills, such as `reward`; the run needs no scorer for them."""
-        ...
-
-    def rollout(self, sampler: Sampler, groups: Sequence[Group], n: int, seed: int) -> list[Group]:
-        """For each group, a group with the same prompt and n responses, in order, with `behaviour_logp` for the
-        tokens that the policy wrote. Only what `sampler` draws counts as generated."""
         ...
 
 

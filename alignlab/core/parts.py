@@ -18,17 +18,10 @@ from torch import Tensor
 from alignlab.core.algorithm import Algorithm, Metrics, Outputs
 from alignlab.core.batch import Batch, Unit
 from alignlab.core.errors import AlignlabError, ConfigError, did_you_mean, failure
-from alignlab.core.group import Group, Response, is_per_token
-from alignlab.core.interfaces import (
-    Environment,
-    NeedsPolicy,
-    NeedsSampler,
-    RolloutContext,
-    RolloutEngine,
-    Sampler,
-    Scorer,
-)
+from alignlab.core.group import Group, Response, is_per_token, numbers
+from alignlab.core.interfaces import NeedsPolicy, NeedsSampler, Scorer
 from alignlab.core.memory import is_memory_error
+from alignlab.core.sampling import Environment, RolloutContext, RolloutEngine, Sampler
 
 READS = ("logp", "entropy", "entropy_grad", "value", "score", "step")
 """What a forward pass can compute for a loss."""
@@ -280,11 +273,11 @@ def _check_filled(part: str, groups: Sequence[Group], names: Sequence[str], ever
 
 
 def _column(response: Response, value: Any) -> Any:
-    """A column as it was given; a tensor of one number becomes that number."""
+    """A number, or an array of one for each token that bears loss, whatever it was given as."""
     if getattr(value, "ndim", None) == 0 or not is_per_token(value) or isinstance(value, str | bytes):
         return finite(value) if hasattr(value, "ndim") or not isinstance(value, bool | int | float) else _same(value)
     try:
-        found = np.asarray(value, dtype=np.float64)
+        found = numbers(value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value)
     except Exception as error:
         raise ValueError(f"is neither a number nor one for each token; got {_kind(value)}") from error
     if found.shape != (response.loss_tokens,):
@@ -294,7 +287,7 @@ def _column(response: Response, value: Any) -> Any:
         )
     if not np.isfinite(found).all():
         raise ValueError("has numbers that are not finite")
-    return value
+    return found
 
 
 def _same(value: float) -> float:
@@ -416,7 +409,7 @@ def _check_drawn(name: str, groups: Sequence[Group], found: Any, n: int) -> None
                     "bear loss, under the distribution that they were drawn from"
                 )
             try:
-                _column(response, response.columns["behaviour_logp"])
+                response.columns["behaviour_logp"] = _column(response, response.columns["behaviour_logp"])
             except ValueError as error:
                 raise AlignlabError(f"{where}: `behaviour_logp` {error}") from error
 

@@ -146,14 +146,16 @@ def fake_tensors() -> Any:
 
 
 @contextmanager
-def watching(made: Callable[[Any], None]) -> Iterator[None]:
-    """Call `made` with every tensor that an operator returns in the block."""
+def watching(made: Callable[[Any], None], called: Callable[[str, Any], None] | None = None) -> Iterator[None]:
+    """Call `made` with every tensor that an operator returns in the block, and `called` with its name and arguments."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
     class Watching(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if called is not None:
+                called(func.overloadpacket.__name__, args)
             for value in tree_leaves(out):
                 if hasattr(value, "untyped_storage"):
                     made(value)
@@ -218,6 +220,15 @@ def make_root(model: Any) -> None:
     in sampling, takes itself for the root."""
     need("FSDP2's root")
     model._get_fsdp_state()._lazy_init()
+
+
+def summed_in(model: Any) -> set[Any]:
+    """What dtypes `fully_shard` adds gradients up in; after a first pass."""
+    need("FSDP2's root")
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    trained = [(g, p) for g in groups for p in g.fsdp_params if p.sharded_param.requires_grad]
+    return {group._reduce_dtype or p.param_dtype or p.orig_dtype for group, p in trained}
 
 
 def state_dict_hooks(model: Any) -> list[dict[int, Any]]:

@@ -44,6 +44,7 @@ def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Index of each item's segment, from the lengths of the segments: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
-    total = None if isinstance(lengths, Tensor) else sum(lengths)  # known here, a GPU need not be asked for it
-    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+    total = None if isinstance(lengths, Tensor) else sum(lengths)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    found = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+    return found if device is None else found.to(device)  # made here: a device would be waited for, to know its size

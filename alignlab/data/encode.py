@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from alignlab.core.errors import ConfigError, DataError
 from alignlab.core.example import BadRecord, Example, Messages
-from alignlab.core.group import Group, Response
+from alignlab.core.group import Group, Response, is_per_token, numbers
 from alignlab.core.progress import progress
 from alignlab.data.chat import ChatTemplate
 from alignlab.data.lengths import cut_prompt, fit, pieces
@@ -251,7 +251,8 @@ class Encoder:
             text = response if isinstance(response, str) else "".join(text for text, _ in parts)
             if not any(mask):
                 raise BadRecord("a response has no tokens: the tokenizer knows none of its characters")
-            group.responses.append(Response(ids, None if all(mask) else mask, dict(example.columns[k]), text=text))
+            columns = {name: numbers(v) if is_per_token(v) else v for name, v in example.columns[k].items()}  # type: ignore[arg-type]
+            group.responses.append(Response(ids, None if all(mask) else mask, columns, text=text))
         return group
 
     def _step_ends(self, ids: list[int], count: int) -> list[bool]:

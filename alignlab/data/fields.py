@@ -37,6 +37,8 @@ class Fields:
             if self.values.get(name) is not None:
                 self.used.add(name)
                 return self.values[name], name
+        if null := [name for name in names if name in self.values]:
+            raise BadRecord(f"field '{null[0]}' is null")
         have = ", ".join(sorted(self.values)) or "none"
         wanted = "' or '".join(names)
         raise BadRecord(f"no field '{wanted}'; there are: {have}")

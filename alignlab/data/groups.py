@@ -13,7 +13,7 @@ from typing import Any
 
 from alignlab.core.errors import DataError
 from alignlab.core.files import write_text
-from alignlab.core.group import Column, Group, Response, is_per_token
+from alignlab.core.group import Column, Group, Response, is_per_token, numbers
 
 KEPT = ("step_label",)
 """Columns with a value for each loss-bearing token that are written."""
@@ -68,7 +68,7 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
             Response(
                 _ids(r["token_ids"]),
                 r.get("loss_mask"),
-                {k: [*map(float, v)] if is_per_token(v) else float(v) for k, v in r.get("columns", {}).items()},
+                {k: _read(v) for k, v in r.get("columns", {}).items()},
                 bool(r.get("finished", True)),
                 _text(r, "text", ""),
                 _text(r, "source", "data"),
@@ -91,6 +91,10 @@ def record_to_group(record: Mapping[str, Any]) -> Group:
         raise ValueError("columns and extra must be objects")
     prompt = _text(record, "prompt", "")
     return Group(prompt_ids, responses, prompt=prompt, columns=dict(columns), extra=dict(extra))
+
+
+def _read(value: Any) -> Column:
+    return numbers([*map(float, value)]) if is_per_token(value) else float(value)
 
 
 def _text(record: Mapping[str, Any], name: str, default: str) -> str:

@@ -79,7 +79,7 @@ class DataReport:
         self.response_tokens = (median(responses), max(responses)) if responses else (0, 0)
         trained = [response for group in splits.get("train", []) for response in group.responses]
         columns = [response.columns.get("step_label", 0.0) for response in trained]
-        labels = [label for column in columns if is_per_token(column) for label in column]  # type: ignore[union-attr]
+        labels = [float(label) for column in columns if is_per_token(column) for label in column]  # type: ignore[union-attr]
         self.step_labels = (sum(x < 0 for x in labels), sum(x == 0 for x in labels), sum(x > 0 for x in labels))
         self.loss_tokens = sum(response.loss_tokens for response in trained)
 

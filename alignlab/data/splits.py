@@ -204,7 +204,8 @@ def _prompt(example: Example, whole: bool) -> str:
 
 
 def _digest(example: Example) -> bytes:
-    content = json.dumps([example.prompt or "", example.responses, example.columns], ensure_ascii=False)
+    held = [example.prompt or "", example.responses, example.columns]
+    content = json.dumps(held, ensure_ascii=False, default=lambda array: array.tolist())
     return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from alignlab.core.errors import ConfigError
 from alignlab.core.example import BadRecord
-from alignlab.core.group import Response, is_per_token
+from alignlab.core.group import Response, is_per_token, numbers
 
 CONTEXT = 8
 """Tokens decoded before those that matter, for tokenizers that write a token by what stands before it."""
@@ -29,12 +29,12 @@ def label_steps(response: Response, ends: Sequence[int], labels: Sequence[float]
     for name, column in list(response.columns.items()):
         if is_per_token(column):
             if all(end in place for end in ends):
-                response.columns[name] = [float(column[place[end]]) for end in ends]  # type: ignore[index]
+                response.columns[name] = numbers([column[place[end]] for end in ends])  # type: ignore[index]
             else:
                 del response.columns[name]
     chosen = set(ends)
     response.loss_mask = [i in chosen for i in range(len(response.token_ids))]
-    response.columns["step_label"] = [float(label) for label in labels]
+    response.columns["step_label"] = numbers(labels)
 
 
 class Steps:

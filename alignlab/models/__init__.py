@@ -4,8 +4,9 @@ from alignlab.models.adapters import FullFineTuning, LoRA
 from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
+from alignlab.models.outline import Outline, outline_of
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
-from alignlab.models.precision import as_loaded, exact_float32
+from alignlab.models.precision import as_loaded
 from alignlab.models.reference import Reference
 from alignlab.models.save import save_model
 from alignlab.models.settings import ModelSettings, QuantizationSettings
@@ -16,6 +17,7 @@ __all__ = [
     "InStep",
     "LoRA",
     "ModelSettings",
+    "Outline",
     "PackedModel",
     "QuantizationSettings",
     "Reference",
@@ -24,8 +26,8 @@ __all__ = [
     "check_adapter",
     "check_tokens",
     "evaluating",
-    "exact_float32",
     "load_model",
     "load_tokenizer",
+    "outline_of",
     "save_model",
 ]

@@ -98,8 +98,9 @@ class _LogProbs(torch.autograd.Function):
         eager = training and hidden.requires_grad and not _trained(weight, bias)
         jacobian = torch.empty_like(hidden) if eager else None
         of_spread = torch.empty_like(hidden) if eager and entropy == "gradient" else None
+        rounded = _rounded(weight)
         for part in chunks(target, weight.shape[0]):
-            logits = linear(hidden[part], weight, bias)
+            logits = linear(hidden[part], rounded, bias)
             z, dtype = scaling(logits), logits.dtype
             del logits
             log_p = z.log_softmax(-1)
@@ -111,13 +112,14 @@ class _LogProbs(torch.autograd.Function):
                 spread[part] = _entropy(p, log_p)
             if of_spread is not None and p is not None:
                 slope = scaling.slope_(_of_entropy(p, log_p, spread[part, None]), z).to(dtype)
-                of_spread[part] = linear(slope, weight.to(dtype).t())
+                of_spread[part] = linear(slope, rounded.to(dtype).t())
             if jacobian is not None:
                 p = torch.softmax(z, -1, out=log_p) if p is None else p
                 slope = scaling.slope_(_of_logp(p, column, torch.ones_like(logp[part, None])), z).to(dtype)
-                jacobian[part] = linear(slope, weight.to(dtype).t())
+                jacobian[part] = linear(slope, rounded.to(dtype).t())
         ctx.scaling, ctx.eager, ctx.entropy = scaling, eager, entropy
         ctx.autocast = torch.is_autocast_enabled(hidden.device.type)
+        ctx.dtype = torch.get_autocast_dtype(hidden.device.type)
         ctx.save_for_backward(*((jacobian, of_spread) if eager else (hidden, weight, bias, target) if training else ()))
         if entropy != "gradient":
             ctx.mark_non_differentiable(spread)
@@ -136,9 +138,10 @@ class _LogProbs(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.zeros_like(weight) if wanted[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
-        with torch.autocast(hidden.device.type, enabled=ctx.autocast):
+        with torch.autocast(hidden.device.type, ctx.dtype, enabled=ctx.autocast):
+            rounded = _rounded(weight)
             for part in chunks(target, weight.shape[0]):
-                logits = linear(hidden[part], weight, bias)
+                logits = linear(hidden[part], rounded, bias)
                 z, dtype = ctx.scaling(logits), logits.dtype
                 if ctx.entropy == "gradient":
                     log_p = z.log_softmax(-1)
@@ -149,12 +152,18 @@ class _LogProbs(torch.autograd.Function):
                     slope = _of_logp(torch.softmax(z, -1), target[part, None], grad[part, None])
                 slope = ctx.scaling.slope_(slope, z).to(dtype)
                 if of_hidden is not None:
-                    of_hidden[part] = linear(slope, weight.to(dtype).t())
+                    of_hidden[part] = linear(slope, rounded.to(dtype).t())
                 if of_weight is not None:
                     of_weight += slope.t() @ hidden[part].to(dtype)
                 if of_bias is not None:
                     of_bias += slope.sum(0)
         return of_hidden, of_weight, of_bias, None, None, None, None
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """A weight as autocast would round it for each chunk anew."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
 def _trained(weight: Tensor, bias: Tensor | None) -> bool:

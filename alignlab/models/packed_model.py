@@ -77,6 +77,7 @@ class PackedModel(nn.Module):
         compute_dtype: what products are made in; None: in what the weights are held in.
         autocasts: whether the model sees to that by itself, through autocast, and no engine does.
         loaded_in: name of a trained weight that is held in more than it was loaded in → what that was.
+        gathered: the whole of a weight that is divided among processes, called by all of them; None: each has all.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, kind: ModelKind = "policy") -> None:
@@ -99,6 +100,7 @@ class PackedModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.autocasts = True
         self.loaded_in: dict[str, torch.dtype] = {}
+        self.gathered: Callable[[Tensor], Tensor] | None = None
 
     @property
     def features(self) -> Features:
@@ -133,11 +135,15 @@ class PackedModel(nn.Module):
         """What it computes in: that of its weights, or of its products."""
         return self.compute_dtype or precision(self.base)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Around every use of its modules that is not `forward`: products in the precision of the run."""
+    def precision(self, cache: bool = True) -> AbstractContextManager[Any]:
+        """Around every use of its modules that is not `forward`: products in the precision of the run.
+
+        Args:
+            cache: keep rounded weights until the end, for many passes.
+        """
         if self.compute_dtype is None or not self.autocasts:
             return nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=cache)
 
     @property
     def decoder(self) -> Any:
@@ -198,7 +204,7 @@ class PackedModel(nn.Module):
                 "step".
             temperature: log-probs are of softmax(logits / temperature): what was sampled from, when sampling.
         """
-        with self.precision():
+        with self.precision(cache=False):  # else recomputing activations would save less
             return self._outputs(rows, set(reads), temperature)
 
     def _outputs(self, rows: Rows, reads: set[str], temperature: float) -> dict[str, Tensor]:

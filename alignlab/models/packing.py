@@ -18,10 +18,12 @@ from heapq import heapreplace
 from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alignlab.core import Group
+from alignlab.core.group import joined
 
 Layout = Literal["varlen", "packed", "plain"]
 
@@ -51,6 +53,7 @@ class Rows:
         target_T: its token id.
         last_N: flat index of the last token of each response.
         layout: whether attention goes over `spans`, through the trunk-and-branches mask, or is plainly causal.
+        tokens: real tokens, padding not counted.
         spans: of a varlen row, the groups in it.
     """
 
@@ -63,17 +66,13 @@ class Rows:
     target_T: Tensor
     last_N: Tensor
     layout: Layout
+    tokens: int
     spans: tuple[Span, ...] = ()
 
     def to(self, device: torch.device | str) -> Rows:
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {k: v.to(device) for k, v in held.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return int((self.group_RL != PADDING).sum())
 
     def attention(self, window: int | None = None) -> Tensor:
         """Which position (last axis) each position may attend to, bool, shape (R, 1, L, L).
@@ -177,50 +176,54 @@ def lay_out(
         start = _place(lengths, row_length, stack=layout == "packed")
     size = (max((s // row_length for s in start), default=0) + 1) * row_length
 
-    ids, position = [pad_id] * size, [0] * size
-    group, branch = [PADDING] * size, [TRUNK] * size
-    predict: list[int] = []
-    place: list[int] = []
-    target: list[int] = []
-    last: list[int] = []
+    # Axis S: the pieces, each trunk followed by its branches. Axis C: all of their tokens.
+    pieces: list[Sequence[int]] = []
+    masks: dict[int, list[bool]] = {}
+    starts, trunks, owners = [], [], []
     for unit, ((g, ks), at) in enumerate(zip(units, start, strict=True)):
-        trunk = len(g.prompt_ids)
-        ids[at : at + trunk] = g.prompt_ids
-        position[at : at + trunk] = range(trunk)
-        group[at : at + trunk] = [unit] * trunk
-        prompt_last = at + max((i for i in range(trunk) if g.prompt_ids[i] != score_skips), default=0)
-        trunk_end, at = at + trunk - 1, at + trunk
-        for number, k in enumerate(ks, start=1):
-            tokens = g.responses[k].token_ids
-            count = len(tokens)
-            ids[at : at + count] = tokens
-            position[at : at + count] = range(trunk, trunk + count)
-            group[at : at + count] = [unit] * count
-            branch[at : at + count] = [number] * count
-            for i in g.responses[k].predicted:
-                predict.append(trunk_end if i == 0 else at + i - 1)
-                place.append(at + i)
-                target.append(tokens[i])
-            kept = max((i for i in range(count) if tokens[i] != score_skips), default=None)
-            last.append(prompt_last if kept is None else at + kept)
-            at += count
+        trunk = len(pieces)
+        for tokens in (g.prompt_ids, *(g.responses[k].token_ids for k in ks)):
+            pieces.append(tokens)
+            starts.append(at)
+            trunks.append(trunk)
+            owners.append(unit)
+            at += len(tokens)
+        masks |= {trunk + 1 + n: mask for n, k in enumerate(ks) if (mask := g.responses[k].loss_mask) is not None}
+    start_S, trunk_S, unit_S = (np.array(values, np.int64) for values in (starts, trunks, owners))
+    length_S = np.array([*map(len, pieces)], np.int64)
+    begin_S = length_S.cumsum() - length_S  # on axis C
+    branch_S = np.arange(len(pieces)) - trunk_S
+    first_S = np.where(branch_S > 0, length_S[trunk_S], 0)
+    token_C, piece_C = joined(pieces), np.arange(len(pieces)).repeat(length_S)
+    within_C = np.arange(len(token_C)) - begin_S[piece_C]
+    place_C = start_S[piece_C] + within_C
 
-    def grid(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).view(-1, row_length)
+    def grid(fill: int, values_C: np.ndarray) -> Tensor:
+        filled = np.full(size, fill)
+        filled[place_C] = values_C
+        return torch.tensor(filled).view(-1, row_length)
 
-    def flat(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64)
-
+    bears_C = (branch_S > 0)[piece_C]
+    for s, mask in masks.items():
+        bears_C[begin_S[s] : begin_S[s] + length_S[s]] = mask
+    trunk_end_S = start_S[trunk_S] + length_S[trunk_S] - 1
+    predict_C = np.where(within_C > 0, place_C - 1, trunk_end_S[piece_C])
+    counts_C = np.ones(len(token_C), bool) if score_skips is None else token_C != score_skips
+    last_S = np.full(len(pieces), -1)  # of the tokens that count, within the piece; -1: none does
+    np.maximum.at(last_S, piece_C[counts_C], within_C[counts_C])
+    of_trunk_S = start_S[trunk_S] + last_S[trunk_S].clip(0)
+    last_S = np.where(last_S < 0, of_trunk_S, start_S + last_S)
     return Rows(
-        grid(ids),
-        grid(position),
-        grid(group),
-        grid(branch),
-        flat(predict),
-        flat(place),
-        flat(target),
-        flat(last),
+        grid(pad_id, token_C),
+        grid(0, first_S[piece_C] + within_C),
+        grid(PADDING, unit_S[piece_C]),
+        grid(TRUNK, branch_S[piece_C]),
+        torch.tensor(predict_C[bears_C]),
+        torch.tensor(place_C[bears_C]),
+        torch.tensor(token_C[bears_C]),
+        torch.tensor(last_S[branch_S > 0]),
         layout,
+        len(token_C),
         tuple(
             Span(at, len(g.prompt_ids), tuple(len(r.token_ids) for r in g.responses))
             for (g, _), at in zip(units, start, strict=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from alignlab.core.private_api import watching
 from alignlab.models.packed_model import PackedModel
 
 PRODUCTS = ("mm", "addmm", "linear", "_addmm_activation", "matmul")
@@ -62,20 +62,6 @@ def hold_as_computed(copy: PackedModel, policy: PackedModel) -> None:
         parameter.data = parameter.data.to(wanted)
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32 inside, where rounding would be taken for something else."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _matrices(network: nn.Module) -> set[nn.Parameter]:
     """Weights and biases that are used in products alone: an embedding that is also the head is not."""
     from transformers.pytorch_utils import Conv1D
@@ -87,36 +73,33 @@ def _matrices(network: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, in_products in used.items() if in_products}
 
 
-class Products(TorchDispatchMode):
-    """Sees what dtypes the products with weights have in the passes inside it.
+@dataclass
+class Products:
+    """What dtypes products with weights have.
 
     Attributes:
-        trunk, heads: dtypes seen in the model, and in heads with few outputs.
+        trunk, heads: those seen in the model, and in its heads with few outputs.
     """
 
-    def __init__(self, model: PackedModel) -> None:
-        super().__init__()
-        self.trunk: set[torch.dtype] = set()
-        self.heads: set[torch.dtype] = set()
-        self._heads, self._in_head, self._hooks = model.small_heads, False, list[Any]()
+    trunk: set[torch.dtype] = field(default_factory=set)
+    heads: set[torch.dtype] = field(default_factory=set)
 
-    def __enter__(self) -> Products:
-        def inside(now: bool) -> Any:
-            return lambda *_: setattr(self, "_in_head", now)
 
-        for head in self._heads:
-            self._hooks += [head.register_forward_pre_hook(inside(True)), head.register_forward_hook(inside(False))]
-        super().__enter__()
-        return self
+@contextmanager
+def products(model: PackedModel) -> Iterator[Products]:
+    """Look at the passes of a model in the block."""
+    found, inside = Products(), list[bool]()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
+    def called(name: str, arguments: Any) -> None:
+        if name in PRODUCTS:
+            seen = found.heads if inside else found.trunk
+            seen |= {t.dtype for t in arguments if isinstance(t, Tensor) and t.dim() == 2}
+
+    hooks = [head.register_forward_pre_hook(lambda *_: inside.append(True)) for head in model.small_heads]
+    hooks += [head.register_forward_hook(lambda *_: inside.clear()) for head in model.small_heads]
+    try:
+        with watching(lambda _: None, called):
+            yield found
+    finally:
+        for hook in hooks:
             hook.remove()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._schema.name.removeprefix("aten::") in PRODUCTS:
-            seen = self.heads if self._in_head else self.trunk
-            seen |= {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() == 2}
-        return out

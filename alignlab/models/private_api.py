@@ -108,6 +108,53 @@ def _try_laid_out() -> None:
     torch.testing.assert_close(found, x @ weight.t(), atol=1e-4, rtol=1e-4)
 
 
+def nccl_version() -> tuple[Any, ...]:
+    """Of the NCCL that PyTorch has; both ends of a communicator must have the same."""
+    return tuple(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+
+
+def nccl_key() -> bytes:
+    """A new key by which processes that do not know one another meet: 128 bytes."""
+    return bytes(torch.cuda.nccl.unique_id())  # type: ignore[no-untyped-call]
+
+
+def nccl_group(world: int, key: bytes) -> Any:
+    """A communicator on the current GPU in which this process is the first of `world`. Waits until all have come, and
+    does what they all do first: add up one number."""
+    group = torch.cuda.nccl.init_rank(world, key, 0)  # type: ignore[no-untyped-call]
+    one = torch.zeros(1, device="cuda")
+    torch.cuda.nccl.all_reduce([one], comms=[group])  # type: ignore[no-untyped-call]
+    torch.cuda.current_stream().synchronize()
+    return group
+
+
+def nccl_broadcast(tensors: list[Tensor], group: Any) -> Any:
+    """Begin to send tensors to all of a group. Returns the CUDA event of having done so."""
+    for tensor in tensors:
+        torch.cuda.nccl.broadcast([tensor], comms=[group])  # type: ignore[no-untyped-call]
+    done = torch.cuda.Event()
+    done.record()
+    return done
+
+
+def _try_nccl() -> None:
+    if missing := [name for name in ("version", "unique_id", "init_rank") if not hasattr(torch.cuda.nccl, name)]:
+        raise AttributeError(f"torch.cuda.nccl has no {', '.join(missing)}")
+    if torch.cuda.is_available() and len(nccl_key()) != 128:
+        raise AttributeError("its key has not 128 bytes")
+
+
+def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own buffers that are saved with it, by name."""
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+
+
+def renamed(network: Any) -> bool:
+    """Whether transformers gave weights other names or shapes when it loaded this model; it takes them back when it
+    saves."""
+    return bool(getattr(network, "_weight_conversions", None))
+
+
 def is_weight(layer: Any) -> bool:
     """Whether a layer is nothing but its weight and bias, which may then be used without calling it."""
     return type(layer) is nn.Linear and not any(
@@ -298,6 +345,13 @@ REACHES |= {
         "mkldnn._reorder_linear_weight and mkldnn._linear_pointwise",
         _try_laid_out,
         "products with few rows, as in sampling, are made as by torch.nn.functional.linear",
+    ),
+    "NCCL": Reach(
+        "torch",
+        ("2.13", "2.14"),
+        "cuda.nccl.unique_id and init_rank",
+        _try_nccl,
+        "weights get to vLLM on other GPUs by files",
     ),
     "attention of transformers": Reach(
         "transformers",

@@ -16,7 +16,6 @@ from alignlab.core.memory import is_memory_error, said
 from alignlab.models.attention import path, refusal, shortest_window, use_plans
 from alignlab.models.packed_model import PackedModel, evaluating
 from alignlab.models.packing import Rows, Span, lay_out
-from alignlab.models.precision import exact_float32
 from alignlab.models.private_api import attention_of
 
 TOLERANCE = {torch.bfloat16: (0.15, 0.2), torch.float16: (0.03, 0.05)}
@@ -59,7 +58,7 @@ def probe(model: PackedModel) -> None:
     groups = random_groups(int(model.config.vocab_size), model.max_length)
     absolute, relative = tolerance(model.dtype, model.device)
     name = type(model.base).__name__
-    with torch.no_grad(), evaluating(model), exact_float32(), _short_window(model.config):
+    with torch.no_grad(), evaluating(model), _short_window(model.config):
         expected = _one_by_one(model, groups)
         model.layout = "plain"
         difference, refused = _difference(model, model.lay_out(groups), expected)
@@ -85,7 +84,7 @@ def probe(model: PackedModel) -> None:
             "plain sequences are used, which cost more where prompts are shared"
         )
         return
-    with torch.no_grad(), evaluating(model), exact_float32():
+    with torch.no_grad(), evaluating(model):
         reason = _refuses_varlen(model, groups, limit=lambda wrong: min(absolute, relative * wrong))
     if reason is None:
         model.layout = "varlen"

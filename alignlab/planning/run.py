@@ -16,8 +16,9 @@ from alignlab.core import AdapterKind
 from alignlab.core.memory import usual_tokens
 from alignlab.core.settings import Settings
 from alignlab.models import FullFineTuning, LoRA, ModelSettings
+from alignlab.models.outline import dtype_of
 from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer_of
-from alignlab.planning.shapes import Shapes, dtype_of, network, read_config, shortened
+from alignlab.planning.shapes import Shapes, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
 from alignlab.training.precision import Precision, resolve
@@ -190,7 +191,7 @@ class PlannedRun:
         """What is held and computed in: of a GPU, that it has bfloat16."""
         training, device = self.checked.training, torch.device("cpu" if self.on_cpu else "cuda")
         compute = resolve(training.mixed_precision, device, self.dtype(variant), has=True)
-        return Precision(compute, training.master_weights, compute is None or mode != "fsdp")
+        return Precision(compute, training.mixed_precision != "pure", compute is None or mode != "fsdp")
 
     def shapes(self, variant: Variant, layers: int | None = None, precision: Precision | None = None) -> Shapes:
         """The model of a variant, without contents.

@@ -58,15 +58,6 @@ def read_config(settings: ModelSettings) -> tuple[Any, dict[str, Any] | None]:
         return config_of(path, revision, settings.trust_remote_code), saved
 
 
-def dtype_of(config: Any, settings: ModelSettings, on_cpu: bool) -> torch.dtype:
-    """The dtype that `load_model` gives the weights: `auto` is as saved, and never half precision on CPUs."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    saved = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    saved = getattr(torch, saved) if isinstance(saved, str) else saved
-    return torch.float32 if saved is None or (on_cpu and saved.itemsize == 2) else saved
-
-
 def network(config: Any, kind: str, labels: int, dtype: torch.dtype, settings: ModelSettings) -> Any:
     """The transformers model of a kind, on "meta"; its head in float32, as `load_model` makes it.
 

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-import numpy as np
-
 from alignlab.core import Response
-from alignlab.core.group import Column
+from alignlab.core.group import Column, numbers
 
 LOGITS = 1 << 26
 """Logits of one step at most, in numbers (256 MB in float32): rows beyond wait, however short."""
@@ -56,7 +54,7 @@ class Row:
         return self.limit - len(self.tokens)
 
     def response(self) -> Response:
-        columns: dict[str, Column] = {"behaviour_logp": np.asarray(self.logp)}
+        columns: dict[str, Column] = {"behaviour_logp": numbers(self.logp)}
         return Response(self.tokens, columns=columns, finished=self.finished, text=self.text, source="policy")
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from alignlab.core import AlignlabError
 from alignlab.core.memory import is_memory_error, said
 from alignlab.core.private_api import recompiling
-from alignlab.models import PackedModel, evaluating, exact_float32
+from alignlab.models import PackedModel, evaluating
 from alignlab.models.attention import PLAN, AttentionPlan, path, refusal, shortest_window, use_plans
 from alignlab.models.private_api import attention_of
 from alignlab.models.probe import REFUSALS
@@ -179,7 +179,7 @@ def _try(model: PackedModel) -> str | None:
     if refused := refusal(model.base):
         return refused
     use_plans(model.base)
-    with torch.no_grad(), evaluating(model), model.precision(), exact_float32():
+    with torch.no_grad(), evaluating(model), model.precision():
         try:
             if is_exact(model, _trial(model)):
                 return None

@@ -128,7 +128,7 @@ def _probe(model: PackedModel) -> Mode:
 
     The yardstick is the network's own forward over one whole sequence at a time, without cache or padding.
     """
-    with torch.no_grad(), evaluating(model), model.precision(), exact_float32():
+    with torch.no_grad(), evaluating(model), model.precision():
         for mode in (Mode(True, True), Mode(True, False), Mode(False, True)):
             try:
                 if _exact(model, mode):

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from alignlab.core import AlignlabError, ConfigError, Group, Response, Sampler, require
 from alignlab.core.example import BadRecord
+from alignlab.core.group import numbers
 from alignlab.core.parts import finite
 from alignlab.data import DataSettings
 from alignlab.data.chat import ChatTemplate
@@ -167,7 +166,7 @@ class MultiTurn:
     def _response(self, conversation: _Conversation) -> Response:
         c = conversation
         before = self.tokenizer.decode(c.tokens[: c.start], skip_special_tokens=True)
-        columns: dict[str, Any] = {"behaviour_logp": np.asarray(c.logp), "reward": float(c.reward)}
+        columns: dict[str, Any] = {"behaviour_logp": numbers(c.logp), "reward": float(c.reward)}
         columns |= call(self.columns, lambda found: {n: finite(v) for n, v in found.items()}, c.group, c.state)
         if missing := sorted(set(self.fills) - set(columns)):
             raise AlignlabError(f"{type(self).__name__}.columns: gives no {', '.join(missing)}, which is in fills")

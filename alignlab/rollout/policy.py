@@ -48,7 +48,7 @@ class Policy:
             DataError: a prompt leaves no room for a response.
         """
         engine = section(LocalRollout, settings, "sample")
-        with engine.start(RolloutContext(self.model, None, Path(), show_progress=progress)):
+        with engine.start(RolloutContext(None, Path(), show_progress=progress)):
             return engine.sampler(self.model).sample(prompts, n, seed)
 
     def log_probs(

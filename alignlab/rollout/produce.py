@@ -23,7 +23,7 @@ from alignlab.core.parts import bind_all, calling, drawn, generated_tokens, give
 from alignlab.core.settings import Settings
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
-from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model
+from alignlab.models import ModelSettings, QuantizationSettings, check_tokens, load_model, outline_of
 from alignlab.rollout import build_engine, build_environment
 from alignlab.rollout.policy import Policy
 from alignlab.scoring import build_scorers
@@ -65,15 +65,16 @@ def produce(config: dict[str, Any], out: Path) -> dict[str, Any]:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(settings, trainable=False, quantization=quantization, device=device)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr)
-    prompts = load(data, model.tokenizer).train
-    check_tokens(prompts, int(model.config.vocab_size))
-    bind_all((*scorers, environment), Policy(model))
     found: list[Group] = []
     tokens = 0
-    with started(engine, RolloutContext(model, settings, out)):
+    held = float(outline_of(settings).nbytes) if device == "cuda" else 0.0
+    with started(engine, RolloutContext(settings, out, device=device, held=held)):  # first: it may share the GPU
+        model = load_model(settings, trainable=False, quantization=quantization, device=device)
+        for note in model.notes:
+            print(f"note: {note}", file=sys.stderr)
+        prompts = load(data, model.tokenizer).train
+        check_tokens(prompts, int(model.config.vocab_size))
+        bind_all((*scorers, environment), Policy(model))
         begun = time.monotonic()
         sampler = sampler_of(engine, model)
         give_sampler(scorers, sampler)

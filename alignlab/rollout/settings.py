@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -73,8 +73,8 @@ class RolloutSettings(BaseRollout):
 
 
 class VllmSettings(Settings):
-    """The section `rollout.vllm`: which server samples, how it is started, and how samples are corrected that come
-    from another policy than the trainer's.
+    """The section `rollout.vllm`: which servers sample, how they are started, how they get weights, and how samples are
+    corrected that come from another policy than the trainer's.
 
     Attributes:
         importance_cap: C of truncated importance weights min(π_old/π_behaviour, C); None: no weights.
@@ -85,10 +85,39 @@ class VllmSettings(Settings):
     shared_dir: str | None = None
     python: str | None = None
     port: int | None = Field(None, ge=1, le=65535)
-    devices: str | None = None
-    memory: float = Field(0.3, gt=0, lt=1)
+    devices: str | None = Field(None, pattern=r"^[^,\s]+(,[^,\s]+)*$")
+    tensor_parallel: int = Field(1, ge=1)
+    replicas: int | None = Field(None, ge=1)
+    memory: float | None = Field(None, gt=0, lt=1)
+    sleep: Literal["auto", 0, 1, 2] = "auto"
+    transfer: Literal["auto", "disk", "ipc", "nccl"] = "auto"
     arguments: list[str] = Field(default_factory=list)
     start_timeout: float = Field(600.0, gt=0)
     timeout: float = Field(600.0, gt=0)
     importance_cap: float | None = Field(None, gt=0)
     asynchronous: bool = False
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.url is not None:
+            of_ours = ("devices", "replicas", "memory", "port")
+            given = next((n for n in of_ours if getattr(self, n) is not None), None)
+            given = given or ("tensor_parallel" if self.tensor_parallel > 1 else None)
+            given = given or ("sleep" if self.sleep in (1, 2) else None)
+            if given is not None:
+                raise ValueError(f"{given} is about servers that the run starts, url names one that runs: give one")
+            if self.transfer == "ipc":
+                raise ValueError("transfer=ipc is for servers that the run starts on its own GPUs: leave url out")
+        if self.asynchronous and self.sleep in (1, 2):
+            raise ValueError(f"sleep={self.sleep}: with asynchronous the server samples while the run trains: use 0")
+        if self.transfer == "ipc" and self.devices is not None:
+            raise ValueError("transfer=ipc is for a server on the trainer's own GPU: leave out devices, or use nccl")
+        if self.transfer == "ipc" and self.port is not None:
+            raise ValueError("transfer=ipc: others on this host could reach the server by its port: leave port out")
+        if self.port is not None and (self.replicas or 1) > 1:
+            raise ValueError(f"port={self.port}: {self.replicas} replicas cannot share it: leave it out")
+        if self.devices is not None and self.replicas is not None:
+            wanted, there = self.replicas * self.tensor_parallel, len(self.devices.split(","))
+            if wanted > there:
+                raise ValueError(f"devices={self.devices}: replicas × tensor_parallel = {wanted} need {wanted} GPUs")
+        return self

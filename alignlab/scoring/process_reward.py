@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from alignlab.core import AlignlabError, Group, Response
+from alignlab.core.group import numbers
 from alignlab.data import DataSettings
 from alignlab.data.encode import Encoder
 from alignlab.data.steps import Steps
@@ -37,13 +40,13 @@ def solution_score(right: Sequence[float], aggregate: Aggregate) -> float:
     return right[-1] if aggregate == "last" else math.fsum(right) / len(right)
 
 
-def spread(response: Response, ends: Sequence[int], values: Sequence[float]) -> list[float]:
+def spread(response: Response, ends: Sequence[int], values: Sequence[float]) -> np.ndarray:
     """The values of steps as a column: at the step's last loss-bearing token, 0 at all others."""
     predicted = response.predicted
     column = [0.0] * len(predicted)
     for end, value in zip(ends, values, strict=True):
         column[max(bisect_right(predicted, end) - 1, 0)] += value
-    return column
+    return numbers(column)
 
 
 class ProcessRewardScorer(ScoreModel):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from alignlab.core import (
     Algorithm,
     AlignlabError,
     Environment,
     ExactSampler,
+    GatheringEngine,
     Group,
     PrefetchingSampler,
     Reports,
     Response,
+    RestingSampler,
     RolloutEngine,
     Sampler,
     Scorer,
@@ -25,6 +29,7 @@ from alignlab.core.parts import (
     generated_tokens,
     give_sampler,
     groups_of,
+    name_of,
     numbers_of,
     sampler_of,
     score,
@@ -37,6 +42,7 @@ from alignlab.models import Reference
 from alignlab.scoring import fill_log_probs, fill_outputs
 from alignlab.scoring.log_probs import with_some
 from alignlab.training.distributed.engine import Engine
+from alignlab.training.exchange import Pieces, pack, unpack
 from alignlab.training.off_policy import compare, warn
 from alignlab.training.order import shares
 from alignlab.training.reference_cache import ReferenceCache
@@ -106,6 +112,7 @@ class Collector:
     def __post_init__(self) -> None:
         self.model, self.processes = self.engine.model, self.engine.processes
         self._prefetched: Prefetch | None = None
+        self._sampler: Sampler | None = None
 
     @property
     def temperature(self) -> float:
@@ -136,6 +143,8 @@ class Collector:
                 self._prefetch(*following(), step)
         for scorer in self.scorers:
             score(scorer, mine)
+        if isinstance(self._sampler, RestingSampler):
+            self._sampler.rest()
         for reporting in (*self.scorers, self.environment):
             with calling(reporting, "report"):
                 said: Mapping[str, float] = reporting.report if isinstance(reporting, Reports) else {}
@@ -156,6 +165,7 @@ class Collector:
             report |= {"rollout_staleness": float(stale), **compare(arranged, self.rollout.importance_cap)}
             if not stale and self.processes.is_main:
                 warn(report)
+        _check_needs(self.algorithm, arranged)
         return Collected(found, groups_of(self.algorithm, "prepare", arranged), tokens, _mean_reward(found), report)
 
     # ------------------------------------------------------------------ sampling
@@ -171,12 +181,13 @@ class Collector:
             self._prefetched = None
         else:
             choice = nullcontext(self.model) if self.source.policy == "current" else self._reference().model()
-            with choice as policy, self.engine.whole(policy):
+            with choice as policy, self._whole(policy):
                 sampler = sampler_of(self.rollout, policy)
                 drawn = draw(sampler, self.environment, groups, self.source.group_size, seed)
                 exact = self._exact(sampler)
         tokens = generated_tokens(sampler)  # a search draws more than it returns
         give_sampler(self.scorers, sampler)
+        self._sampler = sampler
         if self.source.keep:
             own = [[replace(r, columns=dict(r.columns)) for r in g.responses] for g in groups]
             drawn = [g.with_responses([*kept, *g.responses]) for kept, g in zip(own, drawn, strict=True)]
@@ -186,12 +197,17 @@ class Collector:
         """Begin to draw the next iteration's responses, with the weights as they are now."""
         assert self.rollout is not None
         mine = [groups[i] for i in shares(groups, self.processes.world)[self.processes.rank]]
-        with self.engine.whole(self.model):
+        with self._whole(self.model):
             sampler = sampler_of(self.rollout, self.model)
         if not isinstance(sampler, PrefetchingSampler):
             raise AlignlabError(f"{type(self.rollout).__name__} prefetches, but its samplers have no `prefetch`")
         take = sampler.prefetch(mine, self.source.group_size, seed)
         self._prefetched = Prefetch(sampler, take, seed, step)
+
+    def _whole(self, policy: Any) -> AbstractContextManager[None]:
+        """All of a policy's weights on this process while it samples, unless the engine gathers them by itself."""
+        gathers = isinstance(self.rollout, GatheringEngine) and self.rollout.gathers
+        return nullcontext() if gathers else self.engine.whole(policy)
 
     def _exact(self, sampler: Sampler) -> bool:
         """Whether a sampler's log-probs are the scoring pass's, to float32 rounding. A search or an environment reads
@@ -261,18 +277,20 @@ class Collector:
         Records that everyone has travel as the columns that were filled in; only new responses travel whole.
         """
         new = self.source.kind == "rollout" or bool(self.scorers)
-        found = list(groups)
+        found, rank = list(groups), self.processes.rank
+        for i, group in zip(share[rank], mine, strict=True):
+            found[i] = group
         if self.processes.world == 1:
-            for i, group in zip(share[0], mine, strict=True):
-                found[i] = group
             return found, drawn, report
         if not new:
             self._exchange_columns(found, mine, share, filled)
             return found, drawn, report
-        parts = self.processes.gather((mine, drawn, report))
-        for indices, (part, _, _) in zip(share, parts, strict=True):
-            for i, group in zip(indices, part, strict=True):
-                found[i] = group
+        parcel = pack(mine, [groups[i] for i in share[rank]])
+        parts = self.processes.gather((parcel, drawn, report))
+        for other, (indices, (theirs, _, _)) in enumerate(zip(share, parts, strict=True)):
+            if other != rank:
+                for i, group in zip(indices, unpack(theirs, [groups[i] for i in indices]), strict=True):
+                    found[i] = group
         told: dict[str, list[float]] = {}
         for _, _, metrics in parts:
             for name, value in metrics.items():
@@ -285,11 +303,13 @@ class Collector:
         """Columns that each process has filled in for its share, on every process."""
         if self.processes.world == 1 or not filled:
             return
-        columns = [[{c: r.columns[c] for c in filled} for r in g.responses] for g in mine]
-        for indices, part in zip(share, self.processes.gather(columns), strict=True):
-            for i, responses in zip(indices, part, strict=True):
-                for response, values in zip(groups[i].responses, responses, strict=True):
-                    response.columns.update(values)
+        own = [r.columns for g in mine for r in g.responses]
+        columns = [Pieces.of([np.asarray(c[name]) for c in own]) for name in filled]
+        for rank, (indices, theirs) in enumerate(zip(share, self.processes.gather(columns), strict=True)):
+            responses = [r for i in indices for r in groups[i].responses]
+            for name, pieces in zip(filled, theirs if rank != self.processes.rank else [], strict=False):
+                for response, values in zip(responses, pieces.apart(), strict=True):
+                    response.columns[name] = values
 
 
 def _drawn_for(groups: Sequence[Group], exact: bool) -> dict[int, list[int]]:
@@ -303,3 +323,15 @@ def _mean_reward(groups: Sequence[Group]) -> float | None:
         r.columns["reward"] for g in groups for r in g.responses if r.source != "data" and "reward" in r.columns
     ]
     return sum(map(float, rewards)) / len(rewards) if rewards else None
+
+
+def _check_needs(algorithm: Algorithm, groups: Sequence[Group]) -> None:
+    """Raise AlignlabError for a column that the algorithm needs and no response has, read by it or not."""
+    responses = [r for g in groups for r in g.responses]
+    for column in algorithm.needs if responses else ():
+        alone = column == "reward" and all(len(g.responses) == 1 for g in groups)  # there is nothing to choose between
+        if not alone and not any(column in r.columns for r in responses):
+            raise AlignlabError(
+                f"{groups[0].place}: {name_of(algorithm, 'needs')}: no response has the column '{column}': give "
+                "records that have it, or a scorer that fills it (scoring=…)"
+            )

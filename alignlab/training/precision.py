@@ -12,7 +12,7 @@ import torch
 
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel, Reference, evaluating
-from alignlab.models.precision import Products, hold_as_computed, use_masters
+from alignlab.models.precision import hold_as_computed, products, use_masters
 from alignlab.models.quantization import has_bfloat16
 from alignlab.training.settings import TrainingSettings
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 PURE = (
-    "training.master_weights=false: weights and optimiser states stay in {dtype}: updates smaller than about 1/256 of "
-    "a weight are lost, and small learning rates change next to nothing. Give training.master_weights=true, or "
+    "training.mixed_precision=pure: weights and optimiser states stay in {dtype}: updates smaller than about 1/256 of "
+    "a weight are lost, and small learning rates change next to nothing. Give training.mixed_precision=auto, or "
     "optimizer=adamw_kahan, which keeps what rounding takes away"
 )
 
@@ -34,7 +34,8 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool 
     """What products are made in, from `training.mixed_precision`; None: in what the weights are held in.
 
     "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU:
-    that is never so unless it was asked for.
+    that is never so unless it was asked for. With "pure" weights stay in what the model was loaded in, else they are
+    float32.
 
     Args:
         weights: what the model is loaded in.
@@ -70,13 +71,14 @@ class Precision:
 
     @classmethod
     def of(cls, settings: TrainingSettings, mode: str, model: PackedModel, device: torch.device) -> Precision:
-        if not settings.master_weights and mode.startswith("zero"):
+        masters = settings.mixed_precision != "pure"
+        if not masters and mode.startswith("zero"):
             raise ConfigError(
-                f"training.master_weights=false: DeepSpeed keeps float32 weights whatever the model's are: leave it "
-                f"true with distributed={mode}, or use ddp or fsdp"
+                f"training.mixed_precision=pure: DeepSpeed keeps float32 weights whatever the model's are: give auto "
+                f"with distributed={mode}, or use ddp or fsdp"
             )
         compute = resolve(settings.mixed_precision, device, model.base.dtype)
-        return cls(compute, settings.master_weights, mode != "fsdp")
+        return cls(compute, masters, mode != "fsdp")
 
     @property
     def name(self) -> str:
@@ -128,7 +130,7 @@ def observe(engine: Engine, reads: Iterable[str]) -> dict[str, str]:
     model = engine.model
     limit = min(8, model.max_length or 8) // 2
     group = Group([1] * limit, [Response([1] * limit)])
-    with evaluating(model), torch.no_grad(), Products(model) as seen:
+    with evaluating(model), torch.no_grad(), products(model) as seen:
         engine(model.lay_out([group]), tuple(reads), 1.0)
     weights = {p.dtype for p in engine.trained().values()}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}

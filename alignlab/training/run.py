@@ -25,6 +25,7 @@ from alignlab.models import (
     PackedModel,
     check_tokens,
     load_model,
+    outline_of,
     save_model,
 )
 from alignlab.training import provenance
@@ -37,10 +38,10 @@ from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
 from alignlab.training.optimizer import build_optimizer
-from alignlab.training.precision import in_words
+from alignlab.training.precision import in_words, resolve
 from alignlab.training.run_config import RunConfig, check
 from alignlab.training.run_folder import RESULT, claim, finished
-from alignlab.training.trainer import Trainer
+from alignlab.training.trainer import Trainer, wants_reference
 
 
 def train(
@@ -69,22 +70,44 @@ def train(
         torch.set_num_threads(run.training.threads)
     processes = Processes(run.training.mixed_precision, run.distributed)
     lock = _take_folder(out, config, run, processes, files)
-    model = _load_model(run, processes)
-    splits = _load_data(run, model, processes)
-    trainer = _make_trainer(config, out, run, processes, lock, model, splits, callbacks)
-    if processes.is_main:
-        _say(config, out, run, trainer, files)
-    context = RolloutContext(
-        model=model,
+    with run.sampling(partial(_context, out, run, processes)):  # first: a server may share the GPU with the model
+        model = _load_model(run, processes)
+        splits = _load_data(run, model, processes)
+        trainer = _make_trainer(config, out, run, processes, lock, model, splits, callbacks)
+        if processes.is_main:
+            _say(config, out, run, trainer, files)
+        with processes.peers():
+            trainer.run()
+    return _finish(out, run, trainer)
+
+
+def _context(out: Path, run: RunConfig, processes: Processes) -> RolloutContext:
+    """What a rollout engine needs to know of the run before the model is there."""
+    outline = outline_of(run.model)
+    return RolloutContext(
         model_settings=run.model,
         folder=out,
-        is_main=processes.is_main,
+        adapter=run.adapter,
+        device=processes.device,
+        dtype=resolve(run.training.mixed_precision, processes.device, outline.dtype),
+        held=_held(run, outline.weights, processes.world) if processes.device.type == "cuda" else 0.0,
+        rank=processes.rank,
         gather=processes.gather,
         show_progress=run.training.progress != "off",
     )
-    with run.sampling(context), processes.peers():
-        trainer.run()
-    return _finish(out, run, trainer)
+
+
+def _held(run: RunConfig, weights: int, world: int) -> float:
+    """Bytes of a device that weights and optimiser states will take, about: where the model itself is trained, float32
+    weights, AdamW's two states and a reference in half precision; under an adapter the frozen base, 2 bytes a weight or
+    half of one."""
+    mode = run.distributed.mode
+    if not run.adapter.trains_base:
+        held = weights * (0.6 if run.quantization.kind == "nf4" else 1.1 if run.quantization.kind == "int8" else 2.1)
+        return held / world if run.distributed.divides else held
+    reference = 2 if wants_reference(run.algorithm, run.source) else 0
+    whole, states = weights * (4 + reference), weights * 8
+    return (whole + states) / world if run.distributed.divides else whole + states / (world if "zero" in mode else 1)
 
 
 def _take_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +72,9 @@ class RunConfig:
         """What samples in this run; None where nothing does."""
         return self.rollout if self.samples else None
 
-    def sampling(self, context: RolloutContext) -> Any:
+    def sampling(self, context: Callable[[], RolloutContext]) -> Any:
         """What must live while responses are sampled, such as a server."""
-        return started(self.rollout, context) if self.samples else nullcontext()
+        return started(self.rollout, context()) if self.samples else nullcontext()
 
 
 def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: list[Scorer] | None = None) -> RunConfig:

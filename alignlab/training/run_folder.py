@@ -32,7 +32,10 @@ MAY_CHANGE_TRAINING = (
 LIMITS = ("steps", "epochs", "max_trained_tokens", "max_generated_tokens", "max_seconds")
 """What may become more: then the run goes on from where it was over."""
 
-MAY_CHANGE_VLLM = ("url", "shared_dir", "python", "port", "devices", "memory", "arguments", "start_timeout", "timeout")
+MAY_CHANGE_VLLM = (
+    *("url", "shared_dir", "python", "port", "devices", "tensor_parallel", "replicas", "memory", "sleep", "transfer"),
+    *("arguments", "start_timeout", "timeout"),
+)
 """What may differ between a run and its continuation."""
 
 RESULT = "result.json"

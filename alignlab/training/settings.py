@@ -28,8 +28,7 @@ class TrainingSettings(Settings):
     max_tokens_per_microbatch: int | None = Field(None, ge=1)
     reference_cache: str | None = None
     max_grad_norm: float | None = Field(1.0, gt=0)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    master_weights: bool = True
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "pure"] = "auto"
     float32_matmul: Literal["highest", "high", "medium"] = "high"
     non_finite: Literal["stop", "skip"] = "stop"
     seed: int = Field(0, ge=0, lt=2**63)

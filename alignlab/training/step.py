@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,29 +14,38 @@ from alignlab.core import Algorithm, Batch, Group, Metrics, NonFiniteError, Outp
 from alignlab.core.memory import is_memory_error, release_memory
 from alignlab.core.parts import calling, loss_of, numbers_of
 from alignlab.training.distributed.engine import Engine
-from alignlab.training.distributed.processes import Processes
 from alignlab.training.micro_batch_budget import OutOfMemory, Shortage, TokenBudget, random_state, set_random_state
 from alignlab.training.order import shares
+
+Sums = dict[str, tuple[float, int]]
+"""By the name of a metric, its sum over what one process has read, and of how many values."""
 
 
 @dataclass
 class Means:
     """Running sums from which exact global means are made."""
 
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
+        total = values.detach().double().sum()  # stays on its device: a step waits for it once, not at each metric
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
-    def means(self, processes: Processes) -> dict[str, float]:
-        """Means over all processes; a name that no process has a value for is left out."""
-        everyone = processes.gather((self.sums, self.counts))
-        names = dict.fromkeys(name for sums, _ in everyone for name in sums)
-        total = {n: sum(sums.get(n, 0.0) for sums, _ in everyone) for n in names}
-        count = {n: sum(counts.get(n, 0) for _, counts in everyone) for n in names}
-        return {n: total[n] / count[n] for n in names if count[n]}
+    def of(self) -> Sums:
+        """Sum and count of each name."""
+        held = [*self.sums.values()]
+        sums = torch.stack([s.to(held[0].device) for s in held]).tolist() if held else []
+        return dict(zip(self.sums, zip(sums, self.counts.values(), strict=True), strict=True))
+
+
+def means(everyone: Sequence[Sums]) -> dict[str, float]:
+    """Means over all processes; a name that no process has a value for is left out."""
+    names = dict.fromkeys(name for sums in everyone for name in sums)
+    found = {n: [sums.get(n, (0.0, 0)) for sums in everyone] for n in names}
+    total = {n: (sum(s for s, _ in each), sum(c for _, c in each)) for n, each in found.items()}
+    return {n: s / c for n, (s, c) in total.items() if c}
 
 
 @dataclass
@@ -122,7 +132,8 @@ def run_batch(
     units, rounds = sum(u for u, _ in everyone), len(batches)
     if engine.together:
         rounds = max(r for _, r in everyone)
-    means, tokens, bad, short = Means(), 0, [], None
+    running, tokens, short = Means(), 0, None
+    losses: list[Tensor] = []
     for i in range(rounds if units else 0):
         # A process that has run out still takes part in what the engines do in common, with a loss of weight zero.
         spare = i >= len(batches)
@@ -140,18 +151,20 @@ def run_batch(
         if spare:
             continue
         tokens += read
-        means.add("loss", loss)
+        losses.append(loss)
+        running.add("loss", loss)
         for name, values in measured.items():
-            means.add(name, values)
-        if not bool(torch.isfinite(loss).all()):
-            bad.extend(_culprits(loss, batch, algorithm))
+            running.add(name, values)
     if short is not None and engine.together:  # the others wait in the middle of a pass
         raise OutOfMemory([short])
-    means.add("response_length", torch.cat([b.length_N for b in batches]) if batches else torch.zeros(0))
-    went = processes.gather((bad, short))
-    if shortages := [s for _, s in went if s is not None]:
+    running.add("response_length", torch.cat([b.length_N for b in batches]) if batches else torch.zeros(0))
+    finite = torch.stack([torch.isfinite(loss).all() for loss in losses]).tolist() if losses else []
+    wrong = [_culprits(losses[i], batches[i], algorithm) for i, well in enumerate(finite) if not well]
+    trained = sum(b.T for b in batches)
+    went = processes.gather((short, [*chain.from_iterable(wrong)], tokens, trained, running.of()))
+    if shortages := [short for short, *_ in went if short is not None]:
         raise OutOfMemory(shortages)
-    bad = [b for some, _ in went for b in some]
+    bad = [origin for _, some, *_ in went for origin in some]
     if bad:
         raise NonFiniteError(
             f"the loss is not finite for {len(bad)} record(s): {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}. "
@@ -159,14 +172,13 @@ def run_batch(
         )
     if train and units:
         engine.exchange()
-    totals = processes.gather((tokens, sum(b.T for b in batches)))
-    metrics = means.means(processes)
+    metrics = means([sums for *_, sums in went])
     if metrics:
         with calling(algorithm, "derive"):
             derived = algorithm.derive(metrics)
         metrics |= numbers_of(algorithm, "derive", derived)
     shown = {name: value for name, value in metrics.items() if not name.startswith("_")}
-    return Pass(shown, sum(t for t, _ in totals), sum(t for _, t in totals), units)
+    return Pass(shown, sum(each[2] for each in went), sum(each[3] for each in went), units)
 
 
 def _micro_batch(

@@ -54,7 +54,7 @@ def main() -> None:
             for job in todo:
                 runs.train(folder, job["algorithm"], job["out"], "training.progress=off", *job["words"])
         elif todo:
-            many.spawn(folder, todo, timeout=3600)
+            many.together(folder, todo)
     rows: list[dict[str, Any]] = []
     for kind in kinds:
         for algorithm in runs.ALGORITHMS:

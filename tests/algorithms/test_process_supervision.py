@@ -119,7 +119,7 @@ def test_one_share_among_the_labels_says_that_all_are_shares() -> None:
 def test_a_solution_without_a_step_to_learn_from_is_left_out() -> None:
     both = Group([1], [solution(0, 0), solution(0, 1)], "x:1")
     made = ProcessRewardModel(neutral="skip").prepare([*groups(solution(0)), both])
-    assert [[r.columns["step_label"] for r in g.responses] for g in made] == [[[1.0]]]
+    assert [[list(r.columns["step_label"]) for r in g.responses] for g in made] == [[[1.0]]]
 
 
 def test_records_without_labels_are_refused() -> None:

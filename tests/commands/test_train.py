@@ -44,7 +44,10 @@ from tests.training import forks
         ("training.batch_size=-1", "training.batch_size=-1: should be greater than or equal to 1"),
         ("algorithm=dpo algorithm.beta=0", "algorithm.beta=0.0: must be > 0"),
         ("algorithm=dpo algorithm.beta=big", "algorithm.beta='big': should be a valid number, unable to parse string"),
-        ("training.mixed_precision=bf17", "training.mixed_precision='bf17': should be 'auto', 'no', 'bf16' or 'fp16'"),
+        (
+            "training.mixed_precision=bf17",
+            "training.mixed_precision='bf17': should be 'auto', 'no', 'bf16', 'fp16' or 'pure'",
+        ),
         ("optimizer.lr=abc", "optimizer.lr='abc': should be a valid number, unable to parse string as a number"),
         ("optimizer.lr=-1", "optimizer._target_=torch.optim.SGD: ValueError: Invalid learning rate: -1.0 (sgd.py:"),
         (

@@ -75,7 +75,8 @@ def test_a_record_with_too_few_responses_is_refused_with_both_numbers(least: int
     enough = Group([1], [Response([2])] * least)
     assert Ranker().check(enough) is None
     reason = Ranker().check(enough.with_responses(enough.responses[1:]))
-    assert reason == f"Ranker needs at least {wanted} to a prompt; this record has {least - 1}"
+    advice = ": give records with responses, or source=rollout, which samples them" if least == 1 else ""
+    assert reason == f"Ranker needs at least {wanted} to a prompt; this record has {least - 1}{advice}"
 
 
 @pytest.mark.parametrize("seed", range(5))

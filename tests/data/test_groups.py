@@ -8,6 +8,7 @@ import pytest
 
 from alignlab.core import DataError, Group, Response
 from alignlab.data import DataSettings, group_to_record, load, write_jsonl
+from tests.tiny import listed
 
 # Ids that no tokenising of the texts gives: 104, 105 is "hi", but so are other ids in a vocabulary with longer tokens.
 SAMPLED = Group(
@@ -43,7 +44,7 @@ def test_columns_may_be_arrays(tmp_path, tokenizer):
     response.columns["behaviour_logp"] = np.zeros(2)
     write_jsonl(tmp_path / "a.jsonl", [group_to_record(Group([1], [response]))])
     (group,) = load(DataSettings(path=str(tmp_path / "a.jsonl")), tokenizer).train
-    assert group.responses[0].columns == {"step_label": [1.0, -1.0], "reward": 0.5}
+    assert listed(group.responses[0]) == {"step_label": [1.0, -1.0], "reward": 0.5}
 
 
 def test_written_records_are_read_again_and_never_half_there(tmp_path):

@@ -16,6 +16,7 @@ from alignlab.core import BadRecord, ConfigError, DataError, Response
 from alignlab.data import DataSettings, load, write_jsonl
 from alignlab.data.groups import group_to_record
 from alignlab.data.steps import Steps, label_steps
+from tests.tiny import listed
 
 EOS = 257
 
@@ -174,12 +175,12 @@ def test_labels_for_a_sampled_response() -> None:
     response = Response([5, 6, 7, 8], None, {"behaviour_logp": [-1.0, -2.0, -3.0, -4.0], "reward": 1.0})
     label_steps(response, [1, 3], [1, -0.5])
     assert response.loss_mask == [False, True, False, True]
-    assert response.columns == {"behaviour_logp": [-2.0, -4.0], "reward": 1.0, "step_label": [1.0, -0.5]}
+    assert listed(response) == {"behaviour_logp": [-2.0, -4.0], "reward": 1.0, "step_label": [1.0, -0.5]}
     label_steps(response, [0, 3], [1, 1])
-    assert response.columns == {"reward": 1.0, "step_label": [1.0, 1.0]}, "no value is known of the first token"
+    assert listed(response) == {"reward": 1.0, "step_label": [1.0, 1.0]}, "no value is known of the first token"
     response = Response([5, 6, 7, 8], None, {"behaviour_logp": np.array([-1.0, -2.0, -3.0, -4.0])})
     label_steps(response, [1, 3], [1, -0.5])
-    assert response.columns == {"behaviour_logp": [-2.0, -4.0], "step_label": [1.0, -0.5]}, "an array is as good"
+    assert listed(response) == {"behaviour_logp": [-2.0, -4.0], "step_label": [1.0, -0.5]}, "an array is as good"
 
 
 # Records
@@ -198,7 +199,7 @@ def test_a_solution_as_tokens(loaded, tokenizer) -> None:
     assert response.text == "1+1=2\n2+1=4"
     assert response.token_ids == [*b"1+1=2\n2+1=4", EOS]
     assert response.predicted == [5, 11]
-    assert response.columns == {"step_label": [1.0, -1.0]}
+    assert listed(response) == {"step_label": [1.0, -1.0]}
     splits = loaded([SOLUTION], tokenizer, append_eos=False)
     assert only(splits.train).responses[0].predicted == [5, 10]
     assert splits.report.step_labels == (1, 0, 1)
@@ -243,7 +244,7 @@ def test_labels_of_steps(loaded, tokenizer, given, labels) -> None:
     record = {"input": "q", "steps": ["a", "b", "c"], **given}
     group = only(loaded([record], tokenizer, parser="steps").train)
     assert group.prompt == "q"
-    assert group.responses[0].columns == ({} if labels is None else {"step_label": labels})
+    assert listed(group.responses[0]) == ({} if labels is None else {"step_label": labels})
     assert group.responses[0].predicted == [1, 3, 5]
 
 
@@ -294,7 +295,7 @@ def test_truncation_cuts_the_labels_too(loaded, tokenizer) -> None:
     response = only(splits.train).responses[0]
     assert response.token_ids == [*b"aaa\nbbb\nc"]
     assert response.predicted == [3, 7]
-    assert response.columns == {"step_label": [1.0, 0.0]}
+    assert listed(response) == {"step_label": [1.0, 0.0]}
     assert not response.finished
     with pytest.raises(DataError, match="no usable record"):
         loaded([record], tokenizer, max_response_length=3)
@@ -305,7 +306,7 @@ def test_labels_survive_the_disk(loaded, tokenizer, tmp_path) -> None:
     groups[0].responses[0].columns |= {"behaviour_logp": [-1.0, -2.0], "reward": 0.5}
     write_jsonl(tmp_path / "groups.jsonl", [group_to_record(g) for g in groups])
     back = only(load(DataSettings(path=str(tmp_path / "groups.jsonl")), tokenizer).train).responses[0]
-    assert back.columns == {"step_label": [1.0, -1.0], "reward": 0.5}, "log-probs are another policy's"
+    assert listed(back) == {"step_label": [1.0, -1.0], "reward": 0.5}, "log-probs are another policy's"
     assert (back.token_ids, back.loss_mask) == (groups[0].responses[0].token_ids, groups[0].responses[0].loss_mask)
     record = json.loads((tmp_path / "groups.jsonl").read_text())
     record["responses"][0]["columns"]["step_label"] = [1.0]
@@ -324,7 +325,7 @@ def test_big_bench_mistake(shared, real_tokenizer) -> None:
         labels = group.responses[0].columns["step_label"]
         first = record["mistake_index"]
         assert len(labels) == len(record["steps"]) == group.responses[0].loss_tokens
-        assert labels == [1.0 if first is None or i < first else -1.0 for i in range(len(labels))]
+        assert list(labels) == [1.0 if first is None or i < first else -1.0 for i in range(len(labels))]
         assert group.extra["target"] == record["target"]
         texts = Steps(real_tokenizer).split(group.responses[0].token_ids)
         assert len(texts) == len(record["steps"])

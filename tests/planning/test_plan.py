@@ -73,7 +73,7 @@ def test_what_a_run_has_shows(base: Path) -> None:
     assert total("training.max_tokens_per_microbatch=128", "training.batch_size=64") > plain
     assert total("optimizer=sgd") < plain
     assert total("model.dtype=bfloat16") == plain, "trained weights are float32 whatever they were loaded in"
-    assert total("model.dtype=bfloat16", "training.master_weights=false") < plain
+    assert total("model.dtype=bfloat16", "training.mixed_precision=pure") < plain
     assert total("training.mixed_precision=no") > plain, "activations in float32"
     online = planned(base, algorithm="ppo")
     assert online.needs(online.asked).cache > 0
@@ -144,7 +144,8 @@ def test_qlora_s_published_case() -> None:
     """Section 1: 65B needs "more than 780 GB" in 16 bits (12 bytes a parameter: 2 for the weight, 2 for its gradient, 8
     for Adam), "less than 48 GB" with QLoRA."""
     run = PlannedRun(resolve(compose("plan", QLORA)), on_cpu=False)
-    whole = run.needs(Variant("none", "none", True))
+    in_16_bits = PlannedRun(resolve(compose("plan", [*QLORA, "training.mixed_precision=pure"])), on_cpu=False)
+    whole = in_16_bits.needs(Variant("none", "none", True))
     assert 780 < (2 * whole.trained_weights + 8 * whole.trained) / GB < 800
     memory = run.memory(run.asked, "single", 1)
     assert 33 < (memory.total - memory.paged) / GB < 48

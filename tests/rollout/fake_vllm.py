@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,17 @@ class Http(ThreadingHTTPServer):
     daemon_threads = True
 
 
+class UnixHttp(Http):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
+
+    def get_request(self) -> tuple[Any, Any]:
+        return self.socket.accept()[0], ("local", 0)
+
+
 class FakeVllm:
     """A server on a free port of this machine, for as long as the block lasts.
 
@@ -37,7 +49,7 @@ class FakeVllm:
         raw: whether log-probs are those before the filters, as by vLLM's default.
     """
 
-    def __init__(self, answer: Answer, version: str = "0.32.0", port: int = 0) -> None:
+    def __init__(self, answer: Answer, version: str = "0.32.0", port: int = 0, uds: str | None = None) -> None:
         self.answer, self.version, self.raw, self.broken = answer, version, False, False
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.refuse: dict[str, tuple[int, str]] = {}
@@ -64,7 +76,7 @@ class FakeVllm:
             def log_message(self, *arguments: Any) -> None:
                 pass
 
-        self.http = Http(("127.0.0.1", port), Handler)
+        self.http = UnixHttp(uds, Handler) if uds else Http(("127.0.0.1", port), Handler)  # type: ignore[arg-type]
         self.http.handle_error = lambda request, address: None  # type: ignore[method-assign]
 
     @property
@@ -118,7 +130,7 @@ def main(words: list[str]) -> None:
         return
     if "--fail" in words:
         sys.exit("some line\nValueError: No available memory for the cache blocks.\nand another")
-    with FakeVllm(always([5], [-1.0]), port=int(words[words.index("--port") + 1])):
+    with FakeVllm(always([5], [-1.0]), uds=words[words.index("--uds") + 1]):
         print("Application startup complete", words, flush=True)
         time.sleep(60)
 

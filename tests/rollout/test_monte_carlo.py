@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alignlab.core import AlignlabError, ConfigError, Group, NeedsPolicy, NeedsSampler, Response, Scorer
 from alignlab.rollout import LocalRollout, MonteCarloLabels
 from tests.rollout.tiny import EOS, ids, model, prompts, tokenizer
+from tests.tiny import listed
 
 
 class Scripted:
@@ -57,7 +59,7 @@ def test_exact_shares(estimate: Any, labels: list[float]) -> None:
     attach(scorer, policy, tokenizer())
     scorer.score([group])
     response = group.responses[0]
-    assert response.columns == {"step_label": labels}
+    assert listed(response) == {"step_label": labels}
     assert response.predicted == [1, 3, 5]
     assert [(begun, n, seed) for _, begun, n, seed in policy.asked] == [("abc\n", 4, 5), ("abc\nd\n", 4, 5)]
 
@@ -74,7 +76,7 @@ def test_no_completion_is_right() -> None:
         scorer = MonteCarloLabels(right, 2, estimate)  # type: ignore[arg-type]
         attach(scorer, Scripted({"c\n": ["d", "e"]}), tokenizer())
         scorer.score([group])
-        assert group.responses[0].columns["step_label"] == [-1.0, -1.0]
+        assert list(group.responses[0].columns["step_label"]) == [-1.0, -1.0]
 
 
 def test_each_solution_is_completed_for_itself() -> None:
@@ -84,7 +86,7 @@ def test_each_solution_is_completed_for_itself() -> None:
     attach(scorer, policy, tokenizer())
     groups = [solution("c|\n|l|<eos>", "c|\n|e|<eos>", "l|<eos>"), solution("e|<eos>")]
     scorer.score(groups)
-    found = [[r.columns["step_label"] for r in g.responses] for g in groups]
+    found = [[list(r.columns["step_label"]) for r in g.responses] for g in groups]
     assert found == [[[0.0, 1.0], [0.0, -1.0], [1.0]], [[-1.0]]]
     assert len({origin for origin, *_ in policy.asked}) == 2
 
@@ -98,7 +100,7 @@ def test_what_a_stop_string_cut_off_is_no_part_of_the_answer() -> None:
     attach(scorer, Stopped({}), tokenizer())
     group = solution("c|\n|d|<eos>")
     scorer.score([group])
-    assert group.responses[0].columns["step_label"] == [1.0, -1.0]
+    assert list(group.responses[0].columns["step_label"]) == [1.0, -1.0]
 
 
 def test_refusals() -> None:
@@ -126,7 +128,7 @@ def test_a_real_policy_s_shares_are_those_of_its_samples() -> None:
     group = prompts(4)[0].with_responses([Response([*ids("d|\n|e|\n|f"), EOS], text="d\ne\nf")])
     scorer.score([group])
     labels = group.responses[0].columns["step_label"]
-    assert isinstance(labels, list)
+    assert isinstance(labels, np.ndarray)
     assert len(labels) == 3
     for label, end in zip(labels, (2, 4), strict=False):
         begun = [*group.prompt_ids, *group.responses[0].token_ids[:end]]

@@ -56,9 +56,20 @@ def fake() -> Iterator[FakeVllm]:
         yield server
 
 
+def context_of(policy: PackedModel, folder: Path, **more: Any) -> RolloutContext:
+    """That of a run which trains this policy."""
+    base = folder / "base of the run"
+    if not base.exists():
+        policy.base.config.save_pretrained(base)
+        policy.tokenizer.save_pretrained(base)
+    peft = getattr(policy.network, "peft_config", None)
+    more = {"adapter": LoRA(r=peft["default"].r) if peft else None, "dtype": torch.float32, **more}
+    return RolloutContext(ModelSettings(path=str(base)), folder, show_progress=False, **more)
+
+
 def run_of(fake: FakeVllm, policy: PackedModel, folder: Path, **settings: Any) -> VllmRun:
     server = VllmSettings(**{"url": fake.url, **settings})
-    return VllmRun(server, RolloutContext(policy, ModelSettings(path="m"), folder, show_progress=False))
+    return VllmRun(server, context_of(policy, folder))
 
 
 def engine_of(fake: FakeVllm, policy: PackedModel, folder: Path, **settings: Any) -> VllmSampler:
@@ -283,7 +294,7 @@ def test_an_engine_makes_samplers_of_the_policy_as_it_is(fake: FakeVllm, policy:
     engine = VllmRollout(max_new_tokens=3, vllm=VllmSettings(url=fake.url, asynchronous=True, importance_cap=2.0))
     assert isinstance(engine, RolloutEngine)
     assert (engine.importance_cap, engine.off_policy, engine.prefetches) == (2.0, True, True)
-    with engine.start(RolloutContext(policy, ModelSettings(path="m"), tmp_path)):
+    with engine.start(context_of(policy, tmp_path)):
         for _ in range(2):
             sampler = engine.sampler(policy)
             assert [r.token_ids for r in sampler.sample(prompts(3), 1, 0)[0].responses] == [ids("a|b|c")]
@@ -385,7 +396,7 @@ def test_a_search_is_refused(fake: FakeVllm, policy: PackedModel, tmp_path: Path
 def test_no_server_there(policy: PackedModel, tmp_path: Path) -> None:
     settings = VllmSettings(url=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ServerLost, match=r"did not start: http://127\.0\.0\.1:\d+ does not answer"):
-        VllmRun(settings, RolloutContext(policy, ModelSettings(path="m"), tmp_path)).ready()
+        VllmRun(settings, context_of(policy, tmp_path)).ready()
 
 
 def test_a_server_that_is_lost_while_it_samples(fake: FakeVllm, policy: PackedModel, tmp_path: Path) -> None:
@@ -460,13 +471,15 @@ def python(tmp_path: Path) -> str:
 def test_a_server_of_ours_starts_and_ends_with_us(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     settings = VllmSettings(python=python, arguments=["--max-model-len", "64"])
-    server = start(settings, ["--model", "m"], tmp_path / "vllm" / "server.log", reload=False, on_gpu=False)
+    server = start(settings, ["--model", "m"], tmp_path / "vllm" / "server.log", {})
     assert server.process is not None
     server.wait(30, show=False)
+    place = Path(server.url.removeprefix("unix:")).parent
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700, "nobody else can ask it"
     log = (tmp_path / "vllm" / "server.log").read_text()
     assert "'--logprobs-mode', 'processed_logprobs'" in log and "'--max-model-len', '64'" in log
     server.close()
-    assert server.process.returncode is not None
+    assert server.process.returncode is not None and not place.exists()
     with pytest.raises(ServerLost):
         Client(server.url, 5).get("/health")
 
@@ -474,7 +487,7 @@ def test_a_server_of_ours_starts_and_ends_with_us(python: str, tmp_path: Path, m
 def test_a_server_that_does_not_start_says_why(python: str, tmp_path: Path) -> None:
     settings = VllmSettings(python=python, arguments=["--fail"])
     (tmp_path / "log").write_text("RuntimeError: of another sitting\n")
-    server = start(settings, [], tmp_path / "log", reload=False, on_gpu=False)
+    server = start(settings, [], tmp_path / "log", {})
     with pytest.raises(ServerLost, match=r"ended with status 1; its log ends with: ValueError: No available memory"):
         server.wait(30, show=False)
     server.close()
@@ -486,7 +499,7 @@ def test_a_server_that_takes_too_long_to_start(tmp_path: Path) -> None:
     path.write_text('#!/bin/sh\ncase "$2" in -c) echo 0.32.1;; *) echo loading; exec sleep 60;; esac\n')
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     (tmp_path / "log").write_text("RuntimeError: of another sitting\n")
-    server = start(VllmSettings(python=str(path)), [], tmp_path / "log", reload=False, on_gpu=False)
+    server = start(VllmSettings(python=str(path)), [], tmp_path / "log", {})
     with pytest.raises(ServerLost, match=r"within 2 s \(rollout.vllm.start_timeout\).*log ends with: loading"):
         server.wait(2, show=False)
     server.close()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ import torch
 
 from alignlab.core import AlignlabError, Group, RolloutContext
 from alignlab.core.children import free_port
-from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, load_model
+from alignlab.models import FullFineTuning, LoRA, ModelSettings, PackedModel, load_model, private_api
 from alignlab.rollout import LocalRollout, VllmRollout, VllmSettings
+from alignlab.rollout.vllm import transfer
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.rollout.vllm.engine import VllmSampler
 from alignlab.rollout.vllm.run import VllmRun
@@ -58,8 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     """One that is not a run's own, able to take adapters and whole weights."""
     words = ["--model", str(folder / "base"), "--dtype", "float32", "--enable-lora", "--max-lora-rank", "8"]
-    settings = VllmSettings(memory=MEMORY)
-    started = start(settings, words, folder / "server.log", reload=True, on_gpu=False)
+    words += ["--gpu-memory-utilization", str(MEMORY), "--enforce-eager"]
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1"}
+    started = start(VllmSettings(port=free_port()), words, folder / "server.log", variables)
     try:
         started.wait(300)
         yield started
@@ -67,9 +70,74 @@ def server(folder: Path) -> Iterator[Server]:
         started.close()
 
 
+class Imitated:
+    """What a GPU or NCCL would carry to a server that has `gpu_of_cpu` on its path lies in files."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.written = folder, 0
+        folder.mkdir()
+        monkeypatch.setenv("IMITATED_NCCL", str(folder))
+        monkeypatch.setattr(transfer, "export", self.export)
+        monkeypatch.setattr(transfer, "nccl_of", lambda settings: "(2, 29)")
+        monkeypatch.setattr(private_api, "nccl_version", lambda: (2, 29))
+        monkeypatch.setattr(private_api, "nccl_key", lambda: b"k" * 128)
+        monkeypatch.setattr(private_api, "nccl_group", lambda world, key: world)
+        monkeypatch.setattr(private_api, "nccl_broadcast", self.broadcast)
+        monkeypatch.setattr(transfer, "PART", 1 << 14)
+
+    def export(self, packed: torch.Tensor) -> dict[str, tuple[Any, ...]]:
+        return {"imitated": (str(self.write(packed)), *range(7))}
+
+    def broadcast(self, tensors: list[torch.Tensor], group: Any) -> Any:
+        for tensor in tensors:
+            self.write(tensor)
+        return SimpleNamespace(query=lambda: True)
+
+    def write(self, tensor: torch.Tensor) -> Path:
+        path = self.folder / f"{self.written}.pt"
+        torch.save(tensor, path.with_suffix(".part"))
+        self.written += 1
+        return path.with_suffix(".part").rename(path)
+
+
+@pytest.mark.parametrize("way", ["ipc", "nccl"])
+def test_weight_transfer_as_vllm_documents_it(folder: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Its own endpoints, sleep and loading of layers, with files in the place of CUDA and NCCL: the log-probs are the
+    trainer's after each update."""
+    carried = Imitated(folder / f"carried-{way}", monkeypatch)
+    python = folder / f"python-{way}"
+    beside = Path(__file__).parent / "gpu_of_cpu"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = -c ] || shift\nPYTHONPATH={beside} exec "{interpreter(VllmSettings())}" "$@"\n'
+    )
+    python.chmod(0o755)
+    policy, settings = policy_of(folder, "none")
+    words: dict[str, Any] = {"python": str(python), "memory": MEMORY, "sleep": 0, "arguments": ["--enforce-eager"]}
+    rollout = VllmRollout(max_new_tokens=16, vllm={**words, "devices": None if way == "ipc" else "7"})
+    context = RolloutContext(settings, folder / f"run-{way}", device="cuda:0", dtype=torch.float32)
+    run = VllmRun(rollout.vllm, context)
+    run.level = 2 if way == "ipc" else 0  # its build for CPUs refuses the switch, but takes the requests
+    with run:
+        assert run.way == way
+        for seed in range(2):
+            run.push(policy)
+            groups = VllmSampler(policy, rollout, run).sample(prompts(), 6, 1)
+            run.rest()
+            found = differences(policy, groups)
+            assert len(found) > 100 and max(found) < 1e-4
+            shake(policy, seed)
+            assert max(differences(policy, groups_of(groups))) > 1e-2, "the change of weights is one that shows"
+    assert carried.written > 10
+
+
 def policy_of(folder: Path, adapter: str) -> tuple[PackedModel, ModelSettings]:
     settings = ModelSettings(path=str(folder / "base"))
     return load_model(settings, LoRA(r=4) if adapter == "lora" else FullFineTuning()), settings
+
+
+def context_of(policy: PackedModel, settings: ModelSettings, folder: Path) -> RolloutContext:
+    """That of a run which trains this policy."""
+    return RolloutContext(settings, folder, adapter=LoRA(r=4) if hasattr(policy.network, "peft_config") else None)
 
 
 def prompts() -> list[Group]:
@@ -101,7 +169,7 @@ def test_log_probs_are_the_trainer_s_after_every_change_of_weights(folder: Path,
     """Including prompts whose keys and values the server still has of earlier weights."""
     policy, settings = policy_of(folder, adapter)
     rollout = VllmRollout(max_new_tokens=16, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / f"weights-{adapter}")) as run:
+    with VllmRun(rollout.vllm, context_of(policy, settings, folder / f"weights-{adapter}")) as run:
         drawn = []
         for seed in range(3):
             run.push(policy)
@@ -115,7 +183,7 @@ def test_log_probs_are_the_trainer_s_after_every_change_of_weights(folder: Path,
             shake(policy, seed)
         assert max(differences(policy, groups_of(groups))) > 1e-2, "the change of weights is one that shows"
         assert drawn[0] != drawn[1] != drawn[2]
-        assert run.server.process is None
+        assert run.servers[0].process is None
     if adapter == "none":
         restore(folder, server)
 
@@ -124,7 +192,7 @@ def restore(folder: Path, server: Server) -> None:
     """Give the server the weights that it was started with, for the other tests."""
     policy, settings = policy_of(folder, "none")
     rollout = VllmRollout(vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-back")) as run:
+    with VllmRun(rollout.vllm, context_of(policy, settings, folder / "weights-back")) as run:
         run.push(policy)
 
 
@@ -145,7 +213,7 @@ def test_the_rules_are_the_local_engine_s(folder: Path, server: Server) -> None:
     some |= {"stop": ["q", "a b"], "stop_tokens": ["r"], "suppress_tokens": ["e", "i"]}
     rollout = VllmRollout(**some, vllm={"url": server.url})
     given = prompts()[:1]
-    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-rules")) as run:
+    with VllmRun(rollout.vllm, context_of(policy, settings, folder / "weights-rules")) as run:
         run.push(policy)
         (theirs,) = VllmSampler(policy, rollout, run).sample(given, 400, 0)
     (ours,) = LocalRollout(**some).sampler(policy).sample(given, 400, 0)
@@ -181,7 +249,7 @@ def log_prob_of(response: Any) -> float:
 def test_greedy_is_the_local_engine_s(folder: Path, server: Server) -> None:
     policy, settings = policy_of(folder, "none")
     rollout = VllmRollout(max_new_tokens=12, temperature=0, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-greedy")) as run:
+    with VllmRun(rollout.vllm, context_of(policy, settings, folder / "weights-greedy")) as run:
         run.push(policy)
         theirs = VllmSampler(policy, rollout, run).greedy(prompts())
     assert tokens(theirs) == tokens(rollout.sampler(policy).greedy(prompts()))
@@ -190,15 +258,15 @@ def test_greedy_is_the_local_engine_s(folder: Path, server: Server) -> None:
 def test_a_folder_that_it_does_not_see(folder: Path, server: Server) -> None:
     policy, settings = policy_of(folder, "lora")
     rollout = VllmRollout(max_new_tokens=12, vllm={"url": server.url})  # type: ignore[arg-type]
-    with VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "weights-unseen")) as run:
+    with VllmRun(rollout.vllm, context_of(policy, settings, folder / "weights-unseen")) as run:
         seen = run._weights
         run._weights = seen.with_name("written")
-        post = run.server.client.post
+        post = run.servers[0].client.post
 
-        def elsewhere(path: str, body: dict[str, Any]) -> Any:
+        def elsewhere(path: str, body: Any = None) -> Any:
             return post(path, {**body, "lora_path": str(seen.with_name("not there"))})
 
-        run.server.client.post = elsewhere  # type: ignore[method-assign]
+        run.servers[0].client.post = elsewhere  # type: ignore[method-assign]
         with pytest.raises(AlignlabError, match=r"rollout\.vllm\.shared_dir=DIR"):
             run.push(policy)
 
@@ -318,9 +386,9 @@ def name_of(pid: int) -> str:
 
 def test_a_server_that_cannot_start(folder: Path) -> None:
     policy, settings = policy_of(folder, "none")
-    words = {"memory": MEMORY, "arguments": ["--max-model-len", "100000"], "port": free_port()}
+    words = {"memory": MEMORY, "arguments": ["--max-model-len", "100000"]}
     rollout = VllmRollout(vllm=words)  # type: ignore[arg-type]
-    run = VllmRun(rollout.vllm, RolloutContext(policy, settings, folder / "too-long"))
+    run = VllmRun(rollout.vllm, context_of(policy, settings, folder / "too-long"))
     with pytest.raises(ServerLost, match=r"did not start: vLLM ended with status 1; its log ends .*max_model_len"):
         run.ready()
     run.close()

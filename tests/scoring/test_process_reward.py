@@ -32,10 +32,10 @@ def test_solution_score_by_hand(aggregate: Any, score: float) -> None:
 
 def test_values_of_steps_as_a_column() -> None:
     every = Response([1, 2, 3, 4, 5])
-    assert spread(every, [1, 4], [0.5, 0.25]) == [0.0, 0.5, 0.0, 0.0, 0.25]
+    assert list(spread(every, [1, 4], [0.5, 0.25])) == [0.0, 0.5, 0.0, 0.0, 0.25]
     some = Response([1, 2, 3, 4, 5], [False, True, True, False, False])
-    assert spread(some, [2, 4], [0.5, 0.25]) == [0.0, 0.75], "a step that ends in tokens which bear none"
-    assert spread(some, [0, 2], [0.5, 0.25]) == [0.5, 0.25]
+    assert list(spread(some, [2, 4], [0.5, 0.25])) == [0.0, 0.75], "a step that ends in tokens which bear none"
+    assert list(spread(some, [0, 2], [0.5, 0.25])) == [0.5, 0.25]
 
 
 # A model: letters are tokens, "x" parts the steps.
@@ -191,9 +191,9 @@ def test_a_program_labels_steps(prm: Path) -> None:
     assert scorer.fills == ("step_label",)
     scorer.score([given])
     first, second = given.responses
-    assert first.columns == {"step_label": [1.0, -1.0, 1.0], "behaviour_logp": [-2.0, -4.0, -6.0]}
+    assert tiny.listed(first) == {"step_label": [1.0, -1.0, 1.0], "behaviour_logp": [-2.0, -4.0, -6.0]}
     assert first.predicted == [1, 3, 5]
-    assert (second.columns, second.predicted) == ({"step_label": [1.0]}, [1])
+    assert (tiny.listed(second), second.predicted) == ({"step_label": [1.0]}, [1])
 
 
 def test_a_program_rewards_steps(prm: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_program_rewards_steps(prm: Path) -> None:
     scorer = bound(StepCheckScorer(checker, "step_reward", SEPARATOR), prm)
     assert scorer.fills == ("step_reward",)
     scorer.score([given])
-    assert given.responses[0].columns == {"step_reward": [0.0, 1.0, 0.0, -0.5, 0.0, 1.0]}
+    assert tiny.listed(given.responses[0]) == {"step_reward": [0.0, 1.0, 0.0, -0.5, 0.0, 1.0]}
     assert given.responses[0].loss_mask is None
 
 

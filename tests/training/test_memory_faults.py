@@ -201,23 +201,28 @@ def test_a_single_item_too_many() -> None:
 
 
 def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) -> None:
-    """Rows that had ended stay as they are, the others go on where they were."""
+    """Rows that had ended stay as they are, the others go on where they were. (Trials of the model are left alone.)"""
     from alignlab.models.packed_model import PackedModel
+    from alignlab.rollout import local
     from alignlab.rollout.continuous import ContinuousDecoding
+    from alignlab.training import run
 
     more = ["training.steps=2", "training.progress=off", "source.rollout_batch_size=6"]
     runs.train(folder, "ppo", "plenty", *more)
     failures = {"sampling": 0, "scoring": 0}
-    append, forward = ContinuousDecoding.append, PackedModel.forward
+    append, forward, load = ContinuousDecoding.append, PackedModel.forward, run.load_model
+    try_it = local.takes_plans
+    loaded: list[Any] = []
+    tried: list[bool] = []
 
     def starved_append(self: Any, token_R: torch.Tensor) -> None:
-        if len(token_R) > 4:
+        if tried and len(token_R) > 4:
             failures["sampling"] += 1
             raise no_memory("cuda")
         append(self, token_R)
 
     def starved_forward(self: Any, rows: Any, *arguments: Any) -> Any:
-        if not torch.is_grad_enabled() and rows.tokens > 60:
+        if loaded and not torch.is_grad_enabled() and rows.tokens > 60:
             failures["scoring"] += 1
             raise no_memory("cpu")
         return forward(self, rows, *arguments)
@@ -225,6 +230,8 @@ def test_sampling_and_scoring_in_smaller_batches_change_nothing(folder: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ContinuousDecoding, "append", starved_append)
         patch.setattr(PackedModel, "forward", starved_forward)
+        patch.setattr(run, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+        patch.setattr(local, "takes_plans", lambda *a: tried.append(try_it(*a)) or tried[-1])
         runs.train(folder, "ppo", "little", *more)
     assert failures["sampling"] > 0 and failures["scoring"] > 0
     assert (folder / "plenty/samples.jsonl").read_text() == (folder / "little/samples.jsonl").read_text()

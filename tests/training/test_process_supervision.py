@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignlab.benchmarks.reasoning import ReasoningBenchmark, Teacher, TeacherSettings, is_right
@@ -57,7 +58,7 @@ def test_labels_by_completions_are_a_data_set(place: Path) -> None:
     for group in splits.train:
         for response in group.responses:
             labels = response.columns["step_label"]
-            assert isinstance(labels, list)
+            assert isinstance(labels, np.ndarray)
             assert response.predicted == Steps(tokenizer()).ends(response.token_ids)
             assert {round(x, 6) for x in labels} <= thirds
             assert labels[-1] == 2 * is_right(group.prompt, response.text, {}) - 1

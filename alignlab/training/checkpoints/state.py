@@ -78,7 +78,7 @@ class State:
 def save_state(
     folder: Path, state: State, engine: Engine, reference: Reference | None = None, records: Sequence[Group] = ()
 ) -> None:
-    """Write everything a run needs to go on bit-identically. Called by all processes.
+    """Write everything a run needs to go on, bit-identically where sums have a fixed order: on CPUs. Called by all.
 
     Args:
         records: the training data, whose reference log-probs are kept: computed anew, beside other records, they would

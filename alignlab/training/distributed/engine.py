@@ -89,7 +89,7 @@ class Engine:
         if self.together or self.processes.world == 1:
             return
         trained = list(self.trained().values())
-        had = self.processes.gather([p.grad is not None for p in trained])
+        had = self.processes.gather(bytes(p.grad is not None for p in trained))
         gradients = []
         for i, parameter in enumerate(trained):
             if any(each[i] for each in had):
@@ -194,9 +194,10 @@ class Engine:
                 parameter = parameters[name]
                 parameter.copy_(tensors["weight"])
                 shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
-                shared = {k: bool(v) if v.dtype == torch.bool else v.clone() for k, v in shared.items()}
                 states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
-                self._group_of(parameter).update(shared)
+                group = self._group_of(parameter)
+                for key, value in shared.items():
+                    group[key] = bool(value) if value.dtype == torch.bool else value.clone()
         load_optimizer(self.optimizer, states)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alignlab.core import ConfigError
-from alignlab.core.private_api import make_root, state_dict_hooks
+from alignlab.core.private_api import make_root, state_dict_hooks, summed_in
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
 
@@ -54,6 +54,7 @@ class FSDPEngine(Engine):
         for layer in _layers(model):
             fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
         fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
+        model.gathered = whole_of
         make_root(model)
 
     @property
@@ -69,10 +70,7 @@ class FSDPEngine(Engine):
         loss.backward()
 
     def reduced_in(self) -> set[torch.dtype]:
-        groups = [g for m in self.model.modules() if isinstance(m, FSDPModule) for g in _groups(m)]
-        return {
-            g._reduce_dtype or p.param_dtype or p.orig_dtype for g in groups for p in g.fsdp_params if _is_trained(p)
-        }
+        return summed_in(self.model)
 
     def _clip(self) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -111,16 +109,20 @@ class FSDPEngine(Engine):
         """Whole weights in place of the shares, which then get this process's part of what has become of them."""
         _divide_again(model)
         whole: dict[Any, nn.Parameter] = {}
-        places = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
-        for module, name, share in places:  # a weight that is used twice is one share
+        places: list[tuple[nn.Module, str, Any]] = []
+        for path, share in model.named_parameters(remove_duplicate=False):  # a weight that is used twice is one share
+            if isinstance(share, DTensor):
+                module, _, name = path.rpartition(".")
+                places.append((model.get_submodule(module), name, share))
+        for module_, name, share in places:
             if share not in whole:
                 whole[share] = nn.Parameter(share.detach().full_tensor(), requires_grad=share.requires_grad)
-            module._parameters[name] = whole[share]
+            setattr(module_, name, whole[share])
         try:
             yield
         finally:
-            for module, name, share in places:
-                module._parameters[name] = share
+            for module_, name, share in places:
+                setattr(module_, name, share)
         with torch.no_grad():
             for share, tensor in whole.items():
                 share.copy_(self._share(tensor, share))
@@ -134,7 +136,7 @@ class FSDPEngine(Engine):
 
     def tensors(self, states: bool = True) -> Iterator[tuple[str, Tensors]]:
         for name, tensors in super().tensors(states):
-            yield name, {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+            yield name, {k: whole_of(v) for k, v in tensors.items()}
 
     def load(self, found: Mapping[str, Tensors]) -> None:
         parameters = self.trained()
@@ -146,6 +148,11 @@ class FSDPEngine(Engine):
                 tensors = {k: self._share(v, parameter) if v.shape == same else v for k, v in tensors.items()}
             shared[name] = tensors
         super().load(shared)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a share. Called by all."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _layers(model: Any) -> list[nn.Module]:
@@ -163,13 +170,3 @@ def _divide_again(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def _groups(module: Any) -> list[Any]:
-    """FSDP's groups of parameters that are gathered together when a module is called."""
-    state = module._get_fsdp_state()
-    return list(getattr(state, "_fsdp_param_groups", None) or filter(None, [getattr(state, "_fsdp_param_group", None)]))
-
-
-def _is_trained(parameter: Any) -> bool:
-    return bool(parameter.sharded_param.requires_grad)

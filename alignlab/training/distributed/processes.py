@@ -58,8 +58,9 @@ class Processes:
         self.watchdog: Watchdog | None = None
         handlers = []
         if distributed.mode != "single":
-            # Without a backend named, Accelerate on CPU takes every process for rank 0 of 1.
-            options: dict[str, Any] = {"backend": "gloo" if on_cpu else "nccl"}
+            # Without a backend named, Accelerate on CPU takes every process for rank 0 of 1. On GPUs objects and what
+            # is in memory go over gloo: over NCCL they would go through the devices, and wait for all their work.
+            options: dict[str, Any] = {"backend": "gloo" if on_cpu else "cpu:gloo,cuda:nccl"}
             handlers = [
                 InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.timeout), **options),
                 DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing is exchanged in a forward pass

@@ -124,6 +124,7 @@ class ZeroEngine(Engine):
         import deepspeed
 
         deepspeed.zero.Init(module=model, config_dict_or_path=self._config())
+        model.gathered = whole_of
         for buffer in model.buffers():
             buffer.data = buffer.to(self.processes.device)
         head = model.vocabulary_head
@@ -227,3 +228,13 @@ class ZeroEngine(Engine):
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(tensor.float().flatten(), (0, size * self.processes.world - tensor.numel()))
         return padded[self.processes.rank * size : (self.processes.rank + 1) * size]
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a weight of which each process holds a share. Called by all."""
+    import deepspeed
+
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()

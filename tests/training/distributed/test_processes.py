@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.state import DistributedType, PartialState
 
 from alignlab.cli import main
 from alignlab.core import ConfigError
@@ -99,6 +101,25 @@ def test_what_was_started_must_be_what_was_asked_for(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Processes("no", settings(**wanted))
+
+
+def test_on_gpus_objects_go_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch sends objects over the backend of "cpu" where a group has one; Accelerate takes the name as it is."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def accelerator(kwargs_handlers: list[Any], **_options: Any) -> Any:
+        asked.append(kwargs_handlers[0].to_kwargs()["backend"])
+        return SimpleNamespace(process_index=0, num_processes=2, device=torch.device("cuda", 0))
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    Processes("no", settings(mode="ddp"))
+    map_of = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(asked[0]))
+    assert map_of.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+    taken, kind = PartialState._prepare_backend(PartialState.__new__(PartialState), cpu=False, backend=asked[0])
+    assert (taken, kind) == (asked[0], DistributedType.MULTI_GPU)
 
 
 def test_what_holds_on_to_the_group_goes_before_it(tmp_path: Path) -> None:
