@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignlab.core.memory import is_memory_error
-from alignlab.models import PackedModel, evaluating, exact_float32
+from alignlab.models import PackedModel, evaluating
 from alignlab.models.probe import REFUSALS, tolerance
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ import subprocess
 import time
 from typing import Any
 
+import flex as study
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-import flex as study
 from checks.work import Say, Size
 
 PACKAGES = (
@@ -92,8 +92,7 @@ def flex(size: Size, say: Say) -> None:
             expected = _expected(inputs, weight, mask, size.on_gpu)
             ours = [_distance(a, b) for a, b in zip(found, expected, strict=True)]
             plain = [
-                _distance(a, b)
-                for a, b in zip(_passes(by_mask, inputs, weight, size.on_gpu), expected, strict=True)
+                _distance(a, b) for a, b in zip(_passes(by_mask, inputs, weight, size.on_gpu), expected, strict=True)
             ]
             del found, expected
             wrong = [f"{a:.1e} for {b:.1e}" for a, b in zip(ours, plain, strict=True) if not a <= 4 * b + 1e-6]
@@ -130,7 +129,10 @@ def _expected(inputs: list[Tensor], weight: Tensor, mask: Tensor, grad: bool) ->
     out = torch.empty_like(weight, dtype=torch.float64)
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     for h in range(query.shape[1]):
-        parts = [x[:, n : n + 1].clone().requires_grad_(grad) for x, n in ((query, h), *((x, h // shared) for x in (key, value)))]
+        parts = [
+            x[:, n : n + 1].clone().requires_grad_(grad)
+            for x, n in ((query, h), *((x, h // shared) for x in (key, value)))
+        ]
         scores = (parts[0] @ parts[1].transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         one = (scores.softmax(-1) @ parts[2]).transpose(1, 2)
         out[:, :, h] = one[:, :, 0].detach()
