@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -104,10 +105,8 @@ def done(part: Part, size: Size, seconds: float) -> dict[str, Any]:
     process.join(seconds)
     late = process.is_alive()
     if process.pid is not None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-        except ProcessLookupError:
-            pass
     process.join()
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     ended = [row.pop("ended") for row in rows if "ended" in row]

@@ -46,9 +46,7 @@ def main() -> int:
 
     lines = [
         f"torch {torch.__version__}, no GPU, "
-        + (
-            "forward and backward passes" if has_backward() else "forward passes alone: backward ones need a C compiler"
-        ),
+        + ("forward and backward passes" if has_backward() else "no backward passes: they need a C compiler"),
         "",
         "| algorithm | adapter | checkpoint | rows | trained | frozen | products | heads | waits | result |",
         "|" + "---|" * 10,

@@ -71,7 +71,7 @@ def devices(count: int) -> Iterator[None]:
 
 @contextmanager
 def fake_cuda() -> Iterator[Any]:
-    """Everything inside happens on tensors without contents, and torch finds a GPU. Yields what counts the host's waits."""
+    """Everything inside is on tensors without contents, and torch finds a GPU. Yields what counts the host's waits."""
     import numpy as np
     import torch
     from torch._subclasses import fake_tensor

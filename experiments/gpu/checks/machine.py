@@ -64,53 +64,69 @@ def flex(size: Size, say: Say) -> None:
     if not size.on_gpu:
         attention.ON_CPU = "flex"
     torch.set_float32_matmul_precision("highest")
-    counters = torch._dynamo.utils.counters["stats"]
     for name, width, shared in size.variants:
-        dtype, heads, made = getattr(torch, name), size.heads[shared], 0
+        made = 0
         for length in size.lengths:
-            rows = study.rows_of(length, random.Random(length)).to(torch.device(size.device))
-            generator = torch.Generator(size.device).manual_seed(length)
+            made += _row(size, say, name, width, shared, length, made)
 
-            def draw(count: int, length: int = length, width: int = width, generator: Any = generator) -> Tensor:
-                return torch.randn(1, length, count, width, generator=generator, device=size.device)
 
-            inputs = [draw(n).to(dtype).transpose(1, 2) for n in (heads, heads // shared, heads // shared)]
-            weight = draw(heads)
-            plan, mask = attention.plan_of(rows), rows.attention()
+def _row(size: Size, say: Say, name: str, width: int, shared: int, length: int, made: int) -> int:
+    """Reports one length; how many graphs were compiled for it.
 
-            def by_flex(x: list[Tensor], plan: Any = plan) -> Tensor:
-                return plan.attend(None, *x, None)
+    Args:
+        made: how many were before, for other lengths.
+    """
+    from alignlab.models import attention
 
-            def by_mask(x: list[Tensor], mask: Tensor = mask) -> Tensor:
-                return scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    dtype, heads, grad = getattr(torch, name), size.heads[shared], size.on_gpu
+    counters = torch._dynamo.utils.counters["stats"]
+    rows = study.rows_of(length, random.Random(length)).to(torch.device(size.device))
+    generator = torch.Generator(size.device).manual_seed(length)
 
-            before = counters["unique_graphs"]
-            start = time.perf_counter()
-            found = _passes(by_flex, inputs, weight, size.on_gpu)
-            _wait(size)
-            seconds, compiled = time.perf_counter() - start, counters["unique_graphs"] - before
-            expected = _expected(inputs, weight, mask, size.on_gpu)
-            ours = [_distance(a, b) for a, b in zip(found, expected, strict=True)]
-            plain = [
-                _distance(a, b) for a, b in zip(_passes(by_mask, inputs, weight, size.on_gpu), expected, strict=True)
-            ]
-            del found, expected
-            wrong = [f"{a:.1e} for {b:.1e}" for a, b in zip(ours, plain, strict=True) if not a <= 4 * b + 1e-6]
-            if made and compiled:
-                wrong.append("compiled anew for another length")
-            made += compiled
-            row = {"dtype": name, "head": width, "heads": heads, "shared_by": shared, "tokens": length}
-            say(
-                **row,
-                ok=not wrong,
-                **({"reason": "; ".join(wrong)} if wrong else {}),
-                compiled=compiled,
-                **({"compile_seconds": round(seconds, 1)} if compiled else {}),
-                error=ours,
-                error_of_mask=plain,
-                **_cost(lambda: _passes(by_flex, inputs, weight, size.on_gpu), size, ""),
-                **_cost(lambda: _passes(by_mask, inputs, weight, size.on_gpu), size, "mask_"),
-            )
+    def draw(count: int) -> Tensor:
+        return torch.randn(1, length, count, width, generator=generator, device=size.device)
+
+    inputs = [draw(n).to(dtype).transpose(1, 2) for n in (heads, heads // shared, heads // shared)]
+    weight, plan, mask = draw(heads), attention.plan_of(rows), rows.attention()
+
+    def by_flex() -> list[Tensor]:
+        return _passes(lambda x: plan.attend(None, *x, None), inputs, weight, grad)
+
+    def by_mask() -> list[Tensor]:
+        return _passes(
+            lambda x: scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=True).transpose(1, 2),
+            inputs,
+            weight,
+            grad,
+        )
+
+    before, start = counters["unique_graphs"], time.perf_counter()
+    found = by_flex()
+    _wait(size)
+    seconds, compiled = time.perf_counter() - start, counters["unique_graphs"] - before
+    expected = _expected(inputs, weight, mask, grad)
+    ours = [_distance(a, b) for a, b in zip(found, expected, strict=True)]
+    plain = [_distance(a, b) for a, b in zip(by_mask(), expected, strict=True)]
+    del found, expected
+    wrong = [f"{a:.1e} for {b:.1e}" for a, b in zip(ours, plain, strict=True) if not a <= 4 * b + 1e-6]
+    if made and compiled:
+        wrong.append("compiled anew for another length")
+    say(
+        dtype=name,
+        head=width,
+        heads=heads,
+        shared_by=shared,
+        tokens=length,
+        ok=not wrong,
+        **({"reason": "; ".join(wrong)} if wrong else {}),
+        compiled=compiled,
+        **({"compile_seconds": round(seconds, 1)} if compiled else {}),
+        error=ours,
+        error_of_mask=plain,
+        **_cost(by_flex, size, ""),
+        **_cost(by_mask, size, "mask_"),
+    )
+    return int(compiled)
 
 
 def _passes(attend: Any, inputs: list[Tensor], weight: Tensor, grad: bool) -> list[Tensor]:
@@ -129,16 +145,14 @@ def _expected(inputs: list[Tensor], weight: Tensor, mask: Tensor, grad: bool) ->
     out = torch.empty_like(weight, dtype=torch.float64)
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     for h in range(query.shape[1]):
-        parts = [
-            x[:, n : n + 1].clone().requires_grad_(grad)
-            for x, n in ((query, h), *((x, h // shared) for x in (key, value)))
-        ]
+        places = (h, h // shared, h // shared)
+        parts = [x[:, n : n + 1].clone().requires_grad_(grad) for x, n in zip((query, key, value), places, strict=True)]
         scores = (parts[0] @ parts[1].transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         one = (scores.softmax(-1) @ parts[2]).transpose(1, 2)
         out[:, :, h] = one[:, :, 0].detach()
         if grad:
             found = torch.autograd.grad((one * weight[:, :, h : h + 1]).sum(), parts)
-            for whole, part, n in zip(grads, found, (h, h // shared, h // shared), strict=True):
+            for whole, part, n in zip(grads, found, places, strict=True):
                 whole[:, n] += part[:, 0]
     return [out, *grads] if grad else [out]
 
