@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +32,9 @@ ADAPTERS = {
     "nf4": ["adapter=lora", "quantization=nf4"],
 }
 DTYPES = ("bfloat16", "float32")
+
+WAITS: Counter[str] = Counter()
+"""How often which line of the package has read from the GPU, over all runs."""
 
 
 def main() -> int:
@@ -68,6 +72,11 @@ def main() -> int:
                     print(f"  {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
                     if asked.out:
                         asked.out.write_text("\n".join(lines) + "\n")
+    lines += ["", "Lines that read from the GPU, and how often over all of these runs:", ""]
+    lines += [f"* `{place}`: {count}" for place, count in WAITS.most_common(20)]
+    print("\n".join(lines[-len(WAITS) - 3 :]))
+    if asked.out:
+        asked.out.write_text("\n".join(lines) + "\n")
     return int(failed > 0)
 
 
@@ -115,9 +124,11 @@ def step(folder: Path, runs: Any, algorithm: str, adapter: str, dtype: str) -> d
             found |= {key: computes.get(key, "") for key in ("products", "heads")}
             if not has_backward():
                 trainer.engine.backward = lambda loss: None
-            trainer.callbacks, before = [], gpu.waits
+            trainer.callbacks = []
+            gpu.waits, gpu.places = 0, Counter()
             trainer.run()
-            found["waits"] = str(gpu.waits - before)
+            found["waits"] = str(gpu.waits)
+            WAITS.update(gpu.places)
             strays = {n for n, p in model.named_parameters() if p.device.type != "cuda"}
             if strays:
                 raise RuntimeError(f"{len(strays)} weights are not on the GPU: {min(strays)}")

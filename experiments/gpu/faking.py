@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,27 @@ def has_backward() -> bool:
     return bool(os.environ.get(PRELOADED))
 
 
+def place() -> str:
+    """The line of the package that is being executed."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and "/alignlab/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename.rpartition('/alignlab/')[2]}:{frame.f_lineno}"
+
+
+def fake_mode() -> Any:
+    """A FakeTensorMode with a CUDA device; a guard that does nothing is in CUDA's place from now on."""
+    from torch._subclasses import fake_tensor
+
+    class Mode(fake_tensor.FakeTensorMode):
+        avoid_device_init = True  # whatever torch.cuda.is_available says
+
+    fake_tensor.init_gpu_context = lambda _: None
+    mode = Mode(allow_non_fake_inputs=True)
+    with mode:
+        return mode
+
+
 @contextmanager
 def devices(count: int) -> Iterator[None]:
     """So many for the engine that is asked about devices, where it can be led at all."""
@@ -74,8 +96,7 @@ def fake_cuda() -> Iterator[Any]:
     """Everything inside is on tensors without contents, and torch finds a GPU. Yields what counts the host's waits."""
     import numpy as np
     import torch
-    from torch._subclasses import fake_tensor
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,9 +105,6 @@ def fake_cuda() -> Iterator[Any]:
     if torch.cuda.is_available():
         raise SystemExit("there is a GPU here: experiments/gpu/check.py says more")
 
-    class Mode(FakeTensorMode):
-        avoid_device_init = True  # whatever torch.cuda.is_available says
-
     aten = torch.ops.aten
 
     class Answers(TorchDispatchMode):
@@ -94,11 +112,12 @@ def fake_cuda() -> Iterator[Any]:
 
         Attributes:
             waits: how often the host has read from the GPU, which it would have waited for.
+            places: which lines of ours did.
         """
 
         def __init__(self) -> None:
             super().__init__()
-            self.waits = 0
+            self.waits, self.places = 0, Counter[str]()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
@@ -110,7 +129,9 @@ def fake_cuda() -> Iterator[Any]:
                 args = (args[0], [x for index in args[1] for x in self.everywhere(index)], *args[2:])
             if first is not None and first.device.type == "cuda":
                 leaves = func is aten._to_copy.default and str(kwargs.get("device", "cuda")).startswith("cpu")
-                self.waits += asks or leaves
+                if asks or leaves:
+                    self.waits += 1
+                    self.places[place()] += 1
             if func is aten._local_scalar_dense.default:
                 dtype, on_cpu = args[0].dtype, args[0].device.type == "cpu"  # as an optimiser's count of steps
                 return True if dtype == torch.bool else float(on_cpu) if dtype.is_floating_point else 0
@@ -175,9 +196,7 @@ def fake_cuda() -> Iterator[Any]:
         name="none", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, gcnArchName=""
     )
     stream = SimpleNamespace(is_capturing=lambda: False)
-    mode = Mode(allow_non_fake_inputs=True)
-    with mode:
-        pass  # puts the guard in place
+    mode = fake_mode()
     answering = Answers()
     answers = {
         "is_available": lambda: True,
@@ -198,7 +217,6 @@ def fake_cuda() -> Iterator[Any]:
         devices(127),
         patch.multiple(torch.cuda, **answers),
         patch.object(torch.accelerator, "current_stream", lambda *_: stream),
-        patch.object(fake_tensor, "init_gpu_context", lambda _: None),
         patch.object(FakeTensor, "numpy", zeros, create=True),
         patch.object(torch.nn.Module, "_apply", moved),
         patch.object(FakeTensor, "tolist", lambda tensor: zeros(tensor.cpu()).tolist()),
