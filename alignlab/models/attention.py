@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count, pairwise
 from typing import Any, Literal, Protocol
@@ -260,7 +260,7 @@ class FlexPlan:
         from alignlab.models.precision import exact_float32
 
         # PyTorch would compile anew with autocast, and with TF32: all has its dtype, and TF32 is for float32 alone.
-        exact = nullcontext() if query.dtype == torch.float32 else exact_float32()
+        exact: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else exact_float32()
         try:
             with torch.autocast(query.device.type, enabled=False), exact:
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)

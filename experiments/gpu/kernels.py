@@ -134,7 +134,7 @@ def generated(dtype: Any, size: int, heads: int, shared: int) -> list[tuple[str,
 def compiled(name: str, source: str, limit: int) -> Iterator[tuple[Any, ...]]:
     """A kernel's rows, one for each way to launch it."""
     import triton
-    from torch._inductor.codecache import TritonCodeCache
+    from torch._inductor.codecache import _load_triton_kernel_from_source
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
     made: list[Any] = []
@@ -148,7 +148,7 @@ def compiled(name: str, source: str, limit: int) -> Iterator[tuple[Any, ...]]:
         patch.object(triton_heuristics.triton, "compile", keep),
         patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
     ):
-        tuner: Any = TritonCodeCache.load(name, source)
+        tuner: Any = _load_triton_kernel_from_source(name, source)
         for config in tuner.configs:
             made.clear()
             launch, result = f"{config.num_warps}, {config.num_stages}", "ok"
