@@ -7,6 +7,8 @@
 # make test-slurm  on a real Slurm of virtual nodes on this machine (root, Debian)
 # make test-vllm   with a real vLLM server, its build for CPUs
 # make guard       the study of performance, small: has anything become slower or larger than recorded?
+# make check-gpu   experiments/gpu/check.py: whether all is right on this machine's GPU; DEVICE=cpu does it tiny, on a CPU
+# make fake-gpu    every algorithm on a GPU that is not there, by a CUDA build of PyTorch (5.5 GB) in an environment of its own
 # make lint        linter, formatter, types
 # make newer       which libraries have versions newer than those tested; never fails
 # make wheel       builds the wheel, installs it in an empty environment and runs it in an empty folder
@@ -19,7 +21,8 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=  # what is compiled once, tests with pytest's changes too, is kept
 
-.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo lint newer wheel install clean
+.PHONY: demo check test test-processes test-hostile fuzz test-real test-slurm test-vllm vllm guard peers-ppo \
+  check-gpu fake-gpu lint newer wheel install clean
 
 demo: install
 	$(BIN)/alignlab compare experiment=demo
@@ -88,6 +91,24 @@ vllm: .venv-vllm/.install
 	.venv-vllm/bin/pip install --quiet --no-deps --requirement constraints-vllm.txt
 	touch $@
 
+DEVICE ?= cuda
+check-gpu: $(VENV)/.test
+	$(BIN)/python experiments/gpu/check.py --device $(DEVICE)
+
+# The newest torch, whose package for Linux on x86-64 is a CUDA build, beside the other pinned packages.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH := torch==2.14.1
+fake-gpu: $(CUDA_VENV)/.made
+	PYTHONPATH=. $(CUDA_VENV)/bin/python experiments/gpu/fake.py
+	PYTHONPATH=. $(CUDA_VENV)/bin/python experiments/gpu/kernels.py
+
+$(CUDA_VENV)/.made: constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/pip install --quiet $(CUDA_TORCH)
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps --requirement $(CUDA_VENV)/constraints.txt
+	touch $@
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -123,4 +144,4 @@ $(VENV)/.test: $(VENV)/.install
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PPO_VENV) .venv-vllm build dist *.egg-info
+	rm -rf $(VENV) $(PPO_VENV) $(CUDA_VENV) .venv-vllm build dist *.egg-info

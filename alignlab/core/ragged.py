@@ -19,7 +19,8 @@ def segment_sum(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 def segment_count(segment: Tensor, count: int) -> Tensor:
     """Number of items in each segment, int64, shape (count,)."""
-    return torch.bincount(segment, minlength=count)
+    one = torch.ones((), dtype=torch.int64, device=segment.device)
+    return one.new_zeros(count).index_add(0, segment, one.expand_as(segment))
 
 
 def segment_mean(values: Tensor, segment: Tensor, count: int) -> Tensor:
@@ -43,6 +44,7 @@ def segment_std(values: Tensor, segment: Tensor, count: int) -> Tensor:
 
 def segments(lengths: Sequence[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """Index of each item's segment, from the lengths of the segments: `segments([2, 0, 1])` is `[0, 0, 2]`, int64."""
+    total = None if isinstance(lengths, Tensor) else sum(lengths)
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    found = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    found = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
     return found if device is None else found.to(device)  # made here: a device would be waited for, to know its size

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count, pairwise
 from typing import Any, Literal, Protocol
@@ -256,9 +257,12 @@ class FlexPlan:
         query, key, value = (x.transpose(1, 2) for x in padded)
         shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
+        from alignlab.models.precision import exact_float32
+
+        # PyTorch would compile anew with autocast, and with TF32: all has its dtype, and TF32 is for float32 alone.
+        exact: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else exact_float32()
         try:
-            # Without autocast, which is one more thing that kernels would be compiled anew for: all has its dtype.
-            with torch.autocast(query.device.type, enabled=False):
+            with torch.autocast(query.device.type, enabled=False), exact:
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)
                 found: Tensor = compute(query, key, value, self.mask)
         except Exception as error:

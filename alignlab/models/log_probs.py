@@ -109,7 +109,7 @@ class _LogProbs(torch.autograd.Function):
             p = None
             if entropy != "no":
                 p = torch.softmax(z, -1)  # faster than exp of the log-probs
-                spread[part] = -torch.linalg.vecdot(p, log_p)
+                spread[part] = _entropy(p, log_p)
             if of_spread is not None and p is not None:
                 slope = scaling.slope_(_of_entropy(p, log_p, spread[part, None]), z).to(dtype)
                 of_spread[part] = linear(slope, rounded.to(dtype).t())
@@ -146,7 +146,7 @@ class _LogProbs(torch.autograd.Function):
                 if ctx.entropy == "gradient":
                     log_p = z.log_softmax(-1)
                     p = torch.softmax(z, -1)
-                    slope = _of_entropy(p, log_p, -torch.linalg.vecdot(p, log_p)[:, None])
+                    slope = _of_entropy(p, log_p, _entropy(p, log_p)[:, None])
                     slope.mul_(grad_entropy[part, None]).add_(_of_logp(p, target[part, None], grad[part, None]))
                 else:
                     slope = _of_logp(torch.softmax(z, -1), target[part, None], grad[part, None])
@@ -168,6 +168,12 @@ def _rounded(weight: Tensor) -> Tensor:
 
 def _trained(weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
+    """-sum p log p, shape (T,), in full precision: autocast takes it for a product."""
+    with torch.autocast(p.device.type, enabled=False):
+        return -torch.linalg.vecdot(p, log_p)
 
 
 def _of_logp(p: Tensor, column: Tensor, grad: Tensor) -> Tensor:

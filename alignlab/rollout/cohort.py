@@ -68,7 +68,7 @@ class Cohort:
     def _flex_plan(self) -> FlexPlan:
         """How GPUs read the prompts: all at once, each a trunk without branches."""
         lengths = torch.tensor(self.lengths)
-        group = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
+        group = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=sum(self.lengths)).to(self.device)
         return FlexPlan(group, torch.full_like(group, TRUNK))
 
     def _rounded(self, space: Space) -> Space:

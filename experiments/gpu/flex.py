@@ -34,17 +34,19 @@ LENGTHS = (256, 512, 1024, 1792, 70, 127, 128, 129, 255, 257)
 def shapes(most: int) -> list[Rows]:
     rng = random.Random(0)
     lengths = [*LENGTHS, *(rng.randrange(2, most) for _ in range(30 - len(LENGTHS)))]
-    rows = []
-    for length in lengths:
-        groups, left = [], length
-        while left:
-            whole = min(left, rng.randrange(1, 700))
-            trunk = rng.randrange(1, whole + 1)
-            first = rng.randrange(0, whole - trunk + 1)
-            groups.append(Group([5] * trunk, [Response([5] * n) for n in (first, whole - trunk - first)]))
-            left -= whole
-        rows.append(lay_out(groups, "varlen"))
-    return rows
+    return [rows_of(length, rng) for length in lengths]
+
+
+def rows_of(length: int, rng: random.Random) -> Rows:
+    """A row of so many tokens: groups of a trunk and one or two branches."""
+    groups, left = [], length
+    while left:
+        whole = min(left, rng.randrange(1, 700))
+        trunk = rng.randrange(1, whole + 1)
+        first = rng.randrange(0, whole - trunk + 1)
+        groups.append(Group([5] * trunk, [Response([5] * n) for n in (first, whole - trunk - first)]))
+        left -= whole
+    return lay_out(groups, "varlen")
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:

@@ -131,6 +131,19 @@ def test_under_autocast() -> None:
             torch.testing.assert_close(one, other, atol=0.03, rtol=0.05)
 
 
+def test_entropies_are_not_rounded_under_autocast() -> None:
+    """Logits are bfloat16 there; what follows from them is not."""
+    torch.manual_seed(0)
+    head = nn.Linear(32, 50, bias=False).requires_grad_(False)
+    hidden, target = torch.randn(9, 32), torch.arange(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+        _, found = log_probs(hidden, target, head, Scaling(), "value")
+    assert logits.dtype == torch.bfloat16
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("vocabulary", "expected"), [(32_000, 131), (1_000, 4_194), (256_000, 16), (600_000, 6)])
 def test_a_chunk_holds_as_many_logits_whatever_the_vocabulary(vocabulary: int, expected: int) -> None:
     """2²² numbers at most."""
