@@ -11,8 +11,8 @@ their trunk and to themselves. There are two plans, and `path` chooses between t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import count, pairwise
 from typing import Any, Literal, Protocol
@@ -257,10 +257,8 @@ class FlexPlan:
         query, key, value = (x.transpose(1, 2) for x in padded)
         shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
-        from alignlab.models.precision import exact_float32
-
         # PyTorch would compile anew with autocast, and with TF32: all has its dtype, and TF32 is for float32 alone.
-        exact: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else exact_float32()
+        exact: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else _exact_float32()
         try:
             with torch.autocast(query.device.type, enabled=False), exact:
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)
@@ -273,6 +271,20 @@ class FlexPlan:
                 f"{query.device} ({said(_cause(error))}): model.layout=packed goes through a mask of all pairs instead"
             ) from error
         return found.transpose(1, 2)[:, :length].contiguous()
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """No TF32 inside."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cause(error: BaseException) -> BaseException:
