@@ -258,9 +258,9 @@ class FlexPlan:
         shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
         # PyTorch would compile anew with autocast, and with TF32: all has its dtype, and TF32 is for float32 alone.
-        exact: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else _exact_float32()
+        alike: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else _without_tf32()
         try:
-            with torch.autocast(query.device.type, enabled=False), exact:
+            with torch.autocast(query.device.type, enabled=False), alike:
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)
                 found: Tensor = compute(query, key, value, self.mask)
         except Exception as error:
@@ -274,12 +274,8 @@ class FlexPlan:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
-    """No TF32 inside."""
+def _without_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield

@@ -44,7 +44,7 @@ class Part:
 PARTS = (
     Part("model", "work.make_model", 40),
     Part("versions", "machine.versions", 30),
-    Part("train", "training.train", 120),
+    Part("train", "training.train", 150),
     Part("load", "training.load", 60),
     Part("decode", "training.decode", 60),
     Part("quantized", "training.quantized", 60),

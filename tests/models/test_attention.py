@@ -172,7 +172,7 @@ def counted(seen: list[int]) -> Any:
 
 def test_each_shape_of_heads_is_compiled_once() -> None:
     """For 30 lengths of three models, by turns, inside autocast too, rows of as many blocks as heads first; with and
-    without TF32, which is off while a model is tried, and changes nothing of bfloat16."""
+    without TF32, which a run turns on after its model was tried, and which changes nothing of bfloat16."""
     rng, seen = random.Random(0), list[int]()
     lengths = [256, 512, 1024, 70, 127, 128, 129, *(rng.randrange(2, 8192) for _ in range(23))]
     with tiny.flex_on_cpu(counted(seen)), torch.no_grad():

@@ -92,13 +92,12 @@ def _row(size: Size, say: Say, name: str, width: int, shared: int, length: int, 
     def by_flex() -> list[Tensor]:
         return _passes(lambda x: plan.attend(None, *x, None), inputs, weight, grad)
 
+    def masked(x: list[Tensor]) -> Tensor:
+        repeated = [x[0], *(y.repeat_interleave(shared, 1) for y in x[1:])]  # as transformers does
+        return scaled_dot_product_attention(*repeated, attn_mask=mask).transpose(1, 2)
+
     def by_mask() -> list[Tensor]:
-        return _passes(
-            lambda x: scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=True).transpose(1, 2),
-            inputs,
-            weight,
-            grad,
-        )
+        return _passes(masked, inputs, weight, grad)
 
     before, start = counters["unique_graphs"], time.perf_counter()
     found = by_flex()

@@ -209,7 +209,7 @@ def _profiled(size: Size, work: Callable[[], Any], found: dict[str, Any]) -> Any
 def decode(size: Size, say: Say) -> None:
     """Sampling, and whether scoring gives the same log-probs."""
     for adapter in ("none", "lora"):
-        for dtype in ("auto", "float32"):
+        for dtype in ("bfloat16", "float32"):
             policy = al.load(size.model, adapter=adapter, device=size.device, dtype=dtype)
             settings: dict[str, Any] = {"max_new_tokens": size.new_tokens, "progress": False}
             prompts = groups(size, size.prompts, 0)

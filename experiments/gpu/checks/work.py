@@ -1,4 +1,4 @@
-"""What the parts work on: sizes, a Qwen2 with random weights, records of random words; and how they report."""
+"""What the parts work on: sizes, a Llama with random weights, records of random words; and how they report."""
 
 from __future__ import annotations
 
@@ -82,10 +82,13 @@ def size_of(device: str, folder: Path) -> Size:
 
 
 def make_model(size: Size, say: Say) -> None:
-    """A Qwen2 with random weights in bfloat16 and a tokenizer of whole words, and records of random words."""
+    """A Llama of Qwen2's shape with random weights in bfloat16, a tokenizer of whole words, records of random words.
+
+    (The class of a Qwen2's tokenizer follows from the model's, and has words of its own.)
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     shape = size.shape
     words = {word: i for i, word in enumerate(SPECIAL)} | {f"t{i}": i for i in range(len(SPECIAL), shape.vocabulary)}
@@ -94,7 +97,7 @@ def make_model(size: Size, say: Say) -> None:
     named = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(size.model)
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -108,7 +111,7 @@ def make_model(size: Size, say: Say) -> None:
         dtype="bfloat16",
     )
     with torch.device(size.device):  # a GPU draws the numbers in no time
-        network = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        network = LlamaForCausalLM(config).to(torch.bfloat16)
     network.save_pretrained(size.model)
     lines = Words(shape.vocabulary, seed=3)
     kinds: dict[str, list[dict[str, str]]] = {"demonstrations": [], "preferences": [], "prompts": []}
