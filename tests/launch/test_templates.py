@@ -159,7 +159,7 @@ hear() {{ heard=$((heard + 1)); echo $heard >{folder}/heard; if [ $heard = {afte
 end() {{ trap "" USR1; /bin/sleep 0.3; exit {status}; }}
 trap hear USR1
 touch {folder}/listening
-for _ in {{1..100}}; do /bin/sleep 0.05; done
+for _ in {{1..400}}; do /bin/sleep 0.05; done
 exit 3
 """
 """A step that ends with a status after the so-many-th signal."""
@@ -175,7 +175,7 @@ def test_a_signal_is_passed_on_until_it_is_heard(stage: Stage, name: str, status
     while not (stage.folder / "listening").exists():
         time.sleep(0.01)
     script.send_signal(signal.SIGUSR1)
-    script.communicate(timeout=20)
+    script.communicate(timeout=60)
     assert script.returncode == status
     assert (stage.folder / "heard").read_text() == "4\n"
     assert stage.queued_again() == (["7"] if status == 138 else [])
