@@ -102,6 +102,7 @@ def step(folder: Path, runs: Any, algorithm: str, adapter: str, dtype: str) -> d
     from alignlab.training.run_config import check
 
     words = [*ADAPTERS[adapter], f"model={folder}/{dtype}", "training.checkpoint_every=null", "training.steps=1"]
+    words += ["algorithm.minimum=-1"] * (algorithm == "expert_iteration")  # all responses are alike
     words = runs.words_for(folder, algorithm, "out", "optimizer=adamw", *words, "training.progress=off")
     found = dict.fromkeys(("rows", "trained", "frozen", "products", "heads", "waits"), "")
     cuda = torch.device("cuda", 0)

@@ -171,11 +171,12 @@ def fake_cuda() -> Iterator[Any]:
             scores = scores.masked_fill(~attn_mask, 0.0) if attn_mask.dtype == torch.bool else scores + attn_mask
         return scores.softmax(-1).to(value.dtype) @ value
 
-    def zeros(tensor: Any, *_: Any, **__: Any) -> Any:
+    def made_up(tensor: Any, *_: Any, **__: Any) -> Any:
         wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         if tensor.device.type != "cpu":
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
-        return np.zeros(tuple(tensor.shape), str(wide.dtype).removeprefix("torch."))
+        made = np.ones if tensor.dtype == torch.bool else np.zeros
+        return made(tuple(tensor.shape), str(wide.dtype).removeprefix("torch."))
 
     def moved(module: Any, change: Any, recurse: bool = True) -> Any:
         """nn.Module._apply, which would swap the contents of tensors that have none."""
@@ -217,9 +218,9 @@ def fake_cuda() -> Iterator[Any]:
         devices(127),
         patch.multiple(torch.cuda, **answers),
         patch.object(torch.accelerator, "current_stream", lambda *_: stream),
-        patch.object(FakeTensor, "numpy", zeros, create=True),
+        patch.object(FakeTensor, "numpy", made_up, create=True),
         patch.object(torch.nn.Module, "_apply", moved),
-        patch.object(FakeTensor, "tolist", lambda tensor: zeros(tensor.cpu()).tolist()),
+        patch.object(FakeTensor, "tolist", lambda tensor: made_up(tensor.cpu()).tolist()),
         mode,
         answering,
         Attention(),

@@ -37,7 +37,7 @@ HEADS = {1: (8, 8), 4: (8, 2), 7: (14, 2)}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capabilities", nargs="+", type=int, choices=list(SHARED), default=[80, 90])
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=list(SHARED), default=[80, 89, 90])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128], help="of a head")
     parser.add_argument("--shared", nargs="+", type=int, choices=list(HEADS), default=[7, 1], help="heads by key")
@@ -90,7 +90,7 @@ def generated(dtype: Any, size: int, heads: int, shared: int) -> list[tuple[str,
     from torch._inductor import async_compile, compile_fx
     from torch.nn.attention.flex_attention import flex_attention
 
-    from alignlab.models.attention import BLOCK, block_mask
+    from alignlab.models.attention import BLOCK, block_mask, kernel_options
 
     class Made(Exception):
         pass
@@ -109,8 +109,10 @@ def generated(dtype: Any, size: int, heads: int, shared: int) -> list[tuple[str,
 
         return run
 
+    options: Any = kernel_options(torch.device("cuda", 0), size, dtype)
+
     def compute(query: Any, key: Any, value: Any, mask: Any) -> Any:
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=heads != shared)
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=heads != shared, kernel_options=options)
 
     torch._dynamo.reset()
     length = 5 * BLOCK  # no number that heads or sizes have

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def resume(size: Size, say: Say) -> None:
         *("training.steps=6", "training.checkpoint_every=2", "adapter.dropout=0.1"),
     ]
     dies = ["callbacks.dies._target_=checks.callbacks.Dies", "callbacks.dies.step=5", f"callbacks.dies.file={died}"]
-    run(command(size, *words, f"out={size.folder}/whole"))
-    run(command(size, *words, *dies, f"out={size.folder}/killed"), died=signal.SIGKILL)
+    with ThreadPoolExecutor() as both:
+        first = both.submit(run, command(size, *words, f"out={size.folder}/whole"))
+        run(command(size, *words, *dies, f"out={size.folder}/killed"), died=signal.SIGKILL)
+        first.result()
     run(command(size, *words, *dies, f"out={size.folder}/killed"))
     whole, killed = (
         load_file(size.folder / name / "model" / "adapter_model.safetensors") for name in ("whole", "killed")

@@ -158,7 +158,12 @@ def command(size: Size, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    paths = [str(HERE), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(HERE),
+        str(REPOSITORY),
+        str(REPOSITORY / "experiments" / "performance"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
