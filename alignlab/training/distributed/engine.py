@@ -22,6 +22,9 @@ BUCKET = 1 << 25
 GROUP = "group."
 """How the names of tensors begin that an optimiser keeps for a group of parameters."""
 
+NONE = "none."
+"""How the names begin of states that an optimiser holds as None: an empty tensor stands for each in a checkpoint."""
+
 Tensors = dict[str, Tensor]
 """A trained parameter as a checkpoint keeps it: "weight", and its optimiser state by the optimiser's names."""
 
@@ -172,7 +175,9 @@ class Engine:
         all."""
         held = self.optimizer.state if states else {}
         for name, parameter in self.trained().items():
-            state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
+            own = held.get(parameter, {})
+            state = {k: torch.as_tensor(v) for k, v in own.items() if v is not None}
+            state |= {NONE + k: torch.empty(0) for k, v in own.items() if v is None}
             shared = {GROUP + k: torch.as_tensor(v) for k, v in self._shared(parameter).items()} if states else {}
             yield name, {"weight": parameter.detach(), **state, **shared}
 
@@ -194,7 +199,8 @@ class Engine:
                 parameter = parameters[name]
                 parameter.copy_(tensors["weight"])
                 shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
-                states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                own = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                states[parameter] = {k.removeprefix(NONE): None if k.startswith(NONE) else v for k, v in own.items()}
                 group = self._group_of(parameter)
                 for key, value in shared.items():
                     group[key] = bool(value) if value.dtype == torch.bool else value.clone()

@@ -58,6 +58,11 @@ class ZeroEngine(Engine):
                 f"optimizer: {type(self.optimizer).__name__} does not work on the flat pieces of weights that "
                 "distributed=zero* gives it: use optimizer=adamw or sgd, or distributed=fsdp or ddp"
             )
+        if self.optimizer.defaults.get("kahan_sum"):
+            raise ConfigError(
+                "optimizer=adamw_kahan: distributed=zero* keeps float32 weights, of which rounding takes nothing: use "
+                "optimizer=adamw"
+            )
         if self.processes.accelerator.scaler is not None:
             raise ConfigError("training.mixed_precision=fp16: not with distributed=zero*: use bf16")
         self._references: list[Any] = []
