@@ -40,7 +40,14 @@ from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
 from alignlab.training.optimizer import MakeOptimizer, optimizer_of
 from alignlab.training.order import Shuffled, iteration_seed
-from alignlab.training.precision import Precision, check_states, observe, set_float32_products, warn_of_rounding
+from alignlab.training.precision import (
+    Precision,
+    check_states,
+    observe,
+    scaling,
+    set_float32_products,
+    warn_of_rounding,
+)
 from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
@@ -118,7 +125,7 @@ class Trainer:
         self.settings, self.source = settings or TrainingSettings(), source or SourceSettings()
         self.model = model = model_for(policy, algorithm)
         distributed = distributed or DistributedSettings(mode="ddp" if (launched() or 1) > 1 else "single")
-        self.processes = processes or Processes(self.settings.mixed_precision, distributed)
+        self.processes = processes or Processes(scaling(self.settings.mixed_precision, model.base.dtype), distributed)
         self.train, self.validation = list(train), list(validation)
         self.callbacks = check_objects(Callback, callbacks, "callbacks")
         self.schedule = schedule or Constant()
@@ -240,6 +247,8 @@ class Trainer:
         if self.processes.is_main:
             texts = [g for g in self.train if g.responses][:8]
             notes = save_model(self.model, Path(folder), merge=merge, texts=texts)
+            for note in notes:
+                log.warning(note)
         self.processes.barrier()
         return notes
 
