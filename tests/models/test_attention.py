@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -217,6 +218,31 @@ def test_compiled_as_on_gpus() -> None:
                 assert found.dtype == dtype
                 expected = dense(query.double(), key.double(), value.double(), rows, None)
                 torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("held", "size", "dtype", "stages"),
+    [
+        (101_376, 64, torch.bfloat16, None),  # fits as it is
+        (101_376, 128, torch.bfloat16, 2),
+        (101_376, 128, torch.float32, 1),
+        (166_912, 128, torch.float32, None),  # A100
+        (232_448, 128, torch.bfloat16, None),  # H100
+        (None, 128, torch.bfloat16, None),  # a PyTorch that does not say
+    ],
+)
+def test_blocks_fit_into_the_shared_memory_of_smaller_gpus(
+    held: int | None, size: int, dtype: torch.dtype, stages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of 64 queries, and so many stages of 32 keys and values, in bytes."""
+    card = SimpleNamespace(**({} if held is None else {"shared_memory_per_block_optin": held}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    options = attention.kernel_options(torch.device("cuda"), size, dtype)
+    assert (options or {}).get("fwd_num_stages") == stages
+    if options is not None and held is not None:
+        rows = options["fwd_BLOCK_M"] + 2 * options["fwd_BLOCK_N"] * options["fwd_num_stages"]
+        assert rows * size * dtype.itemsize + 4096 <= held
+    assert attention.kernel_options(torch.device("cpu"), size, dtype) is None
 
 
 def test_beyond_the_limit_is_an_error() -> None:
