@@ -79,20 +79,22 @@ class Precision:
     autocasts: bool
 
     @classmethod
-    def of(cls, settings: TrainingSettings, mode: str, model: PackedModel, device: torch.device) -> Precision:
-        masters = settings.mixed_precision != "pure"
-        if not masters and mode.startswith("zero"):
-            raise ConfigError(
-                f"training.mixed_precision=pure: DeepSpeed keeps float32 weights whatever the model's are: give auto "
-                f"with distributed={mode}, or use ddp or fsdp"
-            )
-        compute = resolve(settings.mixed_precision, device, model.base.dtype)
-        return cls(compute, masters, mode != "fsdp")
+    def of(
+        cls, setting: str, mode: str, weights: torch.dtype, device: torch.device, has: bool | None = None
+    ) -> Precision:
+        """That of a run in a mode of `distributed`; the rest as in `resolve`."""
+        compute = resolve(setting, device, weights, has)
+        return cls(compute, setting != "pure", compute is None or mode != "fsdp")
 
     @property
     def name(self) -> str:
         """For identities of what was computed: another name, other numbers."""
         return "no" if self.compute is None else f"{name(self.compute)}{'' if self.autocasts else ' throughout'}"
+
+    def products_in(self, weights: torch.dtype, trains_base: bool) -> torch.dtype:
+        """What a model that is loaded in `weights` makes its products in; an adapter leaves its base as it is."""
+        held = torch.promote_types(weights, torch.float32) if self.masters and trains_base else weights
+        return self.compute or held
 
     def apply(self, model: PackedModel, reference: Reference | None, moves_softly: bool) -> None:
         """Put it into a model that is complete, before an engine and an optimiser get it.

@@ -36,7 +36,7 @@ from alignlab.models import (
 from alignlab.rollout import build_engine, build_environment
 from alignlab.scoring import build_scorers
 from alignlab.training.callbacks.trackers import build_tracker
-from alignlab.training.optimizer import build_optimizer
+from alignlab.training.optimizer import build_optimizer, check_mode
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.trainer import wants_reference
 
@@ -71,6 +71,11 @@ class RunConfig:
     def engine(self) -> RolloutEngine | None:
         """What samples in this run; None where nothing does."""
         return self.rollout if self.samples else None
+
+    def check_mode(self, mode: str) -> None:
+        """See that the run can be had in a mode of `distributed`; raises a ConfigError where it cannot."""
+        optimizer = build_optimizer(self.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+        check_mode(mode, self.training.mixed_precision, optimizer)
 
     def sampling(self, context: Callable[[], RolloutContext]) -> Any:
         """What must live while responses are sampled, such as a server."""
@@ -107,7 +112,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         ],
         optimizer=config["optimizer"],
     )
-    build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+    run.check_mode(run.distributed.mode)
     check_adapter(run.quantization, run.adapter)
     _check_watching(run.training)
     _check_columns(run)

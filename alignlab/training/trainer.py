@@ -38,7 +38,7 @@ from alignlab.training.distributed.engine import Engine, make_engine
 from alignlab.training.distributed.processes import Processes, launched
 from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
-from alignlab.training.optimizer import MakeOptimizer, optimizer_of
+from alignlab.training.optimizer import MakeOptimizer, check_mode, optimizer_of
 from alignlab.training.order import Shuffled, iteration_seed
 from alignlab.training.precision import (
     Precision,
@@ -138,17 +138,20 @@ class Trainer:
             self.order = make_order(groups=self.train, batch_size=per_iteration, seed=self.settings.seed)
 
         set_float32_products(self.settings, self.processes.device)
-        self.precision = Precision.of(self.settings, distributed.mode, model, self.processes.device)
+        self.precision = Precision.of(
+            self.settings.mixed_precision, distributed.mode, model.base.dtype, self.processes.device
+        )
         # The reference is the policy as it is now: before a value head is added, and before weights are divided.
         reference = None
         if wants_reference(algorithm, self.source):
             reference = Reference(model, model.fresh_adapter, moves=self.source.ref_update_interval is not None)
-        cache = self._reference_cache(reference, rollout)
         if "value" in algorithm.reads and model.value_head is None:
             add_value_head(model, algorithm.critic, self.settings.seed)
         softly = self.source.ref_update_interval is not None and self.source.ref_update_tau < 1
         self.precision.apply(model, reference, softly)
+        cache = self._reference_cache(reference, rollout)
         made = optimizer_of(model, lr, optimizer)
+        check_mode(distributed.mode, self.settings.mixed_precision, made)
         if (lost := warn_of_rounding(model, made)) and self.processes.is_main:
             log.warning(lost)
         with self.processes.peers():

@@ -28,6 +28,7 @@ from alignlab.models import (
 )
 from alignlab.models.quantization import loading_options
 from alignlab.training import precision as module
+from alignlab.training.optimizer import check_mode
 from alignlab.training.precision import Precision, in_words, resolve, set_float32_products
 from alignlab.training.settings import TrainingSettings
 from alignlab.training.trainer import Trainer
@@ -280,9 +281,24 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
         resolve("fp16", CPU, FP32)
 
 
-def test_deepspeed_has_masters_of_its_own(folder: Path) -> None:
+@pytest.mark.parametrize("mode", ["zero2", "zero3_offload"])
+def test_deepspeed_has_masters_of_its_own(mode: str) -> None:
+    plain = torch.optim.AdamW([torch.zeros(1)])
+    check_mode("ddp", "pure", plain)
+    check_mode(mode, "auto", plain)
     with pytest.raises(ConfigError, match=r"training\.mixed_precision=pure: DeepSpeed keeps float32 weights"):
-        Precision.of(TrainingSettings(mixed_precision="pure"), "zero2", policy(folder), CPU)
+        check_mode(mode, "pure", plain)
+    plain.defaults["kahan_sum"] = True
+    with pytest.raises(ConfigError, match=r"optimizer\.kahan_sum: .* use optimizer=adamw"):
+        check_mode(mode, "auto", plain)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "zero1"])
+def test_float16_is_for_whole_models(mode: str) -> None:
+    plain = torch.optim.AdamW([torch.zeros(1)])
+    check_mode("ddp", "fp16", plain)
+    with pytest.raises(ConfigError, match=f"training.mixed_precision=fp16: not with distributed={mode}: use bf16"):
+        check_mode(mode, "fp16", plain)
 
 
 def test_float32_products_are_said_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
