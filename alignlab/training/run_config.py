@@ -106,10 +106,7 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         tracker=build_tracker(config.get("tracker")),
         schedule=build_type(Schedule, config.get("schedule"), "schedule"),
         order=partial(build_type, DataOrder, config["order"], "order") if config.get("order") else None,
-        callbacks=[
-            build_type(Callback, values, f"callbacks.{name}")
-            for name, values in (config.get("callbacks") or {}).items()
-        ],
+        callbacks=_build_callbacks(config.get("callbacks") or {}),
         optimizer=config["optimizer"],
     )
     run.check_mode(run.distributed.mode)
@@ -127,6 +124,13 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
     if run.source.ref_update_interval and not wants_reference(run.algorithm, run.source):
         raise ConfigError(f"source.ref_update_interval: {type(run.algorithm).__name__} uses no reference policy")
     return run
+
+
+def _build_callbacks(values: Any) -> list[Callback]:
+    """The callbacks of the config, each a section with a name of the user's."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"callbacks={values!r}: must be sections, as in callbacks.mine._target_=my_module.MyCallback")
+    return [build_type(Callback, each, f"callbacks.{name}") for name, each in values.items()]
 
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:

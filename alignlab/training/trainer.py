@@ -361,7 +361,8 @@ class Trainer:
         """What the steps on an iteration's groups report."""
         self.state.report = {**numbers_of(self.algorithm, "report", self.algorithm.report), **report}
         with calling(self.algorithm, "state"):
-            self.state.algorithm = dict(self.algorithm.state)
+            kept = self.algorithm.state
+        self.state.algorithm = numbers_of(self.algorithm, "state", kept)
         self.state.reward = reward
 
     # ------------------------------------------------------------------ evaluation

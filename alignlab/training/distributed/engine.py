@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.core import ConfigError, Group, Response
+from alignlab.core.parts import calling
 from alignlab.models import InStep, PackedModel
 from alignlab.training.distributed.processes import WRAPPERS, Processes
 from alignlab.training.precision import Precision
@@ -121,7 +122,8 @@ class Engine:
         norm = self._clip()
         # float16: the scaler skips such a step by itself, and scales less from then on
         if math.isfinite(norm) or self.processes.accelerator.scaler is not None:
-            self.optimizer.step()
+            with calling(getattr(self.optimizer, "optimizer", self.optimizer), "step"):
+                self.optimizer.step()
         self.discard()
         return norm
 
