@@ -22,7 +22,7 @@ def factor_of(schedule: Any, done: float) -> float:
     try:
         if 0 <= (factor := finite(found)) <= LARGEST:
             return factor
-        raise ValueError(f"is {factor:g}")
+        raise ValueError(f"is {factor}")
     except ValueError as error:
         raise AlignlabError(
             f"{name_of(schedule, '__call__')}: a factor on the learning rate must be in [0, {LARGEST:g}]; that at "
