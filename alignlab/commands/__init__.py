@@ -79,7 +79,7 @@ def run(name: str, arguments: list[str], known: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         _say("stopped")
         return 130
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         hint = "" if os.environ.get(DEBUGGING) else f"; {DEBUG} shows where it comes from"
         _say_error(f"an error that alignlab did not expect: {failure(error)}{hint}", error)
         return UNEXPECTED

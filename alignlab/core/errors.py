@@ -95,6 +95,10 @@ def one_line(text: str, limit: int = 4000) -> str:
 
 def shorten(error: BaseException, limit: int = 500) -> str:
     """An error's first two lines in one, of at most `limit` characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    try:
+        said = str(error)
+    except Exception:  # of a class of the user's
+        said = ""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     text = "; ".join(lines[:2]) if lines else type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} …"

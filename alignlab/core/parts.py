@@ -49,7 +49,7 @@ def calling(part: object, method: str, where: str = "") -> Iterator[None]:
 
     Errors of our own classes stay what they are, and so do those that say what to do already and a lack of memory,
     after which some callers go on. A `SystemExit` of a user's code is an error like others: it must not end a run with
-    status 0 and without a model.
+    status 0 and without a model. Ctrl-C alone is not.
 
     Args:
         part: the object whose method is called in the block.
@@ -57,9 +57,9 @@ def calling(part: object, method: str, where: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except AlignlabError:
+    except (AlignlabError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if is_ours(part) or is_memory_error(error):
             raise
         place = f"{where}: " if where else ""
@@ -73,7 +73,12 @@ def records(groups: Sequence[Group]) -> str:
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
-    """Raise ConfigError unless `unit` and `reads` are known."""
+    """Raise ConfigError unless `unit` and `reads` are known and `needs` are names."""
+    needs: Any = algorithm.needs
+    if not isinstance(needs, tuple | list) or not all(isinstance(column, str) for column in needs):
+        raise ConfigError(
+            f"{name_of(algorithm, 'needs')}={needs!r}: must be names of columns, as in needs = ('reward',)"
+        )
     if algorithm.unit not in get_args(Unit):
         near = did_you_mean(str(algorithm.unit), get_args(Unit))
         raise ConfigError(f"{name_of(algorithm, 'unit')}={algorithm.unit!r}: there is no such unit of a loss{near}")
@@ -116,8 +121,11 @@ def loss_of(algorithm: Algorithm, outputs: Outputs, batch: Batch) -> tuple[Tenso
             f"{method}: the loss has the shape {tuple(loss.shape)}; this batch has {count} {unit}s and the algorithm's "
             f"unit is '{unit}', so it must be ({count},): one value for each, and no mean over them"
         )
-    if not loss.is_floating_point():
-        raise AlignlabError(f"{method}: the loss must be a floating-point tensor; got {loss.dtype}")
+    if not loss.is_floating_point() or loss.layout != torch.strided or loss.device.type != batch.device.type:
+        raise AlignlabError(
+            f"{method}: the loss must be a floating-point tensor on {batch.device}; got {loss.dtype} "
+            f"({str(loss.layout).removeprefix('torch.')}) on {loss.device}"
+        )
     if torch.is_grad_enabled() and count and not loss.requires_grad:
         raise AlignlabError(
             f"{method}: the loss has no gradient, so nothing would be trained: it must be computed from `outputs`, "
@@ -160,6 +168,31 @@ def numbers_of(part: object, method: str, found: Any) -> dict[str, float]:
         return {str(name): number(value) for name, value in found.items()}
     except ValueError as error:
         raise AlignlabError(f"{name_of(part, method)}: must return a dictionary of numbers: one {error}") from error
+
+
+def plain_of(part: object, method: str, found: Any) -> dict[str, Any]:
+    """What a part keeps in checkpoints: numbers, texts, lists and mappings of them.
+
+    Raises:
+        AlignlabError: it holds something else.
+    """
+
+    def check(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for each in value.values():
+                check(each)
+        elif isinstance(value, list | tuple):
+            for each in value:
+                check(each)
+        elif not isinstance(value, str | int | float | np.generic | np.ndarray | None):
+            raise AlignlabError(
+                f"{name_of(part, method)}: keeps numbers, texts, lists and dictionaries of them; got {_kind(value)}"
+            )
+
+    if not isinstance(found, Mapping):
+        raise AlignlabError(f"{name_of(part, method)}: must return a dictionary; got {_kind(found)}")
+    check(found)
+    return dict(found)
 
 
 def number(value: Any) -> float:
@@ -241,7 +274,7 @@ def score(scorer: Scorer, groups: Sequence[Group], key: str = "") -> None:
         AlignlabError: it raised, or a response lacks a column, or has something else in it than finite numbers.
     """
     with calling(scorer, "score", records(groups)):
-        scorer.score(groups)
+        scorer.score(list(groups))  # of its own: what it adds or takes away is no matter
     fills, name = fills_of(scorer), ", ".join(filter(None, (key, name_of(scorer, "score"))))
     for group in groups if is_ours(scorer) and fills else ():
         if group.responses and not any(column in r.columns for r in group.responses for column in fills):

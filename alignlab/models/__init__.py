@@ -4,7 +4,7 @@ from alignlab.models.adapters import FullFineTuning, LoRA
 from alignlab.models.base import check_tokens, load_tokenizer
 from alignlab.models.heads import add_value_head
 from alignlab.models.load import check_adapter, load_model
-from alignlab.models.outline import Outline, outline_of
+from alignlab.models.outline import Outline, dtype_loaded, outline_of
 from alignlab.models.packed_model import Features, InStep, PackedModel, evaluating
 from alignlab.models.precision import as_loaded
 from alignlab.models.reference import Reference
@@ -25,6 +25,7 @@ __all__ = [
     "as_loaded",
     "check_adapter",
     "check_tokens",
+    "dtype_loaded",
     "evaluating",
     "load_model",
     "load_tokenizer",

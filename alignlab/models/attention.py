@@ -261,7 +261,7 @@ class FlexPlan:
         shape = (query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
         grads = (torch.is_grad_enabled(), *(x.requires_grad for x in (query, key, value)))
         # PyTorch would compile anew with autocast, and with TF32: all has its dtype, and TF32 is for float32 alone.
-        alike: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else _without_tf32()
+        alike: AbstractContextManager[None] = nullcontext() if query.dtype == torch.float32 else without_tf32()
         try:
             with torch.autocast(query.device.type, enabled=False), alike:
                 compute = compiled(*shape, query.dtype, query.device, grads, scaling)
@@ -277,7 +277,7 @@ class FlexPlan:
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

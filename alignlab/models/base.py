@@ -25,6 +25,7 @@ from alignlab.models.files import (
     naming,
     read_config,
     read_object,
+    saved_tensors,
 )
 from alignlab.models.quantization import (
     BITSANDBYTES,
@@ -163,12 +164,22 @@ def load_base(
     if settings.dtype == "auto" and network.dtype in (torch.bfloat16, torch.float16) and not torch.cuda.is_available():
         network = network.float()  # CPUs train half precision slowly and badly
     if kind != "policy":
-        head = network.score if hasattr(network, "score") else network.classifier
+        name = "score" if hasattr(network, "score") else "classifier"
+        head = getattr(network, name)
         check_head(head, settings.path)
         head.to(torch.promote_types(network.dtype, torch.float32))
+        _load_head(head, name, path, revision)
     check_rows(network, settings.path)
     check_finite(settings.path, network.named_parameters())
     return network
+
+
+@torch.no_grad()
+def _load_head(head: nn.Module, name: str, path: str, revision: str | None) -> None:
+    """Give a head its weights as they were saved: transformers has rounded them to what the rest is in."""
+    ours = {f"{name}.{n}": p for n, p in head.named_parameters()}
+    for found, tensor in saved_tensors(path, ours, revision).items():
+        ours[found].copy_(tensor)
 
 
 def _transformers_class(kind: ModelKind, labels: int) -> tuple[Any, dict[str, Any]]:

@@ -274,6 +274,31 @@ def headers(path: str) -> Header:
     return found
 
 
+def saved_tensors(path: str, names: Collection[str], revision: str | None = None) -> dict[str, Tensor]:
+    """Some weights of the model in a folder, or on the Hub and in its cache, in the dtype that they were saved in;
+    those that it has, where it has safetensors."""
+    from transformers.utils import cached_file
+
+    def local(name: str) -> str | None:
+        found: str | None = cached_file(
+            path, name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    if (one := local(WEIGHTS)) is not None:
+        files = {one}
+    elif (index := local(INDEX)) is not None:
+        table = read_object(Path(index), f"{KEY}={path!r}")["weight_map"]
+        files = {str(Path(index).with_name(table[n])) for n in names if n in table}
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= {n: opened.get_tensor(n) for n in set(names) & set(opened.keys())}
+    return found
+
+
 def check_sizes(path: str, config: Any, tensors: Header) -> None:
     """Refuse a config that wants a far larger model than the weights are, before one is made.
 

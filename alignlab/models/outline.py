@@ -9,7 +9,8 @@ import torch
 
 from alignlab.core import AdapterKind
 from alignlab.models.files import loading, read_config, saved_adapter
-from alignlab.models.settings import ModelSettings
+from alignlab.models.quantization import compute_dtype
+from alignlab.models.settings import ModelSettings, QuantizationSettings
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,17 @@ def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> O
         elif adapter is not None:
             found = getattr(adapter.apply(network, "policy"), "peft_config", {}).get("default")
     return Outline(path, revision, weights, dtype, found)
+
+
+def dtype_loaded(settings: ModelSettings, quantization: QuantizationSettings) -> torch.dtype:
+    """What `load_model` will load weights in that are not quantised."""
+    saved = saved_adapter(settings.path)
+    path = settings.path if saved is None else str(saved["base_model_name_or_path"])
+    config = read_config(path, settings.revision if saved is None else None, settings.trust_remote_code)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization.kind != "none" and settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else compute_dtype(quantization, settings, device)
+    return dtype_of(config, settings, on_cpu=device.type == "cpu")
 
 
 def dtype_of(config: Any, settings: ModelSettings, on_cpu: bool) -> torch.dtype:

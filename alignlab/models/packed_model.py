@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from alignlab.core import AlignlabError, Group, ModelKind
 from alignlab.core.memory import in_halves
 from alignlab.models.adapters import adapter_in_use
-from alignlab.models.attention import PLAN, path, plan_of, shortest_window, worthwhile
+from alignlab.models.attention import PLAN, path, plan_of, shortest_window, without_tf32, worthwhile
 from alignlab.models.log_probs import Entropy, Scaling, chunks, log_probs
 from alignlab.models.packing import Layout, Rows, lay_out, micro_batches
 from alignlab.models.private_api import attention_of, is_weight
@@ -299,8 +299,8 @@ class PackedModel(nn.Module):
 
     @staticmethod
     def _apply_head(head: Any, hidden: Tensor) -> Tensor:
-        """Autocast would round what a head says to 8 bits: a score, a value."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        """Autocast would round what a head says to 8 bits, TF32 to 11: a score, a value."""
+        with torch.autocast(hidden.device.type, enabled=False), without_tf32():
             return head(hidden.to(next(head.parameters()).dtype)).float()
 
     @property

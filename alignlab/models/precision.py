@@ -23,9 +23,14 @@ PRODUCTS = ("mm", "addmm", "linear", "_addmm_activation", "matmul")
 
 
 def use_masters(model: PackedModel) -> None:
-    """Hold every trained weight in float32 or better. What each was loaded in is kept: it is saved in that again."""
+    """Hold every trained weight in float32 or better. What each was loaded in is kept: it is saved in that again.
+
+    Where products are made in what the weights are held in, frozen weights between trained ones are held so too. (PEFT
+    converts between an adapter and its base by itself.)
+    """
+    every = model.compute_dtype is None and not hasattr(model.network, "peft_config")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+        if (parameter.requires_grad or every) and parameter.is_floating_point() and parameter.dtype.itemsize < 4:
             model.loaded_in[name] = parameter.dtype
             parameter.data = parameter.data.float()
 
@@ -44,8 +49,9 @@ def as_loaded(model: PackedModel) -> Iterator[None]:
             parameter.data = data
 
 
-def hold_as_computed(copy: PackedModel, policy: PackedModel) -> None:
-    """Hold a frozen copy of a policy in no more than computes the same bits as the policy.
+def hold_as_computed(copy: PackedModel, policy: PackedModel, moves_softly: bool = False) -> None:
+    """Hold a frozen copy of a policy in no more than computes the same bits as the policy; in all bits that the
+    policy's own weights have, where it moves softly.
 
     Autocast rounds the inputs of a product, its weights among them: matrices that are used for nothing else may be held
     so. The rest stays as the policy's: what the embeddings and norms are held in decides what is added up between the
@@ -57,7 +63,7 @@ def hold_as_computed(copy: PackedModel, policy: PackedModel) -> None:
         if not parameter.is_floating_point():
             continue
         wanted = now[name].dtype
-        if compute is not None and (not copy.autocasts or parameter in matrices):
+        if compute is not None and not moves_softly and (not copy.autocasts or parameter in matrices):
             wanted = compute
         parameter.data = parameter.data.to(wanted)
 

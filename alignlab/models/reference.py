@@ -119,10 +119,12 @@ class Reference:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave; the policy is not read: its weights may be divided among processes."""
         if not state:
             return
-        self.refresh()
-        mine = self._weights()
+        if self._copy is None and self._fresh:
+            self._become_adapter()
+        self.refreshed, mine = True, self._weights()
         if mine.keys() != state.keys():
             raise ValueError(f"its reference holds {len(state)} tensors, the run's has {len(mine)}")
         for name, value in state.items():

@@ -18,7 +18,18 @@ from alignlab.models.probe import random_groups
 from alignlab.models.quantization import name_of, plain_copy, quantization_of, save_quantization
 
 MERGE = "merge.json"
-"""In the folder of a model that was merged into a dequantised base: how far it is from the one that was trained."""
+"""In the folder of a model that was merged into a dequantised base, or one in half precision: how far it is from the
+one that was trained."""
+
+ROUNDED = (
+    ": {dtype} rounds away most of a small adapter; save the adapter (training.save_model=adapter, merge=false), or "
+    "load the base with model.dtype=float32, to keep all of it"
+)
+
+WIDENED = (
+    "saved in {now}, though the model it was trained from is in {before}: model.dtype=auto is float32 on a CPU; "
+    "model.dtype={before} keeps it"
+)
 
 READS = {"policy": "logp", "score": "score", "step": "step"}
 
@@ -35,8 +46,8 @@ def save_model(
 
     Args:
         merge: fold the adapter into its base, dequantised where it is quantised, and write a full model.
-        texts: what a model merged into a dequantised base is compared on with the one that was trained; random tokens
-            where there are none.
+        texts: what a model merged into a dequantised base, or one in half precision, is compared on with the one that
+            was trained; random tokens where there are none.
 
     Returns:
         What the log should say of it.
@@ -48,16 +59,24 @@ def save_model(
     is_adapter = hasattr(network, "peft_config")
     notes: list[str] = []
     with replacing(folder) as temporary, as_loaded(model):
+        before, now = str(getattr(model.base.config, "dtype", None)).removeprefix("torch."), model.base.dtype
+        if before in ("bfloat16", "float16") and now.itemsize > 2 and (merge or not is_adapter):
+            notes.append(WIDENED.format(now=str(now).removeprefix("torch."), before=before))
         if is_adapter and merge:
             merged = plain_copy(network).merge_and_unload()  # the model being trained is left as it is
             with spare_deepspeed():
                 merged.save_pretrained(temporary)
-            if (quantization := quantization_of(network)) is not None:
-                report = {"quantization": name_of(quantization), **_difference(model, merged, texts)}
+            quantization = quantization_of(network)
+            half = merged.dtype.itemsize < 4
+            if quantization is not None or half:
+                held = "none" if quantization is None else name_of(quantization)
+                dtype = str(merged.dtype).removeprefix("torch.")
+                report = {"quantization": held, "dtype": dtype, **_difference(model, merged, texts)}
                 write_json(temporary / MERGE, report)
                 notes.append(
-                    f"merged into the dequantised {report['quantization']} base: {report['compared']} differ by "
-                    f"{report['mean_difference']:.2g} on average, {report['max_difference']:.2g} at most"
+                    f"merged into the {dtype if quantization is None else f'dequantised {held}'} base: "
+                    f"{report['compared']} differ by {report['mean_difference']:.2g} on average, "
+                    f"{report['max_difference']:.2g} at most{ROUNDED.format(dtype=dtype) if half else ''}"
                 )
         elif is_adapter:
             network.save_pretrained(temporary, selected_adapters=["default"])

@@ -21,7 +21,7 @@ from alignlab.planning.memory import Memory, Optimizer, device_memory, optimizer
 from alignlab.planning.shapes import Shapes, network, read_config, shortened
 from alignlab.planning.trace import Needs, Sampling, Workload, extrapolate, trace
 from alignlab.rollout import RolloutSettings
-from alignlab.training.precision import Precision, resolve
+from alignlab.training.precision import Precision
 from alignlab.training.run_config import check
 
 FEW, MORE = 2, 4
@@ -91,7 +91,6 @@ class PlannedRun:
             self.rollout = c.rollout
         elif c.samples:
             self.notes.append(f"sampling is planned as that of rollout=local: {type(c.rollout).__name__} is not known")
-        self.optimizer_name = str(config["optimizer"]["_target_"]).rpartition(".")[2]
         self.has_reference = "ref_logp" in algorithm.needs or (self.samples and c.source.policy == "reference")
         self.own_critic = algorithm.critic == "own" and "value" in algorithm.reads
         self.max_tokens_per_microbatch = c.training.max_tokens_per_microbatch or usual_tokens(on_cpu)
@@ -189,9 +188,8 @@ class PlannedRun:
 
     def precision(self, variant: Variant, mode: str = "single") -> Precision:
         """What is held and computed in: of a GPU, that it has bfloat16."""
-        training, device = self.checked.training, torch.device("cpu" if self.on_cpu else "cuda")
-        compute = resolve(training.mixed_precision, device, self.dtype(variant), has=True)
-        return Precision(compute, training.mixed_precision != "pure", compute is None or mode != "fsdp")
+        device = torch.device("cpu" if self.on_cpu else "cuda")
+        return Precision.of(self.checked.training.mixed_precision, mode, self.dtype(variant), device, has=True)
 
     def shapes(self, variant: Variant, layers: int | None = None, precision: Precision | None = None) -> Shapes:
         """The model of a variant, without contents.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from alignlab.core import ConfigError
 from alignlab.planning.devices import Device
 from alignlab.planning.memory import MODES, Memory
 from alignlab.planning.run import PlannedRun, Variant
-from alignlab.training.distributed.zero import ELEMENTWISE
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 USABLE = 0.95
@@ -56,9 +57,10 @@ def choices(run: PlannedRun, variant: Variant, max_tokens_per_microbatch: int | 
 def _modes(run: PlannedRun, devices: int) -> Iterator[str]:
     """Those that can be had, from the simplest."""
     for mode in MODES if devices > 1 else ("single", "zero3_offload"):
-        refused = mode.startswith("zero") and run.optimizer_name not in ELEMENTWISE
-        halved = run.checked.training.mixed_precision == "fp16" and mode not in ("single", "ddp")
-        if not (refused or halved or (devices > 1 and mode == "single")):
+        if devices > 1 and mode == "single":
+            continue
+        with suppress(ConfigError):
+            run.checked.check_mode(mode)
             yield mode
 
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Group, Interrupted, PeerLost, SamplerLost
-from alignlab.core.parts import calling
+from alignlab.core.parts import calling, plain_of
 from alignlab.core.storage import StorageError
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
@@ -174,7 +174,8 @@ class Loop:
             trainer.order.observe(index, self._records.pop(index), found.sampled)
         state.iteration += 1
         with calling(trainer.order, "state"):
-            state.order = dict(trainer.order.state)
+            kept = trainer.order.state
+        state.order = plain_of(trainer.order, "state", kept)
         trainer.remember(found.report, found.reward if trainer.source.kind == "rollout" else None)
         if trainer.source.kind == "rollout":
             state.sampled = found.generated_tokens

@@ -11,6 +11,9 @@ from alignlab.build import build_type
 from alignlab.core import ConfigError, require
 from alignlab.models import PackedModel
 
+ELEMENTWISE = ("AdamW", "Adam", "SGD")
+"""Optimisers that treat every number alike: ZeRO gives them flat pieces of the weights."""
+
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """From parameter groups, as torch's optimisers take them, to an optimiser."""
 
@@ -29,6 +32,32 @@ def build_optimizer(values: dict[str, Any], groups: list[dict[str, Any]]) -> tor
     """The optimiser that `_target_` names, for parameter groups."""
     optimizer: torch.optim.Optimizer = build_type(torch.optim.Optimizer, values, "optimizer", groups)
     return optimizer
+
+
+def check_mode(mode: str, mixed_precision: str, optimizer: torch.optim.Optimizer) -> None:
+    """See that a mode of `distributed` can be had with an optimiser and a `training.mixed_precision`.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    zero = mode.startswith("zero")
+    if mixed_precision == "fp16" and (zero or mode == "fsdp"):
+        raise ConfigError(f"training.mixed_precision=fp16: not with distributed={mode}: use bf16")
+    if mixed_precision == "pure" and zero:
+        raise ConfigError(
+            f"training.mixed_precision=pure: DeepSpeed keeps float32 weights whatever the model's are: give auto "
+            f"with distributed={mode}, or use ddp or fsdp"
+        )
+    if zero and type(optimizer).__name__ not in ELEMENTWISE:
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} does not work on the flat pieces of weights that "
+            f"distributed={mode} gives it: use optimizer=adamw or sgd, or distributed=fsdp or ddp"
+        )
+    if zero and optimizer.defaults.get("kahan_sum"):
+        raise ConfigError(
+            f"optimizer.kahan_sum: distributed={mode} keeps float32 weights, of which rounding takes nothing: use "
+            "optimizer=adamw"
+        )
 
 
 def optimizer_of(model: PackedModel, lr: float | None, make: MakeOptimizer | None) -> torch.optim.Optimizer:

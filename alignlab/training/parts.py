@@ -7,6 +7,9 @@ from typing import Any
 from alignlab.core import AlignlabError, ConfigError, DataOrder
 from alignlab.core.parts import WHOLE, calling, finite, name_of
 
+LARGEST = 1e6
+"""Of a schedule's factors: more is a slip, and more by far overflows."""
+
 
 def factor_of(schedule: Any, done: float) -> float:
     """A schedule's factor on the peak learning rate when a share `done` of the run is over.
@@ -17,13 +20,13 @@ def factor_of(schedule: Any, done: float) -> float:
     with calling(schedule, "__call__", f"at {done:.1%} of the run"):
         found = schedule(done)
     try:
-        if (factor := finite(found)) >= 0:
+        if 0 <= (factor := finite(found)) <= LARGEST:
             return factor
         raise ValueError(f"is {factor}")
     except ValueError as error:
         raise AlignlabError(
-            f"{name_of(schedule, '__call__')}: a factor on the learning rate must be >= 0; that at {done:.1%} of the "
-            f"run {error}"
+            f"{name_of(schedule, '__call__')}: a factor on the learning rate must be in [0, {LARGEST:g}]; that at "
+            f"{done:.1%} of the run {error}"
         ) from error
 
 

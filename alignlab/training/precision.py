@@ -13,7 +13,7 @@ import torch
 from alignlab.core import ConfigError, Group, Response
 from alignlab.models import PackedModel, Reference, evaluating
 from alignlab.models.precision import hold_as_computed, products, use_masters
-from alignlab.models.quantization import has_bfloat16
+from alignlab.models.quantization import has_bfloat16, name_of, quantization_of
 from alignlab.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool 
     """What products are made in, from `training.mixed_precision`; None: in what the weights are held in.
 
     "auto" is bfloat16 on GPUs that have it in hardware, and also where the model's weights are in bfloat16 on a CPU:
-    that is never so unless it was asked for. With "pure" weights stay in what the model was loaded in, else they are
-    float32.
+    that is never so unless it was asked for. On GPUs without bfloat16 a model in float16 is trained as with
+    "fp16", with losses scaled; `observe` refuses float16 products without. With "pure" weights stay in what the model
+    was loaded in, else they are float32.
 
     Args:
         weights: what the model is loaded in.
@@ -46,6 +47,8 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool 
     """
     has = has_bfloat16(device) if has is None else has
     if setting == "auto":
+        if weights == torch.float16 and device.type == "cuda" and not has:
+            return torch.float16
         wanted = device.type == "cuda" or (device.type == "cpu" and weights == torch.bfloat16)
         return torch.bfloat16 if wanted and has and weights != torch.float64 else None
     if setting == "bf16" and not has:
@@ -53,6 +56,12 @@ def resolve(setting: str, device: torch.device, weights: torch.dtype, has: bool 
     if setting == "fp16" and device.type != "cuda":
         raise ConfigError("training.mixed_precision=fp16: needs a GPU: give bf16, no or auto")
     return HALF.get(setting)
+
+
+def scaling(setting: str, weights: torch.dtype) -> str:
+    """For `Processes`: the setting, or "fp16" where it comes to float16 products, whose losses are scaled."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "fp16" if setting == "auto" and resolve(setting, device, weights) == torch.float16 else setting
 
 
 @dataclass(frozen=True)
@@ -70,20 +79,22 @@ class Precision:
     autocasts: bool
 
     @classmethod
-    def of(cls, settings: TrainingSettings, mode: str, model: PackedModel, device: torch.device) -> Precision:
-        masters = settings.mixed_precision != "pure"
-        if not masters and mode.startswith("zero"):
-            raise ConfigError(
-                f"training.mixed_precision=pure: DeepSpeed keeps float32 weights whatever the model's are: give auto "
-                f"with distributed={mode}, or use ddp or fsdp"
-            )
-        compute = resolve(settings.mixed_precision, device, model.base.dtype)
-        return cls(compute, masters, mode != "fsdp")
+    def of(
+        cls, setting: str, mode: str, weights: torch.dtype, device: torch.device, has: bool | None = None
+    ) -> Precision:
+        """That of a run in a mode of `distributed`; the rest as in `resolve`."""
+        compute = resolve(setting, device, weights, has)
+        return cls(compute, setting != "pure", compute is None or mode != "fsdp")
 
     @property
     def name(self) -> str:
         """For identities of what was computed: another name, other numbers."""
         return "no" if self.compute is None else f"{name(self.compute)}{'' if self.autocasts else ' throughout'}"
+
+    def products_in(self, weights: torch.dtype, trains_base: bool) -> torch.dtype:
+        """What a model that is loaded in `weights` makes its products in; an adapter leaves its base as it is."""
+        held = torch.promote_types(weights, torch.float32) if self.masters and trains_base else weights
+        return self.compute or held
 
     def apply(self, model: PackedModel, reference: Reference | None, moves_softly: bool) -> None:
         """Put it into a model that is complete, before an engine and an optimiser get it.
@@ -98,10 +109,12 @@ class Precision:
         if self.masters:
             use_masters(model)
         if reference is not None and not reference.shares_weights:
-            if moves_softly:
-                reference.held_in.float()
-            else:
-                hold_as_computed(reference.held_in, model)
+            if moves_softly and any(p.requires_grad and p.dtype.itemsize < 4 for p in model.network.parameters()):
+                raise ConfigError(
+                    "source.ref_update_tau: a reference in half precision would lose most of each small move: give "
+                    "source.ref_update_tau=1, or training.mixed_precision=auto"
+                )
+            hold_as_computed(reference.held_in, model, moves_softly)
 
 
 def set_float32_products(settings: TrainingSettings, device: torch.device) -> None:
@@ -143,12 +156,35 @@ def observe(engine: Engine, reads: Iterable[str]) -> dict[str, str]:
         full = key in ("heads", "reduced") or (key == "weights" and wanted.masters)
         if full and dtypes & half:
             raise ConfigError(f"precision: {key} were to be float32, but are {names(dtypes)} with {engine.name}")
-    if wanted.compute is not None and seen.trunk and wanted.compute not in seen.trunk:
+    asked = weights | frozen if wanted.compute is None else {wanted.compute}
+    if seen.trunk and (not asked & seen.trunk or seen.trunk - asked - _others(model)):
         raise ConfigError(
-            f"training.mixed_precision: products were to be {name(wanted.compute)}, but are {names(seen.trunk)} with "
+            f"training.mixed_precision: products were to be {names(asked)}, but are {names(seen.trunk)} with "
             f"{engine.name}"
         )
+    if (
+        torch.float16 in seen.trunk
+        and engine.processes.accelerator.scaler is None
+        and quantization_of(model.base) is None
+    ):
+        raise ConfigError(
+            "model.dtype=float16: products would be float16, and losses are not scaled: small gradients would "
+            "become 0: give training.mixed_precision=fp16 on a GPU, or model.dtype=bfloat16 or float32"
+        )
     return {key: names(dtypes) for key, dtypes in found.items() if dtypes}
+
+
+def _others(model: PackedModel) -> set[torch.dtype]:
+    """What else products of a model are made in, whatever was asked for. A base in 4 bits has a dtype of its own for
+    them, one in another quantisation is multiplied by its library, and routers of experts are often float32."""
+    config, found = quantization_of(model.base), set[torch.dtype]()
+    if config is not None and name_of(config) in ("nf4", "fp4"):
+        found.add(getattr(torch, str(config.get("bnb_4bit_compute_dtype")).removeprefix("torch."), torch.float32))
+    elif config is not None:
+        found |= {torch.float32, torch.bfloat16, torch.float16, torch.int8}
+    if any("expert" in key for key in model.config.to_dict()):
+        found.add(torch.float32)
+    return found
 
 
 def check_states(engine: Engine) -> bool:

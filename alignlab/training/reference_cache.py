@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 
 import alignlab
@@ -33,14 +34,15 @@ PATIENCE = 60.0
 
 def identity(reference: Reference, temperature: float, precision: str) -> str:
     """SHA-256, in hex, of everything that the reference's log-probs follow from, but for what is read. Takes about a
-    second for each GB of weights and thread. To be asked before the model is divided among processes."""
+    second for each GB of weights and thread. To be asked once the weights are held as they will be computed with, and
+    before the model is divided among processes."""
     tensors, settings = reference.contents()
     parts = {
         "file": 2,  # how rows are written
         "versions": [alignlab.__version__, transformers.__version__],
         "settings": settings,
         "temperature": temperature,
-        "mixed_precision": precision,
+        "products": [precision, torch.get_float32_matmul_precision()],
         "weights": sha256_of_tensors(tensors, "hashing the reference"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

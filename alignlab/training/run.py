@@ -24,6 +24,7 @@ from alignlab.data import Splits, load
 from alignlab.models import (
     PackedModel,
     check_tokens,
+    dtype_loaded,
     load_model,
     outline_of,
     save_model,
@@ -38,7 +39,7 @@ from alignlab.training.checkpoints.store import Checkpoints
 from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
 from alignlab.training.optimizer import build_optimizer
-from alignlab.training.precision import in_words, resolve
+from alignlab.training.precision import Precision, in_words, scaling
 from alignlab.training.run_config import RunConfig, check
 from alignlab.training.run_folder import RESULT, claim, finished
 from alignlab.training.trainer import Trainer, wants_reference
@@ -68,7 +69,8 @@ def train(
         return found | {"already_done": True}
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
-    processes = Processes(run.training.mixed_precision, run.distributed)
+    scaled = scaling(run.training.mixed_precision, dtype_loaded(run.model, run.quantization))
+    processes = Processes(scaled, run.distributed)
     lock = _take_folder(out, config, run, processes, files)
     with run.sampling(partial(_context, out, run, processes)):  # first: a server may share the GPU with the model
         model = _load_model(run, processes)
@@ -84,12 +86,13 @@ def train(
 def _context(out: Path, run: RunConfig, processes: Processes) -> RolloutContext:
     """What a rollout engine needs to know of the run before the model is there."""
     outline = outline_of(run.model)
+    precision = Precision.of(run.training.mixed_precision, run.distributed.mode, outline.dtype, processes.device)
     return RolloutContext(
         model_settings=run.model,
         folder=out,
         adapter=run.adapter,
         device=processes.device,
-        dtype=resolve(run.training.mixed_precision, processes.device, outline.dtype),
+        dtype=precision.products_in(outline.dtype, run.adapter.trains_base),
         held=_held(run, outline.weights, processes.world) if processes.device.type == "cuda" else 0.0,
         rank=processes.rank,
         gather=processes.gather,

@@ -36,7 +36,7 @@ from alignlab.models import (
 from alignlab.rollout import build_engine, build_environment
 from alignlab.scoring import build_scorers
 from alignlab.training.callbacks.trackers import build_tracker
-from alignlab.training.optimizer import build_optimizer
+from alignlab.training.optimizer import build_optimizer, check_mode
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.trainer import wants_reference
 
@@ -72,6 +72,11 @@ class RunConfig:
         """What samples in this run; None where nothing does."""
         return self.rollout if self.samples else None
 
+    def check_mode(self, mode: str) -> None:
+        """See that the run can be had in a mode of `distributed`; raises a ConfigError where it cannot."""
+        optimizer = build_optimizer(self.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+        check_mode(mode, self.training.mixed_precision, optimizer)
+
     def sampling(self, context: Callable[[], RolloutContext]) -> Any:
         """What must live while responses are sampled, such as a server."""
         return started(self.rollout, context()) if self.samples else nullcontext()
@@ -101,13 +106,10 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
         tracker=build_tracker(config.get("tracker")),
         schedule=build_type(Schedule, config.get("schedule"), "schedule"),
         order=partial(build_type, DataOrder, config["order"], "order") if config.get("order") else None,
-        callbacks=[
-            build_type(Callback, values, f"callbacks.{name}")
-            for name, values in (config.get("callbacks") or {}).items()
-        ],
+        callbacks=_build_callbacks(config.get("callbacks") or {}),
         optimizer=config["optimizer"],
     )
-    build_optimizer(run.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+    run.check_mode(run.distributed.mode)
     check_adapter(run.quantization, run.adapter)
     _check_watching(run.training)
     _check_columns(run)
@@ -122,6 +124,13 @@ def check(config: dict[str, Any], algorithm: Algorithm | None = None, scorers: l
     if run.source.ref_update_interval and not wants_reference(run.algorithm, run.source):
         raise ConfigError(f"source.ref_update_interval: {type(run.algorithm).__name__} uses no reference policy")
     return run
+
+
+def _build_callbacks(values: Any) -> list[Callback]:
+    """The callbacks of the config, each a section with a name of the user's."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"callbacks={values!r}: must be sections, as in callbacks.mine._target_=my_module.MyCallback")
+    return [build_type(Callback, each, f"callbacks.{name}") for name, each in values.items()]
 
 
 def build_algorithm(values: dict[str, Any]) -> Algorithm:

@@ -19,7 +19,7 @@ DIVIDING = ("fsdp", "zero3", "zero3_offload")
 class TrainingSettings(Settings):
     """How long, in what portions, watched how. Batch sizes and limits are global, over all processes."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=10**9)
     epochs: float | None = Field(None, gt=0)
     max_trained_tokens: int | None = Field(None, ge=1)
     max_generated_tokens: int | None = Field(None, ge=1)
@@ -94,7 +94,7 @@ class DistributedSettings(Settings):
     """Over how many processes, and what of the model each holds."""
 
     mode: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "single"
-    processes: int | None = Field(None, ge=1)
+    processes: int | None = Field(None, ge=1, le=4096)
     timeout: float = Field(1800.0, gt=0)
 
     @property

@@ -38,9 +38,16 @@ from alignlab.training.distributed.engine import Engine, make_engine
 from alignlab.training.distributed.processes import Processes, launched
 from alignlab.training.loop import Loop
 from alignlab.training.micro_batch_budget import TokenBudget
-from alignlab.training.optimizer import MakeOptimizer, optimizer_of
+from alignlab.training.optimizer import MakeOptimizer, check_mode, optimizer_of
 from alignlab.training.order import Shuffled, iteration_seed
-from alignlab.training.precision import Precision, check_states, observe, set_float32_products, warn_of_rounding
+from alignlab.training.precision import (
+    Precision,
+    check_states,
+    observe,
+    scaling,
+    set_float32_products,
+    warn_of_rounding,
+)
 from alignlab.training.reference_cache import ReferenceCache, identity
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
@@ -118,7 +125,7 @@ class Trainer:
         self.settings, self.source = settings or TrainingSettings(), source or SourceSettings()
         self.model = model = model_for(policy, algorithm)
         distributed = distributed or DistributedSettings(mode="ddp" if (launched() or 1) > 1 else "single")
-        self.processes = processes or Processes(self.settings.mixed_precision, distributed)
+        self.processes = processes or Processes(scaling(self.settings.mixed_precision, model.base.dtype), distributed)
         self.train, self.validation = list(train), list(validation)
         self.callbacks = check_objects(Callback, callbacks, "callbacks")
         self.schedule = schedule or Constant()
@@ -131,17 +138,20 @@ class Trainer:
             self.order = make_order(groups=self.train, batch_size=per_iteration, seed=self.settings.seed)
 
         set_float32_products(self.settings, self.processes.device)
-        self.precision = Precision.of(self.settings, distributed.mode, model, self.processes.device)
+        self.precision = Precision.of(
+            self.settings.mixed_precision, distributed.mode, model.base.dtype, self.processes.device
+        )
         # The reference is the policy as it is now: before a value head is added, and before weights are divided.
         reference = None
         if wants_reference(algorithm, self.source):
             reference = Reference(model, model.fresh_adapter, moves=self.source.ref_update_interval is not None)
-        cache = self._reference_cache(reference, rollout)
         if "value" in algorithm.reads and model.value_head is None:
             add_value_head(model, algorithm.critic, self.settings.seed)
         softly = self.source.ref_update_interval is not None and self.source.ref_update_tau < 1
         self.precision.apply(model, reference, softly)
+        cache = self._reference_cache(reference, rollout)
         made = optimizer_of(model, lr, optimizer)
+        check_mode(distributed.mode, self.settings.mixed_precision, made)
         if (lost := warn_of_rounding(model, made)) and self.processes.is_main:
             log.warning(lost)
         with self.processes.peers():
@@ -240,6 +250,8 @@ class Trainer:
         if self.processes.is_main:
             texts = [g for g in self.train if g.responses][:8]
             notes = save_model(self.model, Path(folder), merge=merge, texts=texts)
+            for note in notes:
+                log.warning(note)
         self.processes.barrier()
         return notes
 
@@ -349,7 +361,8 @@ class Trainer:
         """What the steps on an iteration's groups report."""
         self.state.report = {**numbers_of(self.algorithm, "report", self.algorithm.report), **report}
         with calling(self.algorithm, "state"):
-            self.state.algorithm = dict(self.algorithm.state)
+            kept = self.algorithm.state
+        self.state.algorithm = numbers_of(self.algorithm, "state", kept)
         self.state.reward = reward
 
     # ------------------------------------------------------------------ evaluation

@@ -14,8 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignlab.core import AdapterKind, ConfigError, Group, Response
-from alignlab.models import LoRA, ModelSettings, PackedModel, load_model, load_tokenizer, save_model
-from tests import tiny
+from alignlab.models import (
+    LoRA,
+    ModelSettings,
+    PackedModel,
+    QuantizationSettings,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from tests import components, tiny
 
 LORA = LoRA(r=4, alpha=8)
 Saved = Callable[..., Path]
@@ -221,6 +229,34 @@ def test_heads_are_float32_at_least(saved: Saved) -> None:
         model = load(saved(), kind="score", dtype=dtype)
         assert next(model.head.parameters()).dtype == expected
         assert model.outputs(tiny.some_groups(), ("score",))["score"][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("score", 1), ("step", 3)])
+@pytest.mark.parametrize("held", ["whole", "shards", "nf4", "adapter"])
+@torch.no_grad()
+def test_heads_come_back_to_the_bit(tmp_path: Path, kind: str, labels: int, held: str) -> None:
+    """Beside a base in bfloat16, in which transformers reads all of a file."""
+    if held == "nf4":
+        components.need("bitsandbytes")
+    tiny.save(tmp_path / "base", **tiny.QUANTIZABLE)
+    half = {"dtype": "bfloat16", "layout": "packed"}
+
+    def read(path: Path, adapter: AdapterKind | None, quantization: str = "none") -> PackedModel:
+        settings = ModelSettings(path=str(path), **half)
+        return load_model(settings, adapter, kind, labels=labels, quantization=QuantizationSettings(kind=quantization))
+
+    model = read(tmp_path / "base", LORA if held == "adapter" else None)
+    weight = next(p for n, p in model.head.named_parameters() if p.requires_grad)
+    weight.copy_(torch.linspace(0.1, 0.3, weight.numel()).view_as(weight))
+    save_model(model, tmp_path / "model")
+    if held == "shards":
+        model.network.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+        (tmp_path / "model/model.safetensors").unlink(missing_ok=True)
+        assert (tmp_path / "model/model.safetensors.index.json").exists()
+    adapter, quantization = (LORA, "nf4") if held == "nf4" else (None if held != "adapter" else LORA, "none")
+    again = read(tmp_path / "model", adapter, quantization)
+    found = [p for n, p in again.head.named_parameters() if n.endswith("weight")]
+    assert weight.dtype == torch.float32 and any(p.dtype == weight.dtype and torch.equal(p, weight) for p in found)
 
 
 @pytest.mark.parametrize("layout", ["packed", "plain"])

@@ -144,6 +144,38 @@ def test_merging_leaves_the_model_in_training_as_it_is(saved: Callable[..., Path
     torch.testing.assert_close(torch.cat(says(merged, groups)), before, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_what_a_half_precision_base_takes_from_an_adapter_is_measured_and_said(tmp_path: Path) -> None:
+    """Less than 1/512 of a weight is lost in bfloat16."""
+    tiny.save(tmp_path / "base")
+    settings = ModelSettings(path=str(tmp_path / "base"), dtype="bfloat16", layout="plain")
+    model, groups = load_model(settings, LORA), tiny.some_groups()
+    base = torch.cat(says(model, groups))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.fill_(1e-3)
+    (note,) = save_model(model, tmp_path / "merged", merge=True, texts=groups)
+    report = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert (report["quantization"], report["dtype"], report["numbers"]) == ("none", "bfloat16", len(base))
+    assert (
+        "merged into the bfloat16 base: log-probs differ by" in note and "rounds away most of a small adapter" in note
+    )
+    merged = load_model(settings.model_copy(update={"path": str(tmp_path / "merged")}))
+    difference = (torch.cat(says(model, groups)) - torch.cat(says(merged, groups))).abs()
+    assert report["max_difference"] == pytest.approx(float(difference.max()), rel=1e-3) and difference.max() > 0
+    assert save_model(load_model(settings, LORA), tmp_path / "adapter") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs keep bfloat16")
+def test_a_wider_model_than_it_was_is_said(tmp_path: Path) -> None:
+    tiny.network().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    for dtype, said in (("auto", 1), ("bfloat16", 0), ("float32", 0)):
+        model = load_model(ModelSettings(path=str(tmp_path / "base"), dtype=dtype, layout="packed"))  # type: ignore[arg-type]
+        notes = save_model(model, tmp_path / dtype)
+        assert ["saved in float32" in n and "model.dtype=bfloat16 keeps it" in n for n in notes] == [True] * said
+
+
 def test_an_adapter_is_small_and_knows_its_base(saved: Callable[..., Path], tmp_path: Path) -> None:
     save_model(load_model(ModelSettings(path=str(saved())), LORA), tmp_path / "model")
     names = {p.name for p in (tmp_path / "model").iterdir()}

@@ -16,6 +16,7 @@ import torch
 from alignlab.algorithms.sft import SFT
 from alignlab.core import ConfigError
 from alignlab.models import (
+    LoRA,
     ModelSettings,
     PackedModel,
     QuantizationSettings,
@@ -27,6 +28,7 @@ from alignlab.models import (
 )
 from alignlab.models.quantization import loading_options
 from alignlab.training import precision as module
+from alignlab.training.optimizer import check_mode
 from alignlab.training.precision import Precision, in_words, resolve, set_float32_products
 from alignlab.training.settings import TrainingSettings
 from alignlab.training.trainer import Trainer
@@ -86,21 +88,29 @@ def test_the_loss_falls(folder: Path, algorithm: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("kahan", [False, True])
-def test_resumed_is_bit_identical(folder: Path, kahan: bool) -> None:
-    """Checkpoints keep the masters; the saved model, in bfloat16, would not do. Kahan's optimiser counts steps for a
-    group of weights rather than for each."""
-    words = ["model.dtype=bfloat16", "adapter=none", "training.checkpoint_every=2", "training.steps=4"]
-    words += ["training.keep_last=9", "optimizer=adamw", "optimizer.lr=1e-4"]
-    if kahan:
+KAHAN = ["optimizer=adamw_kahan", "optimizer.lr=1e-4"]
+RESUMED = {
+    "adamw": ("sft", ["adapter=none", "optimizer=adamw", "optimizer.lr=1e-4"]),
+    "kahan": ("sft", ["adapter=none", *KAHAN, "training.mixed_precision=pure"]),
+    "kahan-and-a-float32-head": ("ppo", ["adapter=none", *KAHAN, "training.mixed_precision=pure"]),
+    "kahan-of-float32": ("dpo", ["adapter=lora", *KAHAN]),
+}
+"""Kahan's optimiser counts steps for a group of weights rather than for each, and has no remainders of float32 ones."""
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_is_bit_identical(folder: Path, name: str) -> None:
+    """Checkpoints keep the masters; the saved model, in bfloat16, would not do."""
+    algorithm, own = RESUMED[name]
+    if "kahan" in name:
         components.need("optimi")
-        words += ["optimizer=adamw_kahan", "optimizer.lr=1e-4", "training.mixed_precision=pure"]
-    whole, half = f"whole-{kahan}", f"half-{kahan}"
-    runs.train(folder, "sft", whole, *words)
+    words = [*own, "model.dtype=bfloat16", "training.checkpoint_every=2", "training.steps=4", "training.keep_last=9"]
+    whole, half = f"whole-{name}", f"half-{name}"
+    runs.train(folder, algorithm, whole, *words)
     (folder / half / "checkpoints").mkdir(parents=True)
     shutil.copy(folder / whole / "config.yaml", folder / half)
     shutil.copytree(folder / whole / "checkpoints/step-00000002", folder / half / "checkpoints/step-00000002")
-    runs.train(folder, "sft", half, *words)
+    runs.train(folder, algorithm, half, *words)
     one, two = (precision.checkpoint(folder, out, 4) for out in (whole, half))
     assert all(torch.equal(one[n][k], two[n][k]) for n in one for k in one[n])
 
@@ -151,6 +161,84 @@ def test_pure_bfloat16_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixtu
     assert made.computes == {"weights": "bfloat16", "products": "bfloat16"}
 
 
+def test_products_in_other_precisions_beside_the_wanted_one_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an engine switches autocast off in some layers."""
+    made = trainer(folder)
+    layer = made.model.decoder.layers[0].mlp
+    inner = layer.forward
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return inner(x.float())
+
+    monkeypatch.setattr(layer, "forward", exact)
+    with pytest.raises(ConfigError, match="products were to be bfloat16, but are bfloat16 and float32 with single"):
+        module.observe(made.engine, ("logp",))
+
+
+def test_float16_products_need_a_scaler(folder: Path) -> None:
+    """Float32 weights of a full model are multiplied in float32; a frozen base under an adapter is float16."""
+    full = Trainer(policy(folder, "float16"), SFT(), lr=1e-3)
+    assert full.computes["products"] == "float32"
+    with pytest.raises(ConfigError, match=r"model\.dtype=float16: products would be float16, and losses are not"):
+        Trainer(policy(folder, "float16", adapter=LoRA(r=2)), SFT(), lr=1e-3)
+
+
+def test_auto_scales_losses_where_products_are_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    for there, expected in ((True, "fp16"), (False, "auto")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert module.scaling("auto", FP16) == expected
+    assert module.scaling("no", FP16) == "no"
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(r=2)])
+def test_frozen_weights_beside_exact_products(folder: Path, tmp_path: Path, adapter: LoRA | None) -> None:
+    """Without autocast a frozen layer in bfloat16 would meet float32 activations."""
+    settings = ModelSettings(path=str(folder / "base"), dtype="bfloat16", freeze_layers=0 if adapter else 1)
+    made = Trainer(load_model(settings, adapter), SFT(), lr=1e-3, settings=TrainingSettings(mixed_precision="no"))
+    frozen = made.model.decoder.layers[0].mlp.up_proj.weight if adapter is None else None
+    assert made.step(tiny.groups([(4, [3, 2])]))["grad_norm"] > 0
+    if frozen is not None:
+        assert frozen.dtype == FP32 and made.computes["products"] == "float32"
+        made.save(tmp_path / "model")
+        assert {t.dtype for t in runs.weights_of(tmp_path / "model").values()} == {BF16}
+
+
+@pytest.mark.parametrize("softly", [False, True])
+def test_a_reference_beside_frozen_layers_is_the_policy(folder: Path, softly: bool) -> None:
+    model = load_model(ModelSettings(path=str(folder / "base"), dtype="bfloat16", freeze_layers=1))
+    reference = Reference(model, fresh_adapter=False, moves=True)
+    Precision(BF16, True, True).apply(model, reference, moves_softly=softly)
+    groups = tiny.some_groups()
+    with reference.model() as frozen:
+        theirs = frozen.outputs(groups)["logp"]
+    assert all(torch.equal(a, b) for a, b in zip(model.outputs(groups)["logp"], theirs, strict=True))
+
+
+def test_a_reference_in_half_precision_does_not_move_slowly(folder: Path) -> None:
+    model = policy(folder)
+    reference = Reference(model, fresh_adapter=False, moves=True)
+    with pytest.raises(ConfigError, match=r"source\.ref_update_tau: a reference in half precision"):
+        Precision(None, False, True).apply(model, reference, moves_softly=True)
+
+
+def test_heads_are_multiplied_exactly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in TF32, whatever other float32 products are in."""
+    model, levels = policy(folder, kind="score"), []
+    model.head.register_forward_hook(lambda *_: levels.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        model.outputs(tiny.some_groups(), ("score",))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(levels) == {"highest"}
+
+
 # ---------------------------------------------------------------------- settings and devices
 
 
@@ -160,7 +248,10 @@ def test_pure_bfloat16_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixtu
         ("auto", CUDA, True, FP32, BF16),
         ("auto", CUDA, True, BF16, BF16),
         ("auto", CUDA, True, FP64, None),
-        ("auto", CUDA, False, FP16, None),
+        ("auto", CUDA, False, FP16, FP16),
+        ("auto", CUDA, True, FP16, BF16),
+        ("auto", CUDA, False, BF16, None),
+        ("auto", CPU, True, FP16, None),
         ("auto", CPU, False, BF16, BF16),
         ("auto", CPU, True, FP32, None),
         ("no", CUDA, True, BF16, None),
@@ -190,9 +281,24 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
         resolve("fp16", CPU, FP32)
 
 
-def test_deepspeed_has_masters_of_its_own(folder: Path) -> None:
+@pytest.mark.parametrize("mode", ["zero2", "zero3_offload"])
+def test_deepspeed_has_masters_of_its_own(mode: str) -> None:
+    plain = torch.optim.AdamW([torch.zeros(1)])
+    check_mode("ddp", "pure", plain)
+    check_mode(mode, "auto", plain)
     with pytest.raises(ConfigError, match=r"training\.mixed_precision=pure: DeepSpeed keeps float32 weights"):
-        Precision.of(TrainingSettings(mixed_precision="pure"), "zero2", policy(folder), CPU)
+        check_mode(mode, "pure", plain)
+    plain.defaults["kahan_sum"] = True
+    with pytest.raises(ConfigError, match=r"optimizer\.kahan_sum: .* use optimizer=adamw"):
+        check_mode(mode, "auto", plain)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "zero1"])
+def test_float16_is_for_whole_models(mode: str) -> None:
+    plain = torch.optim.AdamW([torch.zeros(1)])
+    check_mode("ddp", "fp16", plain)
+    with pytest.raises(ConfigError, match=f"training.mixed_precision=fp16: not with distributed={mode}: use bf16"):
+        check_mode(mode, "fp16", plain)
 
 
 def test_float32_products_are_said_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +382,6 @@ def test_heads_are_not_rounded(folder: Path) -> None:
 @torch.no_grad()
 def test_small_adapters_are_not_rounded_away(folder: Path) -> None:
     """W + s·B·A in bfloat16 would be W, where W is 1 or -1 and the rest 1/1024."""
-    from alignlab.models import LoRA
     from alignlab.models.lora import FusedLinear
 
     model = policy(folder, adapter=LoRA(r=1, alpha=1.0)).to(BF16)

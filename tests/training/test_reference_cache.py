@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -366,6 +367,33 @@ def test_runs_that_train_something_else_share_it(folder: Path, asked: list[int])
     runs.train(folder, "dpo", "lora-without", "adapter=lora", *plain)
     found = [runs.weights(folder, out) for out in ("lora", "lora-without")]
     assert runs.difference(*found) < 1e-3
+
+
+KINDS = {
+    "full": ["adapter=none"],
+    "again": ["adapter=none", "training.seed=5"],
+    "lora": ["adapter=lora"],
+    "frozen": ["adapter=none", "model.freeze_layers=1"],
+    "float32": ["adapter=none", "training.mixed_precision=no"],
+    "pure": ["adapter=none", "training.mixed_precision=pure"],
+    "pure lora": ["adapter=lora", "training.mixed_precision=pure"],
+}
+"""Runs of a bfloat16 model whose references differ in what tensors are held or multiplied in, but for two pairs."""
+
+
+def test_runs_share_it_where_they_compute_the_same_numbers(folder: Path) -> None:
+    kept: dict[str, tuple[str, dict[bytes, bytes]]] = {}
+    for kind, words in KINDS.items():
+        where = folder / f"precision-{kind}"
+        more = ("model.dtype=bfloat16", "training.steps=1", "training.batch_size=12", *words)
+        runs.train(folder, "dpo", where.name, f"training.reference_cache={where}/cache", *more)
+        (file,) = (where / "cache").glob("*.sqlite")
+        with closing(sqlite3.connect(file)) as connection:
+            kept[kind] = (file.name, dict(connection.execute("SELECT key, logp FROM logps").fetchall()))
+    assert all(a[1] == b[1] for a, b in itertools.combinations(kept.values(), 2) if a[0] == b[0])
+    name = {kind: name for kind, (name, _) in kept.items()}
+    assert name["full"] == name["again"] and name["pure"] == name["pure lora"]
+    assert len(set(name.values())) == 5
 
 
 def test_a_reference_that_moves_and_one_of_samples_are_not_kept(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 
 from alignlab.config import compose, resolve
 from alignlab.core import ConfigError, Group, Response
+from alignlab.rollout import VllmSettings
 from alignlab.rollout.produce import produce
 from alignlab.rollout.vllm.client import ServerLost
+from alignlab.rollout.vllm.run import VllmRun
 from alignlab.rollout.vllm.server import Server
 from alignlab.training import run as training_run
 from alignlab.training.distributed.engine import Engine
@@ -119,6 +122,26 @@ def test_samples_are_those_of_the_policy_as_it_is(
         return
     assert max(of(folder, out, "rollout_logp_difference_max")) < 1e-4
     assert all(0 <= k < 1e-6 for k in of(folder, out, "rollout_kl"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "setting", "expected"),
+    [
+        ("none", "auto", torch.bfloat16),
+        ("none", "no", torch.float32),
+        ("none", "pure", torch.bfloat16),
+        ("lora", "no", torch.bfloat16),
+    ],
+)
+def test_a_server_computes_in_what_training_computes_in(
+    folder: Path, serve: Callable[..., tuple[str, Model]], adapter: str, setting: str, expected: torch.dtype
+) -> None:
+    """Of a bfloat16 model: what is trained becomes float32, a frozen base does not."""
+    more = ("model.dtype=bfloat16", f"adapter={adapter}", f"training.mixed_precision={setting}")
+    run = check(runs.config_of(folder, runs.words_for(folder, "grpo", "computes", *SERVED, *more)))
+    one = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0, gather=lambda value: [value])
+    context = training_run._context(folder / "computes", run, one)  # type: ignore[arg-type]
+    assert VllmRun(VllmSettings(url=serve()[0].partition("=")[2]), context).dtype == expected
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero3"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ def load_state(
             for i, columns in torch.load(folder / KNOWN, weights_only=True).items():
                 for response, values in zip(records[i].responses, columns, strict=True):
                     response.columns["ref_logp"] = values.numpy()
-    except (OSError, RuntimeError, LookupError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, RuntimeError, LookupError, ValueError, UnpicklingError, SafetensorError) as error:
         raise AlignlabError(f"{folder}: this checkpoint does not fit the run: {error}") from error
     raw = _as_arrays(raw)
     pending = [Group(**{**g, "responses": [Response(**r) for r in g["responses"]]}) for g in raw.pop("pending")]

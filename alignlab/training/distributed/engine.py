@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.core import ConfigError, Group, Response
+from alignlab.core.parts import calling
 from alignlab.models import InStep, PackedModel
 from alignlab.training.distributed.processes import WRAPPERS, Processes
 from alignlab.training.precision import Precision
@@ -21,6 +22,9 @@ BUCKET = 1 << 25
 
 GROUP = "group."
 """How the names of tensors begin that an optimiser keeps for a group of parameters."""
+
+NONE = "none."
+"""How the names begin of states that an optimiser holds as None: an empty tensor stands for each in a checkpoint."""
 
 Tensors = dict[str, Tensor]
 """A trained parameter as a checkpoint keeps it: "weight", and its optimiser state by the optimiser's names."""
@@ -118,7 +122,8 @@ class Engine:
         norm = self._clip()
         # float16: the scaler skips such a step by itself, and scales less from then on
         if math.isfinite(norm) or self.processes.accelerator.scaler is not None:
-            self.optimizer.step()
+            with calling(getattr(self.optimizer, "optimizer", self.optimizer), "step"):
+                self.optimizer.step()
         self.discard()
         return norm
 
@@ -172,7 +177,9 @@ class Engine:
         all."""
         held = self.optimizer.state if states else {}
         for name, parameter in self.trained().items():
-            state = {k: torch.as_tensor(v) for k, v in held.get(parameter, {}).items()}
+            own = held.get(parameter, {})
+            state = {k: torch.as_tensor(v) for k, v in own.items() if v is not None}
+            state |= {NONE + k: torch.empty(0) for k, v in own.items() if v is None}
             shared = {GROUP + k: torch.as_tensor(v) for k, v in self._shared(parameter).items()} if states else {}
             yield name, {"weight": parameter.detach(), **state, **shared}
 
@@ -194,7 +201,8 @@ class Engine:
                 parameter = parameters[name]
                 parameter.copy_(tensors["weight"])
                 shared = {k.removeprefix(GROUP): v for k, v in tensors.items() if k.startswith(GROUP)}
-                states[parameter] = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                own = {k: v for k, v in tensors.items() if k != "weight" and not k.startswith(GROUP)}
+                states[parameter] = {k.removeprefix(NONE): None if k.startswith(NONE) else v for k, v in own.items()}
                 group = self._group_of(parameter)
                 for key, value in shared.items():
                     group[key] = bool(value) if value.dtype == torch.bool else value.clone()

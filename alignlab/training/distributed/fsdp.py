@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from alignlab.core import ConfigError
 from alignlab.core.private_api import make_root, state_dict_hooks, summed_in
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
@@ -32,8 +31,6 @@ class FSDPEngine(Engine):
     divides = True
 
     def _wrap(self) -> None:
-        if self.processes.accelerator.scaler is not None:
-            raise ConfigError("training.mixed_precision=fp16: not with distributed=fsdp: use bf16")
         self.mesh: DeviceMesh = init_device_mesh(self.processes.device.type, (self.processes.world,))
         places = {id(p): (g, i) for g in self.optimizer.param_groups for i, p in enumerate(g["params"])}
         former = {n: id(p) for n, p in self.model.named_parameters()}

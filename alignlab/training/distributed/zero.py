@@ -11,13 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignlab.core import ConfigError
 from alignlab.core.private_api import forward_pre_hooks, hook_modules, link_states
 from alignlab.models import PackedModel
 from alignlab.training.distributed.engine import Engine, Tensors
-
-ELEMENTWISE = ("AdamW", "Adam", "SGD")
-"""Optimisers that treat every number alike: ZeRO gives them flat pieces of the weights."""
 
 BUCKET = 1 << 26
 """Numbers that are exchanged at once; DeepSpeed's own 5e8 take 2 GB on every device."""
@@ -53,13 +49,6 @@ class ZeroEngine(Engine):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPUs it would compile collectives of its own, for a minute, and wait for ever where a process has died.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if type(self.optimizer).__name__ not in ELEMENTWISE:
-            raise ConfigError(
-                f"optimizer: {type(self.optimizer).__name__} does not work on the flat pieces of weights that "
-                "distributed=zero* gives it: use optimizer=adamw or sgd, or distributed=fsdp or ddp"
-            )
-        if self.processes.accelerator.scaler is not None:
-            raise ConfigError("training.mixed_precision=fp16: not with distributed=zero*: use bf16")
         self._references: list[Any] = []
         if self.divides:
             self._share_out(self.model)

@@ -153,8 +153,10 @@ def test_what_the_policy_was_is_computed_in_the_precision_of_training(folder: Pa
 
 ADAM = ["optimizer=adamw", "optimizer.lr=1e-3", "training.checkpoint_every=3", "training.keep_last=9"]
 MODES = ["single", *ENGINES]
-TRAINED = {"dpo": ["adapter=lora"], "ppo": ["adapter=none"]}
-"""One on data with an adapter, one on samples with a critic and the whole model."""
+MOVING = ["source.ref_update_interval=1", "source.ref_update_tau=0.3", "source.rollout_batch_size=5"]
+TRAINED = {"dpo": ["adapter=lora"], "ppo": ["adapter=none", *MOVING]}
+"""One on data with an adapter, one on samples with a critic, the whole model and a reference that has been refreshed
+once by the third step."""
 RESUMED = [(a, m) for a in TRAINED for m in ENGINES if a == "ppo" or m not in ("zero1", "zero3_offload")]
 """An adapter's shares are written as in ZeRO-2 by ZeRO-1, and as in ZeRO-3 by that with offload."""
 
