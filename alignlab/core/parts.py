@@ -170,31 +170,6 @@ def numbers_of(part: object, method: str, found: Any) -> dict[str, float]:
         raise AlignlabError(f"{name_of(part, method)}: must return a dictionary of numbers: one {error}") from error
 
 
-def plain_of(part: object, method: str, found: Any) -> dict[str, Any]:
-    """What a part keeps in checkpoints: numbers, texts, lists and mappings of them.
-
-    Raises:
-        AlignlabError: it holds something else.
-    """
-
-    def check(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for each in value.values():
-                check(each)
-        elif isinstance(value, list | tuple):
-            for each in value:
-                check(each)
-        elif not isinstance(value, str | int | float | np.generic | np.ndarray | None):
-            raise AlignlabError(
-                f"{name_of(part, method)}: keeps numbers, texts, lists and dictionaries of them; got {_kind(value)}"
-            )
-
-    if not isinstance(found, Mapping):
-        raise AlignlabError(f"{name_of(part, method)}: must return a dictionary; got {_kind(found)}")
-    check(found)
-    return dict(found)
-
-
 def number(value: Any) -> float:
     """A number that someone else's code gave, NaN and infinity among them.
 

@@ -10,11 +10,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignlab.core import AlignlabError, Group, Interrupted, PeerLost, SamplerLost
-from alignlab.core.parts import calling, plain_of
+from alignlab.core.parts import calling
 from alignlab.core.storage import StorageError
 from alignlab.training.checkpoints.state import State
 from alignlab.training.order import Shuffled, iteration_seed
-from alignlab.training.parts import batch_of, check_order, factor_of
+from alignlab.training.parts import batch_of, check_order, factor_of, plain_of
 from alignlab.training.signals import StopRequest
 
 if TYPE_CHECKING:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from alignlab.core import AlignlabError, ConfigError, DataOrder
 from alignlab.core.parts import WHOLE, calling, finite, name_of
@@ -53,3 +56,29 @@ def batch_of(order: DataOrder, index: int, count: int) -> list[int]:
             f"one; got {found!r:.80}"
         )
     return [int(i) for i in listed]
+
+
+def plain_of(part: object, method: str, found: Any) -> dict[str, Any]:
+    """What a part keeps in checkpoints: numbers, texts, lists and mappings of them.
+
+    Raises:
+        AlignlabError: it holds something else.
+    """
+
+    def check(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for each in value.values():
+                check(each)
+        elif isinstance(value, list | tuple):
+            for each in value:
+                check(each)
+        elif not isinstance(value, str | int | float | np.generic | np.ndarray | None):
+            raise AlignlabError(
+                f"{name_of(part, method)}: keeps numbers, texts, lists and dictionaries of them; got "
+                f"{type(value).__name__}"
+            )
+
+    if not isinstance(found, Mapping):
+        raise AlignlabError(f"{name_of(part, method)}: must return a dictionary; got {type(found).__name__}")
+    check(found)
+    return dict(found)

@@ -20,9 +20,11 @@ import torch
 import transformers
 
 import alignlab
-from alignlab.core import Group, Response
+from alignlab.core import Algorithm, Group, Response
 from alignlab.models import Reference
 from alignlab.training.checkpoints.hashing import sha256_of_tensors
+from alignlab.training.distributed.processes import Processes
+from alignlab.training.settings import SourceSettings
 
 log = logging.getLogger(__name__)
 
@@ -122,3 +124,22 @@ class ReferenceCache:
         made = sqlite3.connect(self.path, timeout=PATIENCE, check_same_thread=False)
         made.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp BLOB NOT NULL) WITHOUT ROWID")
         return made
+
+
+def cache_of(
+    reference: Reference | None, folder: str | Path | None, precision: str, processes: Processes
+) -> ReferenceCache | None:
+    """Where what a reference says of the data is kept for other runs; None without a reference or a folder.
+
+    Args:
+        precision: of the run, by name.
+    """
+    if reference is None or folder is None:
+        return None
+    known = identity(reference, 1.0, precision) if processes.is_main else ""
+    return ReferenceCache(Path(folder), processes.gather(known)[0])
+
+
+def wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
+    """Whether a run needs the policy as it was."""
+    return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")

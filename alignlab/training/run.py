@@ -40,9 +40,10 @@ from alignlab.training.distributed.processes import Processes
 from alignlab.training.distributed.watchdog import LOGS
 from alignlab.training.optimizer import build_optimizer
 from alignlab.training.precision import Precision, in_words, scaling
+from alignlab.training.reference_cache import wants_reference
 from alignlab.training.run_config import RunConfig, check
 from alignlab.training.run_folder import RESULT, claim, finished
-from alignlab.training.trainer import Trainer, wants_reference
+from alignlab.training.trainer import Trainer
 
 
 def train(

@@ -37,8 +37,8 @@ from alignlab.rollout import build_engine, build_environment
 from alignlab.scoring import build_scorers
 from alignlab.training.callbacks.trackers import build_tracker
 from alignlab.training.optimizer import build_optimizer, check_mode
+from alignlab.training.reference_cache import wants_reference
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
-from alignlab.training.trainer import wants_reference
 
 
 @dataclass(frozen=True)

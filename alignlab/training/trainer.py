@@ -48,7 +48,7 @@ from alignlab.training.precision import (
     set_float32_products,
     warn_of_rounding,
 )
-from alignlab.training.reference_cache import ReferenceCache, identity
+from alignlab.training.reference_cache import cache_of, wants_reference
 from alignlab.training.schedule import Constant
 from alignlab.training.settings import DistributedSettings, SourceSettings, TrainingSettings
 from alignlab.training.step import Pass, run_with_memory
@@ -149,7 +149,8 @@ class Trainer:
             add_value_head(model, algorithm.critic, self.settings.seed)
         softly = self.source.ref_update_interval is not None and self.source.ref_update_tau < 1
         self.precision.apply(model, reference, softly)
-        cache = self._reference_cache(reference, rollout)
+        keeps = None if rollout is not None or self.source.ref_update_interval else self.settings.reference_cache
+        cache = cache_of(reference, keeps, self.precision.name, self.processes)
         made = optimizer_of(model, lr, optimizer)
         check_mode(distributed.mode, self.settings.mixed_precision, made)
         if (lost := warn_of_rounding(model, made)) and self.processes.is_main:
@@ -425,18 +426,3 @@ class Trainer:
         best = self.checkpoints.best() if self.checkpoints is not None else None
         if best is not None:
             self.load_checkpoint(best)
-
-    # ------------------------------------------------------------------ reference
-
-    def _reference_cache(self, reference: Reference | None, rollout: RolloutEngine | None) -> ReferenceCache | None:
-        """Where what the reference says of the data is kept for other runs, if it can be."""
-        folder = self.settings.reference_cache
-        if reference is None or folder is None or rollout is not None or self.source.ref_update_interval:
-            return None
-        known = identity(reference, 1.0, self.precision.name) if self.processes.is_main else ""
-        return ReferenceCache(Path(folder), self.processes.gather(known)[0])
-
-
-def wants_reference(algorithm: Algorithm, source: SourceSettings) -> bool:
-    """Whether a run needs the policy as it was."""
-    return "ref_logp" in algorithm.needs or (source.kind == "rollout" and source.policy == "reference")
