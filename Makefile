@@ -100,7 +100,7 @@ CUDA_VENV := .venv-cuda
 CUDA_TORCH := torch==2.14.1
 fake-gpu: $(CUDA_VENV)/.made
 	PYTHONPATH=. $(CUDA_VENV)/bin/python experiments/gpu/fake.py
-	PYTHONPATH=. $(CUDA_VENV)/bin/python experiments/gpu/kernels.py
+	PYTHONPATH=. $(CUDA_VENV)/bin/python experiments/gpu/flex_kernels.py
 
 $(CUDA_VENV)/.made: constraints.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -1,6 +1,6 @@
 """FlexAttention's kernels, compiled for GPUs that are not there: do they compile, and does their shared memory suffice?
 
-    .venv-cuda/bin/python experiments/gpu/kernels.py --capabilities 80 90 --out experiments/gpu/kernels.md
+    .venv-cuda/bin/python experiments/gpu/flex_kernels.py --capabilities 80 90 --out experiments/gpu/flex_kernels.md
 
 The package's own mask and call, traced on tensors of "cuda" without contents, through dynamo, autograd and inductor, as
 on a GPU: with gradients, for any length. What inductor writes for Triton is compiled by Triton for the architecture. A
