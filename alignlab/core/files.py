@@ -128,12 +128,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str, as_it_is: bool = False) -> None:
-    """`write_bytes` of a text, in UTF-8.
+    """`write_bytes` of a text, in UTF-8; surrogates, which it has not, as in JSON (`\\ud800`).
 
     Args:
         as_it_is: what looks like a secret is not taken out of it: it is someone's data.
     """
-    write_bytes(path, (text if as_it_is else hide(text)).encode("utf-8"))
+    write_bytes(path, (text if as_it_is else hide(text)).encode("utf-8", "backslashreplace"))
 
 
 def write_config(path: Path, config: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from alignlab.core import AdapterKind
-from alignlab.models.files import loading, read_config, saved_adapter
+from alignlab.models.files import KEY, check_folder, loading, naming, read_config, saved_adapter
+from alignlab.models.hub import check_reachable
 from alignlab.models.quantization import compute_dtype
 from alignlab.models.settings import ModelSettings, QuantizationSettings
 
@@ -55,10 +56,7 @@ def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> O
     """
     from transformers import AutoModelForCausalLM
 
-    saved = saved_adapter(settings.path)
-    path = settings.path if saved is None else str(saved["base_model_name_or_path"])
-    revision = settings.revision if saved is None else None
-    config = read_config(path, revision, settings.trust_remote_code)
+    saved, path, revision, config = _read(settings)
     dtype = dtype_of(config, settings, on_cpu=not torch.cuda.is_available())
     with loading(path, "a language model cannot be made of its config"), torch.device("meta"):
         network: Any = AutoModelForCausalLM.from_config(
@@ -78,13 +76,22 @@ def outline_of(settings: ModelSettings, adapter: AdapterKind | None = None) -> O
 
 def dtype_loaded(settings: ModelSettings, quantization: QuantizationSettings) -> torch.dtype:
     """What `load_model` will load weights in that are not quantised."""
-    saved = saved_adapter(settings.path)
-    path = settings.path if saved is None else str(saved["base_model_name_or_path"])
-    config = read_config(path, settings.revision if saved is None else None, settings.trust_remote_code)
+    *_, config = _read(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if quantization.kind != "none" and settings.dtype == "auto":
         return torch.float32 if device.type == "cpu" else compute_dtype(quantization, settings, device)
     return dtype_of(config, settings, on_cpu=device.type == "cpu")
+
+
+def _read(settings: ModelSettings) -> tuple[dict[str, Any] | None, str, str | None, Any]:
+    """The saved adapter, if `path` is one; path, revision and config of the full model."""
+    check_folder(settings.path)
+    check_reachable(settings.path, settings.revision)
+    saved = saved_adapter(settings.path)
+    path = settings.path if saved is None else str(saved["base_model_name_or_path"])
+    revision = settings.revision if saved is None else None
+    with naming(KEY if saved is None else f"{KEY}={settings.path!r}: its base"):
+        return saved, path, revision, read_config(path, revision, settings.trust_remote_code)
 
 
 def dtype_of(config: Any, settings: ModelSettings, on_cpu: bool) -> torch.dtype:
